@@ -1,0 +1,1 @@
+"""The public API of perdure: generated messages and service stubs."""

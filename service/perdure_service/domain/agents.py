@@ -1,0 +1,58 @@
+"""What an agent is to the catalogue: its name, version and the JSON Schemas of its input and output."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from perdure_service.errors import InputSchemaViolation
+
+AGENT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+AGENT_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
+MAX_VIOLATIONS = 20
+"""How many violations of a schema one error reports."""
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSpec:
+    """A catalogue entry. `output_schema` is None when the agent does not say what it returns."""
+
+    name: str
+    version: str
+    description: str
+    input_schema: Mapping[str, Any]
+    output_schema: Mapping[str, Any] | None = None
+    current: bool = True
+
+    @property
+    def workflow_name(self) -> str:
+        """The name of the agent's workflow in DBOS."""
+        return f"{self.name}@{self.version}"
+
+
+def check_input(spec: AgentSpec, run_input: Any) -> None:
+    """Refuses an input that breaks the agent's schema.
+
+    Raises:
+        InputSchemaViolation: With the path of every violation, e.g. `input.limits[0].max`, at most 20.
+    """
+    validator = Draft202012Validator(dict(spec.input_schema))
+    found: list[tuple[str, str]] = []
+    for error in validator.iter_errors(run_input):
+        found.append((_path(error.absolute_path), error.message[:300]))
+        if len(found) == MAX_VIOLATIONS:
+            break
+    if found:
+        found.sort()
+        raise InputSchemaViolation(*found[0], *found[1:])
+
+
+def _path(parts: Any) -> str:
+    path = "input"
+    for part in parts:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path

@@ -1,0 +1,208 @@
+"""What a run's log holds: events, the packs they are committed in, cursors, and the steps that a log tells of."""
+
+from __future__ import annotations
+
+import base64
+import json
+import uuid
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from perdure_service.errors import InvalidArgument
+
+
+class EventKind(StrEnum):
+    """The kinds of events; values as in the API's oneof."""
+
+    STATE_CHANGED = "state_changed"
+    STEP_STARTED = "step_started"
+    STEP_RETRYING = "step_retrying"
+    STEP_SUCCEEDED = "step_succeeded"
+    STEP_FAILED = "step_failed"
+    OUTPUT_DELTA = "output_delta"
+    ATTEMPT_RESET = "attempt_reset"
+    PROGRESS = "progress"
+    PUBLISHED = "published"
+    APPROVAL_REQUESTED = "approval_requested"
+    APPROVAL_DECIDED = "approval_decided"
+    SIGNAL_RECEIVED = "signal_received"
+    CHILD_STARTED = "child_started"
+    RECOVERED = "recovered"
+    LOG = "log"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One change in a run.
+
+    Attributes:
+        kind: What happened.
+        time_ms: When, in milliseconds since 1970, by the clock of the process that recorded it.
+        data: The kind's own members, JSON values only. Absent members have the API's default.
+        step_id: The engine's number of the operation; 0 for none.
+        step_name: Its name.
+        attempt: The try of the step from 1; 0 when it is not about a try.
+        execution: The execution of the run; 0 before the first.
+        sequence: Its number in the run; 0 while it is not in the log.
+    """
+
+    kind: EventKind
+    time_ms: int
+    data: Mapping[str, Any] = field(default_factory=dict)
+    step_id: int = 0
+    step_name: str = ""
+    attempt: int = 0
+    execution: int = 0
+    sequence: int = 0
+
+
+@dataclass(slots=True)
+class Pack:
+    """The events of one commit of one run. Mutable, as it remembers where it was written.
+
+    A repeat of a commit whose reply was lost presents the same pack again: `pack_id` and `first_sequence` tell that
+    it is there already.
+    """
+
+    workflow_id: str
+    events: list[Event] = field(default_factory=list)
+    pack_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    first_sequence: int | None = None
+
+
+def encode_events(events: Sequence[Event]) -> str:
+    """Returns the JSON text of a pack's events: an array of arrays, ASCII only (so NUL and surrogates are escaped)."""
+    rows = [[e.kind.value, e.time_ms, e.step_id, e.step_name, e.attempt, e.execution, dict(e.data)] for e in events]
+    return json.dumps(rows, separators=(",", ":"), ensure_ascii=True)
+
+
+def decode_events(text: str, first_sequence: int) -> list[Event]:
+    """Returns the events of a pack, numbered from `first_sequence`."""
+    return [
+        Event(EventKind(kind), time_ms, data, step_id, step_name, attempt, execution, first_sequence + index)
+        for index, (kind, time_ms, step_id, step_name, attempt, execution, data) in enumerate(json.loads(text))
+    ]
+
+
+# ---- cursors ---------------------------------------------------------------------------------------------------------
+
+
+def encode_cursor(workflow_id: str, sequence: int) -> str:
+    """Returns the opaque cursor after `sequence` of a run."""
+    return base64.urlsafe_b64encode(json.dumps([1, workflow_id, sequence]).encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str, workflow_id: str) -> int:
+    """Returns the sequence of a cursor.
+
+    Raises:
+        InvalidArgument: It is not a cursor, or one of another run.
+    """
+    try:
+        version, cursor_workflow, sequence = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+    except (ValueError, TypeError):
+        raise InvalidArgument("cursor", "is not a cursor of this service") from None
+    if version != 1 or not isinstance(sequence, int) or isinstance(sequence, bool) or sequence < 0:
+        raise InvalidArgument("cursor", "is not a cursor of this service")
+    if cursor_workflow != workflow_id:
+        raise InvalidArgument("cursor", "belongs to another run")
+    return sequence
+
+
+# ---- steps -----------------------------------------------------------------------------------------------------------
+
+
+class StepState(StrEnum):
+    """Where a step stands; names as in the API without their prefix."""
+
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    INTERRUPTED = "INTERRUPTED"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step as its run's log tells of it. Times in milliseconds since 1970."""
+
+    step_id: int
+    step_name: str
+    state: StepState
+    attempts: int
+    execution: int
+    start_ms: int
+    end_ms: int | None = None
+    error: Mapping[str, Any] | None = None
+    output_preview: str = ""
+    child_run_id: str = ""
+
+
+def fold_steps(events: Iterable[Event]) -> list[Step]:
+    """Returns the steps of a run in the order in which they began, from its events in order."""
+    steps: dict[int, Step] = {}
+    execution = 0
+    for event in events:
+        if event.kind is EventKind.STATE_CHANGED:
+            moved_on = event.execution > execution
+            execution = max(execution, event.execution)
+            if moved_on or event.data.get("to") in ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED", "QUEUED"):
+                _interrupt(steps)
+        elif event.step_id:
+            _apply(steps, event)
+    return list(steps.values())
+
+
+def _interrupt(steps: dict[int, Step]) -> None:
+    for step_id, step in steps.items():
+        if step.state is StepState.RUNNING:
+            steps[step_id] = replace(step, state=StepState.INTERRUPTED)
+
+
+def _apply(steps: dict[int, Step], event: Event) -> None:
+    """Lets one event about a step change what is known of it."""
+    known = steps.get(event.step_id)
+    begin_ms = event.time_ms - int(event.data.get("duration_ms", 0))
+    step = known or Step(
+        event.step_id, event.step_name, StepState.RUNNING, max(1, event.attempt), event.execution, begin_ms
+    )
+    attempts = max(step.attempts, event.attempt)
+    match event.kind:
+        case EventKind.STEP_STARTED:
+            start_ms = step.start_ms if known else event.time_ms
+            step = replace(
+                step, state=StepState.RUNNING, attempts=max(1, event.attempt), execution=event.execution,
+                start_ms=start_ms, end_ms=None, error=None,
+            )  # fmt: skip
+        case EventKind.STEP_RETRYING:
+            step = replace(step, attempts=attempts + 1, error=event.data.get("error"))
+        case EventKind.STEP_SUCCEEDED:
+            step = replace(
+                step, state=StepState.SUCCEEDED, attempts=attempts, execution=event.execution, end_ms=event.time_ms,
+                error=None, output_preview=str(event.data.get("preview", "")),
+            )  # fmt: skip
+        case EventKind.STEP_FAILED:
+            step = replace(
+                step, state=StepState.FAILED, attempts=attempts, execution=event.execution, end_ms=event.time_ms,
+                error=event.data.get("error"),
+            )  # fmt: skip
+        case EventKind.PUBLISHED | EventKind.CHILD_STARTED:
+            step = replace(
+                step, state=StepState.SUCCEEDED, execution=event.execution, end_ms=event.time_ms,
+                child_run_id=str(event.data.get("child_run_id", "")),
+            )  # fmt: skip
+        case _:
+            if known is None:
+                return
+    steps[event.step_id] = step
+
+
+def of_kinds(events: Iterable[Event], kinds: frozenset[EventKind]) -> Iterator[Event]:
+    """Yields the events that a watcher of these kinds gets; an empty set means all, and the end is always sent."""
+    for event in events:
+        ends = event.kind is EventKind.STATE_CHANGED and event.data.get("to") in (
+            "SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED",
+        )  # fmt: skip
+        if not kinds or event.kind in kinds or ends:
+            yield event
