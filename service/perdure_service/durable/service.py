@@ -2,17 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
-from perdure_service.domain.agents import AgentSpec
+import sqlalchemy as sa
+import structlog
+from jsonschema import Draft202012Validator
+
+from perdure_service.agents import catalogue
+from perdure_service.domain.agents import AgentSpec, check_input
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision
-from perdure_service.domain.events import Event, EventKind, Step
-from perdure_service.domain.runs import Run, RunKey, RunState
+from perdure_service.domain.events import (
+    Event,
+    EventKind,
+    Step,
+    decode_cursor,
+    encode_cursor,
+    fold_steps,
+    of_kinds,
+)
+from perdure_service.domain.runs import (
+    SIGNAL_NAME,
+    Run,
+    RunKey,
+    RunStart,
+    RunState,
+    check_client_run_id,
+    input_sha256,
+    new_run_id,
+)
+from perdure_service.durable import outside
+from perdure_service.durable.inbox import Inbox
+from perdure_service.durable.runtime import Runtime
+from perdure_service.errors import (
+    AgentNotFound,
+    ApprovalNotFound,
+    CursorOutOfRange,
+    InvalidArgument,
+    NamespaceNotFound,
+    RunConflict,
+    RunInputMismatch,
+    RunNotFound,
+    VersionUnavailable,
+)
+from perdure_service.store import agents as agent_store
+from perdure_service.store import approvals as approval_store
+from perdure_service.store import event_log, runs
+from perdure_service.store.sqlstates import retrying
+from perdure_service.store.tailer import Tailer
+from perdure_service.telemetry import derive_trace_id, parse_traceparent
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
+
+MAX_EVENTS_PER_BATCH = 500
+"""Events in one piece of a stream, so that a message stays far below the size limit."""
+
+MAX_BATCH_CHARS = 512 * 1024
+"""Text in one piece of a stream, for the same reason."""
+
+WAIT_RECHECK_S = 5.0
+"""How often a wait looks at the run although nothing woke it."""
+
+APPROVALS_OVERLAP_S = 30.0
+"""How far back the inbox's shared poll looks for decisions: longer than a commit can take to become visible."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +136,214 @@ class WatchBatch:
 class RunService:
     """Runs and approvals. All methods raise `PerdureError`s; every id they take is a caller's."""
 
+    def __init__(
+        self, runtime: Runtime, tailer: Tailer, *, namespaces: Sequence[str], max_threads: int, poll_s: float
+    ) -> None:
+        """Creates the service over a launched runtime.
+
+        Args:
+            runtime: The engine.
+            tailer: Feeds watchers.
+            namespaces: Those that exist.
+            max_threads: Threads for database calls.
+            poll_s: How often the inbox is looked at while it is watched.
+        """
+        self._runtime = runtime
+        self._engine = runtime.engine
+        self._tailer = tailer
+        self._namespaces = frozenset(namespaces)
+        self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="rpc-db-")
+        self._poll_s = poll_s
+        self._inbox = Inbox(self._read_inbox, poll_s)
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+
+    async def _read(self, name: str, function: Callable[[sa.Connection], T]) -> T:
+        return await self._call(retrying, self._engine, name, function)
+
+    def _check_namespace(self, namespace: str) -> None:
+        if namespace not in self._namespaces:
+            raise NamespaceNotFound(f"there is no namespace {namespace!r}")
+
+    # ---- starts ------------------------------------------------------------------------------------------------------
+
     async def start(self, command: StartCommand) -> tuple[Run, bool]:
         """Starts an agent; returns the run and whether this request created it."""
-        raise NotImplementedError
+        self._check_namespace(command.namespace)
+        if command.run_id:
+            check_client_run_id(command.run_id)
+        start, agent = await self._decide(command)
+        if command.validate_only:
+            return _not_created(start), False
+        found_id = await self._call(
+            lambda: self._runtime.start(agent, start, command.run_input, server_made_id=not command.run_id)
+        )
+        run = await self._read("runs.get", lambda conn: runs.get(conn, found_id))
+        if run is None:
+            raise RunConflict(f"the id {start.key.run_id!r} is taken by something that is not a run")
+        if (run.agent, run.input_sha256) != (start.agent, start.input_sha256):
+            raise RunInputMismatch(
+                f"run {run.key.run_id!r} exists with another agent or input; choose another run_id",
+                existing_sha256=run.input_sha256,
+                requested_sha256=start.input_sha256,
+            )
+        created = run.request_id == start.request_id
+        if command.refuse_existing and not created:
+            raise RunConflict(f"run {run.key.run_id!r} exists, started by another request; choose another run_id")
+        return run, created
+
+    async def _decide(self, command: StartCommand) -> tuple[RunStart, catalogue.RegisteredAgent]:
+        """Fixes everything about a run before anything is written."""
+        agent = catalogue.find(command.agent, command.agent_version)
+        if agent is None:
+            known = await self._read(
+                "agents.find", lambda conn: agent_store.find(conn, command.agent, command.agent_version)
+            )
+            name = command.agent + (f"@{command.agent_version}" if command.agent_version else "")
+            if known is None:
+                raise AgentNotFound(f"there is no agent {name!r}; ListAgents tells which there are")
+            raise VersionUnavailable(f"no executor here has the code of {name!r}; ask for another version, or deploy it")
+        check_input(agent.spec, command.run_input)
+        if command.deadline_at is not None and command.start_at is not None and command.deadline_at <= command.start_at:
+            raise InvalidArgument("deadline_time", "must be after start_time")
+        agent.arguments(command.run_input)  # what the schema allows but the types do not
+        run_id = command.run_id or new_run_id()
+        key = RunKey.of_api(command.namespace, run_id)
+        caller_span = parse_traceparent(command.trace_parent)
+        start = RunStart(
+            key=key,
+            agent=command.agent,
+            agent_version=agent.spec.version,
+            input_json="",
+            input_sha256=input_sha256(command.agent, command.run_input),
+            request_id=command.request_id or f"server-{new_run_id()}",
+            caller=command.caller,
+            labels=dict(command.labels or {}),
+            context_id=command.context_id,
+            trace_id=f"{caller_span.trace_id if caller_span else derive_trace_id(key.workflow_id):032x}",
+            traceparent=command.trace_parent if caller_span else "",
+            start_at=command.start_at,
+            delay_s=command.delay_s,
+            deadline_at=command.deadline_at,
+            refuse_existing=command.refuse_existing,
+        )
+        return start, agent
+
+    # ---- reads -------------------------------------------------------------------------------------------------------
 
     async def get(self, namespace: str, run_id: str, *, full: bool) -> Run:
         """Returns a run."""
-        raise NotImplementedError
+        self._check_namespace(namespace)
+        return await self._call(self._find, namespace, run_id, full)
+
+    def _find(self, namespace: str, run_id: str, full: bool = False) -> Run:
+        """Returns a run, closing its log if a foreign client ended it, and adopting it if one made it. Blocks."""
+
+        def look(conn: sa.Connection) -> Run | None:
+            for key in (RunKey.of_api(namespace, run_id), RunKey.foreign(namespace, run_id)):
+                run = runs.get(conn, key.workflow_id, full=full)
+                if run is not None and run.key.namespace == namespace:
+                    return run
+            return None
+
+        run = retrying(self._engine, "runs.get", look)
+        if run is None and outside.adopt_foreign(self._runtime, namespace, run_id):
+            run = retrying(self._engine, "runs.get", look)
+        if run is None:
+            raise RunNotFound(f"there is no run {run_id!r} in namespace {namespace!r}")
+        if run.state.terminal and run.end_time is None:
+            self._runtime.database.close_ended([run.key.workflow_id])
+            run = retrying(self._engine, "runs.get", look) or run
+        return run
 
     async def list(self, namespace: str, run_filter: RunFilter, *, page_size: int, page_token: str) -> Page[Run]:
         """Returns a page of runs, newest first. `page_size` is already bounded to 1..1,000."""
-        raise NotImplementedError
+        self._check_namespace(namespace)
+        found, token = await self._read(
+            "runs.list",
+            lambda conn: runs.list_page(
+                conn,
+                namespace,
+                states=run_filter.states,
+                agent=run_filter.agent,
+                labels=run_filter.labels or {},
+                context_id=run_filter.context_id,
+                page_size=page_size,
+                page_token=page_token,
+            ),
+        )
+        return Page(found, token)
 
     async def wait(self, namespace: str, run_id: str, *, full: bool, timeout_s: float) -> tuple[Run, bool]:
         """Waits for a run's end; returns the run and whether the time was up first."""
-        raise NotImplementedError
+        deadline = time.monotonic() + timeout_s
+        run = await self.get(namespace, run_id, full=full)
+        if run.state.terminal:
+            return run, False
+        subscription = self._tailer.subscribe(run.key.workflow_id)
+        try:
+            self._tailer.caught_up(subscription, run.last_sequence)
+            while True:
+                # Cleared before the read: what comes after it wakes the wait below.
+                subscription.changed.clear()
+                subscription.packs.clear()
+                subscription.behind = False
+                run = await self.get(namespace, run_id, full=full)
+                left = deadline - time.monotonic()
+                if run.state.terminal or left <= 0:
+                    break
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(subscription.changed.wait(), timeout=min(left, WAIT_RECHECK_S))
+            return run, not run.state.terminal
+        finally:
+            self._tailer.unsubscribe(subscription)
 
-    def watch(
+    async def list_events(
+        self, namespace: str, run_id: str, kinds: frozenset[EventKind], *, page_size: int, page_token: str
+    ) -> Page[Event]:
+        """Returns a page of a run's log."""
+        run = await self.get(namespace, run_id, full=False)
+        filter_key = ["events", run.key.workflow_id, sorted(kinds)]
+        after = runs.decode_token(page_token, filter_key)[0] if page_token else 0
+        chosen: list[Event] = []
+        while len(chosen) <= page_size:
+            events = await self._read("events.read", lambda conn: event_log.read(conn, run.key.workflow_id, after))
+            if not events:
+                break
+            chosen.extend(event for event in events if not kinds or event.kind in kinds)
+            after = events[-1].sequence
+        token = runs.encode_token([chosen[page_size - 1].sequence], filter_key) if len(chosen) > page_size else ""
+        return Page(chosen[:page_size], token)
+
+    async def list_steps(self, namespace: str, run_id: str, *, page_size: int, page_token: str) -> Page[Step]:
+        """Returns a page of a run's steps."""
+        run = await self.get(namespace, run_id, full=False)
+        filter_key = ["steps", run.key.workflow_id]
+        skip = runs.decode_token(page_token, filter_key)[0] if page_token else 0
+        steps = fold_steps(await self._all_events(run.key.workflow_id))
+        page = steps[skip : skip + page_size]
+        more = skip + page_size < len(steps)
+        return Page(page, runs.encode_token([skip + page_size], filter_key) if more else "")
+
+    async def _all_events(self, workflow_id: str) -> Sequence[Event]:
+        """Returns all events of a run but its streamed text."""
+        found: list[Event] = []
+        after = 0
+        while events := await self._read(
+            "events.read", lambda conn: event_log.read(conn, workflow_id, after)
+        ):
+            after = events[-1].sequence
+            found.extend(event for event in events if event.kind is not EventKind.OUTPUT_DELTA)
+        return found
+
+    # ---- watching ----------------------------------------------------------------------------------------------------
+
+    async def watch(
         self,
         namespace: str,
         run_id: str,
@@ -103,52 +355,282 @@ class RunService:
         heartbeat_s: float = 15.0,
     ) -> AsyncIterator[WatchBatch]:
         """Yields a run's stream as WatchRun's contract says, heartbeats included, and ends with the run."""
-        raise NotImplementedError
+        # Register, then read, then wait: what is committed after the read wakes us.
+        snapshot = await self.get(namespace, run_id, full=False)
+        workflow_id = snapshot.key.workflow_id
+        subscription = self._tailer.subscribe(workflow_id)
+        try:
+            snapshot = await self.get(namespace, run_id, full=False)
+            position = await self._position(snapshot, cursor, after_sequence, from_now)
+            key = snapshot.key
+            caught_up_at = snapshot.last_sequence
 
-    async def list_events(
-        self, namespace: str, run_id: str, kinds: frozenset[EventKind], *, page_size: int, page_token: str
-    ) -> Page[Event]:
-        """Returns a page of a run's log."""
-        raise NotImplementedError
+            def batch(events: Sequence[Event], last: int, **flags: Any) -> WatchBatch:
+                return WatchBatch(
+                    key, list(of_kinds(events, kinds)), last, encode_cursor(workflow_id, last), **flags
+                )
 
-    async def list_steps(self, namespace: str, run_id: str, *, page_size: int, page_token: str) -> Page[Step]:
-        """Returns a page of a run's steps."""
-        raise NotImplementedError
+            first: Run | None = snapshot
+            ended = snapshot.state.terminal and position >= caught_up_at
+            yield batch([], position, snapshot=first, caught_up=position >= caught_up_at, end_of_run=ended)
+            if ended:
+                return
+            while True:
+                events, behind = await self._next(subscription, workflow_id, position, heartbeat_s)
+                if not events:
+                    run_over = behind and await self._over(workflow_id, position)
+                    yield batch([], position, caught_up=True, end_of_run=run_over)
+                    if run_over:
+                        return
+                    continue
+                pieces = list(_pieces(events))
+                for index, piece in enumerate(pieces):
+                    position = piece[-1].sequence
+                    last_piece = index == len(pieces) - 1
+                    over = last_piece and _ends(piece[-1]) and await self._over(workflow_id, position)
+                    yield batch(piece, position, caught_up=last_piece and not behind, end_of_run=over)
+                    if over:
+                        return
+        finally:
+            self._tailer.unsubscribe(subscription)
+
+    async def _position(
+        self, snapshot: Run, cursor: str | None, after_sequence: int | None, from_now: bool
+    ) -> int:
+        """Returns the sequence after which a watch begins.
+
+        Raises:
+            InvalidArgument: It is from the future, or not of this run.
+            CursorOutOfRange: What follows it is no longer kept.
+        """
+        if from_now:
+            return snapshot.last_sequence
+        field = "cursor" if cursor is not None else "after_sequence"
+        position = decode_cursor(cursor, snapshot.key.workflow_id) if cursor is not None else after_sequence or 0
+        if position < 0:
+            raise InvalidArgument(field, "must not be negative")
+        if position > snapshot.last_sequence:
+            raise InvalidArgument(field, f"is from the future: the run has {snapshot.last_sequence} events")
+        earliest = await self._read(
+            "events.earliest", lambda conn: event_log.earliest_sequence(conn, snapshot.key.workflow_id)
+        )
+        if position + 1 < earliest:
+            raise CursorOutOfRange(
+                f"events before {earliest} are no longer kept; watch again after {earliest - 1}",
+                earliest_sequence=str(earliest),
+            )
+        return position
+
+    async def _next(
+        self, subscription: Any, workflow_id: str, position: int, heartbeat_s: float
+    ) -> tuple[Sequence[Event], bool]:
+        """Returns the next events after `position` and whether they were read from the log; none for a heartbeat."""
+        deadline = time.monotonic() + heartbeat_s
+        while True:
+            if subscription.behind:
+                subscription.changed.clear()
+                events = await self._read(
+                    "events.read", lambda conn: event_log.read(conn, workflow_id, position)
+                )
+                if events:
+                    return events, True
+                self._tailer.caught_up(subscription, position)
+                if subscription.behind:
+                    continue
+                return [], True
+            while subscription.packs:
+                pack = subscription.packs.popleft()
+                fresh = [event for event in pack.events if event.sequence > position]
+                if fresh and fresh[0].sequence != position + 1:
+                    subscription.behind = True
+                    break
+                if fresh:
+                    return fresh, bool(subscription.packs)
+            if subscription.behind:
+                continue
+            subscription.changed.clear()
+            if subscription.packs:
+                continue
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return [], False
+            try:
+                await asyncio.wait_for(subscription.changed.wait(), timeout=left)
+            except TimeoutError:
+                return [], False
+
+    async def _over(self, workflow_id: str, position: int) -> bool:
+        """Returns whether the run has ended and its log ends at `position`: a terminal event may be revived upon."""
+        run = await self._read("runs.get", lambda conn: runs.get(conn, workflow_id))
+        return run is not None and run.state.terminal and run.end_time is not None and run.last_sequence <= position
+
+    # ---- steering ----------------------------------------------------------------------------------------------------
 
     async def signal(
         self, namespace: str, run_id: str, *, name: str, payload: Any, request_id: str, sender: str
     ) -> bool:
         """Delivers a signal; returns False when this request_id had delivered it before."""
-        raise NotImplementedError
+        if not SIGNAL_NAME.fullmatch(name):
+            raise InvalidArgument("name", "must match [A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+        run = await self.get(namespace, run_id, full=False)
+        return await self._call(
+            lambda: outside.signal(
+                self._runtime, run.key, name=name, payload=payload, request_id=request_id, sender=sender
+            )
+        )
 
     async def cancel(self, namespace: str, run_id: str, *, reason: str, caller: str) -> Run:
         """Cancels a run and its children; returns the run as it is then."""
-        raise NotImplementedError
+        run = await self.get(namespace, run_id, full=False)
+        if run.state.terminal:
+            return run
+        why = reason or (f"cancelled by {caller}" if caller else "cancelled")
+        await self._call(lambda: outside.cancel(self._runtime, run.key, why))
+        return await self.get(namespace, run_id, full=False)
+
+    # ---- approvals ---------------------------------------------------------------------------------------------------
 
     async def list_approvals(
         self, namespace: str, states: frozenset[ApprovalState], run_id: str, *, page_size: int, page_token: str
     ) -> Page[Approval]:
         """Returns a page of approvals, oldest first. Empty `states` means PENDING."""
-        raise NotImplementedError
+        self._check_namespace(namespace)
+        found, token = await self._read(
+            "approvals.list",
+            lambda conn: approval_store.list_page(
+                conn,
+                namespace,
+                states=states or frozenset({ApprovalState.PENDING}),
+                run_id=run_id,
+                page_size=page_size,
+                page_token=page_token,
+            ),
+        )
+        return Page(found, token)
 
     async def get_approval(self, namespace: str, approval_id: str) -> Approval:
         """Returns an approval."""
-        raise NotImplementedError
+        self._check_namespace(namespace)
+        found = await self._read("approvals.find", lambda conn: approval_store.find(conn, namespace, approval_id))
+        if found is None:
+            raise ApprovalNotFound(f"there is no approval {approval_id!r} in namespace {namespace!r}")
+        return found
 
     async def decide_approval(self, namespace: str, approval_id: str, decision: Decision) -> Approval:
         """Decides an approval, once; returns it as it is then."""
-        raise NotImplementedError
+        approval = await self.get_approval(namespace, approval_id)
+        if approval.answer_schema_json and decision.approve:
+            answer = json.loads(decision.answer_json) if decision.answer_json else None
+            problems = [e.message for e in Draft202012Validator(json.loads(approval.answer_schema_json)).iter_errors(answer)]
+            if problems:
+                raise InvalidArgument("answer", problems[0][:300])
+        decided = await self._call(lambda: outside.decide(self._runtime, approval, decision))
+        self._inbox.wake()
+        return decided
 
-    def watch_approvals(
+    async def watch_approvals(
         self, namespace: str, *, heartbeat_s: float = 15.0
     ) -> AsyncIterator[tuple[Sequence[Approval], bool]]:
         """Yields (changed approvals, caught up): first what is pending, then changes; empty ones are heartbeats."""
-        raise NotImplementedError
+        self._check_namespace(namespace)
+        seen: dict[str, int] = {}
+        with self._inbox.watching(namespace) as changed:
+            pending = [
+                one for one in await self._call(self._read_inbox, [namespace]) if one.state is ApprovalState.PENDING
+            ]
+            seen = {one.approval_id: one.revision for one in pending}
+            yield pending, True
+            while True:
+                try:
+                    batch = await asyncio.wait_for(changed.get(), timeout=heartbeat_s)
+                except TimeoutError:
+                    yield [], True
+                    continue
+                news = [
+                    one
+                    for one in batch
+                    if one.revision > seen.get(one.approval_id, 0)
+                    and (one.state is ApprovalState.PENDING or one.approval_id in seen or _recent(one))
+                ]
+                seen.update((one.approval_id, one.revision) for one in news)
+                if news:
+                    yield news, True
+
+    def _read_inbox(self, namespaces: Sequence[str]) -> Sequence[Approval]:
+        return retrying(
+            self._engine,
+            "approvals.inbox",
+            lambda conn: approval_store.inbox(conn, namespaces, APPROVALS_OVERLAP_S),
+        )
+
+    def hint(self, workflow_ids: Sequence[str]) -> None:
+        """Says that these runs have news, perhaps of approvals. From any thread."""
+        self._tailer.hint(workflow_ids)
+        self._inbox.wake()
+
+    # ---- catalogue ---------------------------------------------------------------------------------------------------
 
     async def list_agents(self, *, page_size: int, page_token: str) -> Page[AgentSpec]:
         """Returns a page of the catalogue by name and version."""
-        raise NotImplementedError
+        found, token = await self._read(
+            "agents.list", lambda conn: agent_store.list_page(conn, page_size=page_size, page_token=page_token)
+        )
+        return Page(found, token)
 
     async def get_agent(self, name: str, version: str) -> AgentSpec:
         """Returns a catalogue entry; the current version when `version` is empty."""
-        raise NotImplementedError
+        found = await self._read("agents.find", lambda conn: agent_store.find(conn, name, version))
+        if found is None:
+            raise AgentNotFound(f"there is no agent {name + ('@' + version if version else '')!r}")
+        return found
+
+
+def _not_created(start: RunStart) -> Run:
+    """Returns what `validate_only` shows: the run as it would be."""
+    now = datetime.now(UTC)
+    later = start.start_at is not None or bool(start.delay_s)
+    return Run(
+        key=start.key,
+        agent=start.agent,
+        agent_version=start.agent_version,
+        input_sha256=start.input_sha256,
+        request_id=start.request_id,
+        state=RunState.SCHEDULED if later else RunState.QUEUED,
+        state_reason="validated only; not created",
+        create_time=now,
+        start_time=None,
+        end_time=None,
+        deadline_time=start.deadline_at,
+        execution=0,
+        executor_id="",
+        progress=None,
+        pending_approvals=0,
+        labels=start.labels,
+        context_id=start.context_id,
+        parent_run_id="",
+        trace_id=start.trace_id,
+        last_sequence=0,
+    )
+
+
+def _pieces(events: Sequence[Event]) -> Sequence[Sequence[Event]]:
+    """Returns the events in pieces that fit into a message."""
+    pieces: list[list[Event]] = [[]]
+    size = 0
+    for event in events:
+        chars = sum(len(value) for value in event.data.values() if isinstance(value, str)) + 100
+        if pieces[-1] and (len(pieces[-1]) >= MAX_EVENTS_PER_BATCH or size + chars > MAX_BATCH_CHARS):
+            pieces.append([])
+            size = 0
+        pieces[-1].append(event)
+        size += chars
+    return pieces
+
+
+def _ends(event: Event) -> bool:
+    return event.kind is EventKind.STATE_CHANGED and RunState(event.data["to"]).terminal
+
+
+def _recent(approval: Approval) -> bool:
+    """Whether an approval was asked so lately that a watcher may have missed that it was pending."""
+    return datetime.now(UTC) - approval.create_time < timedelta(seconds=APPROVALS_OVERLAP_S)

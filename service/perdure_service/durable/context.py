@@ -1,0 +1,315 @@
+"""What a running agent gets when it asks for `run`: progress, output, logs, approvals and signals of its own run.
+
+**An approval** is one operation of the workflow with a number of its own. It is asked in one transaction of the run's
+owner (the row, the event), waited for in memory, and answered in another: that one locks the row, expires it when its
+deadline has passed by the database's clock, and records the checkpoint from what the row says. A decision writes a
+message to the run's topic `perdure.approval.<step>`; the message only wakes. So whoever dies, between any two lines,
+leaves a row that says the truth, and the next execution finds it: a replay before the checkpoint asks nothing new
+(the row is there), waits again, and reads the same row.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from dbos import DBOS
+from dbos._context import EnterDBOSStepCtx, get_local_dbos_context, snapshot_step_context
+from dbos._dbos import _get_dbos_instance
+from dbos._serialization import DBOSPortableJSON
+from dbos._utils import LoopAwareEvent
+
+from perdure_service.domain.approvals import ApprovalResult, ApprovalState, TimeoutOutcome
+from perdure_service.domain.authoring import ApprovalTimeout, OutputStream, SignalTimeout
+from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.runs import RunState
+from perdure_service.durable import values
+from perdure_service.durable.executions import Execution, now_ms
+from perdure_service.durable.operation import Operation
+from perdure_service.durable.steps import CurrentStep, current_step
+from perdure_service.durable.system_database import PerdureSystemDatabase
+from perdure_service.store import approvals
+from perdure_service.store.dbos_tables import NOTIFICATIONS
+
+APPROVAL_STEP = "perdure.approval"
+"""The name of the operation in DBOS's records and in the log."""
+
+FOREVER_S = 10 * 365 * 86_400.0
+"""The timeout of a wait that has none: DBOS asks for a number."""
+
+RECHECK_S = 30.0
+"""How often a wait for a decision looks at the row although nothing woke it: a lost notification costs no more."""
+
+
+def approval_topic(step_id: int) -> str:
+    """Returns the topic on which a decision wakes the run."""
+    return f"{APPROVAL_STEP}.{step_id}"
+
+
+class _Output:
+    """A stream of text of one attempt of one step (or of the workflow's own code)."""
+
+    def __init__(self, execution: Execution, stream: str, step: CurrentStep | None) -> None:
+        self._execution = execution
+        self._stream = stream
+        self._step = step
+
+    def write(self, text: str) -> None:
+        """See `domain.authoring.OutputStream`."""
+        step = self._step
+        if step is not None and step.closed:
+            raise RuntimeError("the attempt of the step that opened this output stream is over")
+        if not text:
+            return
+        step_id = step.step_id if step else 0
+        progress = self._execution.steps.get(step_id)
+        if progress is not None:
+            progress.wrote_output = True
+        data = {"stream": self._stream, "text": str(text)}
+        event = self._execution.event(
+            EventKind.OUTPUT_DELTA, data, step_id=step_id, attempt=step.attempt if step else 0
+        )
+        self._execution.note(event)
+
+
+class BoundRun:
+    """`domain.authoring.RunContext` for one execution."""
+
+    def __init__(self, execution: Execution, system_database: PerdureSystemDatabase) -> None:
+        self._execution = execution
+        self._db = system_database
+
+    @property
+    def id(self) -> str:
+        """See `RunContext`."""
+        return self._execution.key.run_id
+
+    @property
+    def namespace(self) -> str:
+        """See `RunContext`."""
+        return self._execution.key.namespace
+
+    def progress(self, message: str, completed: int = 0, total: int = 0) -> None:
+        """See `RunContext`."""
+        data = {"message": str(message), "completed": int(completed), "total": int(total)}
+        self._note(EventKind.PROGRESS, data)
+
+    def output(self, stream: str = "output") -> OutputStream:
+        """See `RunContext`."""
+        return _Output(self._execution, stream, current_step.get())
+
+    def log(self, message: str, level: Literal["debug", "info", "warning", "error"] = "info") -> None:
+        """See `RunContext`."""
+        self._note(EventKind.LOG, {"message": str(message), "level": level})
+
+    def _note(self, kind: EventKind, data: dict[str, Any]) -> None:
+        step = current_step.get()
+        step_id, attempt = (step.step_id, step.attempt) if step else (0, 0)
+        self._execution.note(self._execution.event(kind, data, step_id=step_id, attempt=attempt))
+
+    def idempotency_key(self) -> str:
+        """See `RunContext`."""
+        step = current_step.get()
+        if step is None:
+            raise RuntimeError("an idempotency key belongs to a step; call this inside a @DBOS.step()")
+        return f"{self._execution.key.workflow_id}:{step.step_id}"
+
+    async def signal(self, name: str, *, timeout: timedelta | None = None) -> Any:
+        """See `RunContext`."""
+        seconds = FOREVER_S if timeout is None else timeout.total_seconds()
+        payload = await DBOS.recv_async(name, timeout_seconds=seconds)
+        if payload is None:
+            raise SignalTimeout(f"no signal {name!r} came within {seconds:g} s")
+        return payload
+
+    async def approval(
+        self,
+        title: str,
+        *,
+        payload: Any = None,
+        timeout: timedelta | None = None,
+        on_timeout: Literal["REJECT", "APPROVE", "FAIL_RUN"] = "REJECT",
+        assignees: Sequence[str] = (),
+        answer_schema: dict[str, Any] | None = None,
+    ) -> ApprovalResult:
+        """See `RunContext`."""
+        if current_step.get() is not None:
+            raise RuntimeError("an approval is asked by the agent itself, not inside a @DBOS.step()")
+        outcome = TimeoutOutcome(on_timeout)
+        context = snapshot_step_context()
+        assert context is not None, "bound inside a workflow"
+        question = approvals.Question(
+            key=self._execution.key,
+            agent=self._execution.agent,
+            step_id=context.function_id,
+            title=str(title).replace("\0", " "),
+            payload_json=values.to_json(payload),
+            answer_schema_json="" if answer_schema is None else json.dumps(answer_schema),
+            assignees=tuple(assignees),
+            timeout_s=None if timeout is None else timeout.total_seconds(),
+            on_timeout=outcome,
+        )
+        with EnterDBOSStepCtx({"name": APPROVAL_STEP}, context):
+            recorded = await asyncio.to_thread(self._recorded, question)
+            if recorded is None:
+                recorded = await self._ask_and_wait(question)
+        result = ApprovalResult(**{**recorded, "state": ApprovalState(recorded["state"])})
+        if result.state is ApprovalState.EXPIRED and outcome is TimeoutOutcome.FAIL_RUN:
+            raise ApprovalTimeout(f"nobody decided {question.title!r} in time")
+        return result
+
+    def _recorded(self, question: approvals.Question) -> dict[str, Any] | None:
+        found = self._db.check_operation_execution(question.key.workflow_id, question.step_id, APPROVAL_STEP)
+        if found is None or found["output"] is None:
+            return None
+        stored: dict[str, Any] = DBOSPortableJSON.deserialize(found["output"])
+        return stored
+
+    async def _ask_and_wait(self, question: approvals.Question) -> dict[str, Any]:
+        workflow_id, step_id = question.key.workflow_id, question.step_id
+        payload, components = self._db._waiter(workflow_id, approval_topic(step_id))
+        woken = LoopAwareEvent()
+        self._db.notifications_map.add(payload, woken, components)
+        self._execution.on_death.append(woken.set)
+        started_ms = now_ms()
+        try:
+            await asyncio.to_thread(self._ask, question)
+            while True:
+                remaining_s = await asyncio.to_thread(self._answer, question, started_ms)
+                if isinstance(remaining_s, dict):
+                    return remaining_s
+                wait_s = RECHECK_S if remaining_s is None else min(RECHECK_S, max(0.02, remaining_s))
+                deadline = time.monotonic() + wait_s
+                while not woken.is_set() and time.monotonic() < deadline:
+                    await woken.wait_async(timeout=deadline - time.monotonic())
+                woken.clear()
+        finally:
+            self._db.notifications_map.pop(payload, woken)
+            self._execution.on_death.remove(woken.set)
+
+    def _ask(self, question: approvals.Question) -> None:
+        """Asks, unless an earlier execution has; one owner-fenced transaction."""
+        execution = self._execution
+        operation = Operation(execution)
+
+        def finish(conn: sa.Connection) -> None:
+            self._db._check_owner_txn(conn, question.key.workflow_id, execution.owner_xid)
+            asked = approvals.ask(conn, question)
+            if asked is False:
+                return
+            data: dict[str, Any] = {"approval_id": question.approval_id, "title": question.title}
+            if isinstance(asked, datetime):
+                data["deadline_ms"] = int(asked.timestamp() * 1000)
+            event = Event(
+                EventKind.APPROVAL_REQUESTED, now_ms(), data, question.step_id, APPROVAL_STEP, 0, execution.number
+            )
+            moved = execution.moved(RunState.AWAITING_INPUT, reason=f"asks: {question.title}")
+            operation.add(question.key.workflow_id, event, moved)
+
+        operation.finish = finish
+        self._db.run_operation(operation)
+        if execution.state is RunState.RUNNING:
+            # Asked by an earlier execution: the wait goes on.
+            execution.note(execution.moved(RunState.AWAITING_INPUT, reason=f"asks: {question.title}"))
+
+    def _answer(self, question: approvals.Question, started_ms: int) -> dict[str, Any] | float | None:
+        """Records the checkpoint when the approval is closed; else returns the seconds to its deadline (None: none).
+
+        Locks in the order of every outside writer: first the run, then the approval.
+        """
+        workflow_id, step_id, execution = question.key.workflow_id, question.step_id, self._execution
+        self._db.refuse_dead(execution)
+        with self._db.engine.connect() as conn:
+            standing = approvals.stand(conn, workflow_id, step_id, lock=False)
+        assert standing is not None, "asked before"
+        if standing.approval.state is ApprovalState.PENDING and (
+            standing.remaining_s is None or standing.remaining_s > 0
+        ):
+            return standing.remaining_s
+        result: dict[str, Any] = {}
+
+        def events(_execution: Execution) -> list[Event]:
+            data = {"duration_ms": max(0, now_ms() - started_ms), "preview": str(result["state"]).lower()}
+            done = Event(EventKind.STEP_SUCCEEDED, now_ms(), data, step_id, APPROVAL_STEP, 0, execution.number)
+            back = [execution.moved(RunState.RUNNING)] if execution.state is RunState.AWAITING_INPUT else []
+            return [*result.pop("_expired", []), *back, done]
+
+        operation = Operation(execution, events=events)
+
+        def finish(conn: sa.Connection) -> None:
+            self._db._check_owner_txn(conn, workflow_id, execution.owner_xid)
+            locked = approvals.stand(conn, workflow_id, step_id, lock=True)
+            assert locked is not None, "approvals are not deleted while their run lives"
+            approval = locked.approval
+            result.clear()
+            if approval.state is ApprovalState.PENDING:
+                if locked.remaining_s is None or locked.remaining_s > 0:
+                    operation.facts["open"] = locked.remaining_s
+                    return
+                approval = approvals.close(conn, workflow_id, step_id, ApprovalState.EXPIRED)
+                data = {"approval_id": approval.approval_id, "state": ApprovalState.EXPIRED.value}
+                result["_expired"] = [
+                    Event(EventKind.APPROVAL_DECIDED, now_ms(), data, step_id, APPROVAL_STEP, 0, execution.number)
+                ]
+            expired = approval.state is ApprovalState.EXPIRED
+            result.update(
+                approved=approval.on_timeout is TimeoutOutcome.APPROVE
+                if expired
+                else approval.state is ApprovalState.APPROVED,
+                state=approval.state.value,
+                decided_by=approval.decided_by,
+                comment=approval.comment,
+                answer=json.loads(approval.answer_json) if approval.answer_json else None,
+            )
+            conn.execute(
+                sa.text(
+                    f"UPDATE {NOTIFICATIONS} SET consumed = true, consumed_by_function_id = :step "  # noqa: S608
+                    "WHERE destination_uuid = :id AND topic = :topic AND consumed = false"
+                ),
+                {"id": workflow_id, "topic": approval_topic(step_id), "step": step_id},
+            )
+            stored = {name: value for name, value in result.items() if not name.startswith("_")}
+            self._db._record_operation_result_txn(
+                {
+                    "workflow_uuid": workflow_id,
+                    "function_id": step_id,
+                    "function_name": APPROVAL_STEP,
+                    "started_at_epoch_ms": started_ms,
+                    "output": DBOSPortableJSON.serialize(stored),
+                    "error": None,
+                    "serialization": DBOSPortableJSON.name(),
+                    "child_workflow_id": None,
+                },
+                operation.facts.setdefault("completed_ms", now_ms()),
+                conn,
+                owner_xid=execution.owner_xid,
+            )
+
+        operation.finish = finish
+        self._db.run_operation(operation)
+        if not result:
+            open_s: float | None = operation.facts["open"]
+            return open_s
+        result.pop("_expired", None)
+        return result
+
+
+def current_run(system_database: PerdureSystemDatabase) -> BoundRun | None:
+    """Returns the run that this task or thread executes, None outside of runs."""
+    context = get_local_dbos_context()
+    if context is None or not context.workflow_id:
+        return None
+    execution = system_database.executions.find(context.workflow_id, context.owner_xid)
+    return None if execution is None else BoundRun(execution, system_database)
+
+
+def dbos_system_database() -> PerdureSystemDatabase:
+    """Returns the system database of the launched DBOS."""
+    database = _get_dbos_instance()._sys_db
+    assert isinstance(database, PerdureSystemDatabase)
+    return database

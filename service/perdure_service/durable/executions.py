@@ -1,0 +1,212 @@
+"""The executions alive in this process: who owns which run here, and the events that wait for their next commit.
+
+An execution is keyed by (workflow id, ownership token): a run that was given back and taken again by this same
+process has two, and the older one is dead. A dead execution is marked here, and each of its next DBOS calls raises.
+
+**The slot.** One unacknowledged pack per run: whoever appends for an execution holds its slot from before the owner's
+lock until after COMMIT, so that events reach the log in the order in which they happened, whether they ride on a
+checkpoint or alone. Lock order: slot, then database rows, always; nobody takes a slot while holding rows.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.runs import RunKey, RunState
+
+MAX_DELTA_CHARS = 16_384
+"""A delta longer than this is not extended; the next text begins another."""
+
+MAX_BUFFERED_EVENTS = 10_000
+"""An execution that writes more than this between two commits waits for the log to catch up."""
+
+
+def now_ms() -> int:
+    """Returns this host's time in milliseconds since 1970: for events, never for decisions."""
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(slots=True)
+class StepProgress:
+    """What this process knows of a step it runs. Times in nanoseconds since 1970."""
+
+    name: str
+    start_ns: int
+    attempt: int = 0
+    attempt_start_ns: int = 0
+    wrote_output: bool = False
+    preview: str = ""
+    error: BaseException | None = None
+
+
+@dataclass(eq=False)
+class Execution:
+    """One execution of one run in this process."""
+
+    key: RunKey
+    owner_xid: str
+    agent: str
+    agent_version: str
+    number: int
+    trace_id: str
+    sampled: bool = True
+    """Whether its caller wanted it traced."""
+    begun_ns: int = field(default_factory=time.time_ns)
+    state: RunState = RunState.RUNNING
+    dead: str = ""
+    """Why it is dead; empty while it lives."""
+    bodies: int = 0
+    """Step bodies in progress."""
+    last_failed_step: str = ""
+    """The name of the step that failed last, to say where a failed run failed."""
+    steps: dict[int, StepProgress] = field(default_factory=dict)
+    task: Any = None
+    """The asyncio task of an asynchronous workflow, on DBOS's loop."""
+    loop: Any = None
+    slot: threading.RLock = field(default_factory=threading.RLock)
+    on_death: list[Callable[[], None]] = field(default_factory=list)
+    _buffer: list[Event] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _wake_writer: Callable[[Execution], None] | None = None
+
+    def note(self, event: Event) -> None:
+        """Buffers an event that nobody waits for; it is committed with the next checkpoint, or alone within 100 ms.
+
+        Text that continues the last delta of the same stream, step and attempt joins it.
+        """
+        if self.dead:
+            return
+        with self._lock:
+            if len(self._buffer) >= MAX_BUFFERED_EVENTS and event.kind is EventKind.LOG:
+                return
+            last = self._buffer[-1] if self._buffer else None
+            if last is not None and _continues(last, event):
+                text = last.data["text"] + event.data["text"]
+                self._buffer[-1] = replace(last, data={**last.data, "text": text})
+            else:
+                self._buffer.append(event)
+        if self._wake_writer is not None:
+            self._wake_writer(self)
+
+    def event(self, kind: EventKind, data: dict[str, Any], *, step_id: int = 0, attempt: int = 0) -> Event:
+        """Returns an event of this execution, now."""
+        step = self.steps.get(step_id)
+        return Event(kind, now_ms(), data, step_id, step.name if step else "", attempt, self.number)
+
+    def moved(self, to: RunState, **data: Any) -> Event:
+        """Returns the event that the run's state changes, and remembers the new state."""
+        event = self.event(EventKind.STATE_CHANGED, {"from": self.state.value, "to": to.value, **data})
+        self.state = to
+        return event
+
+    def take(self) -> list[Event]:
+        """Takes the buffered events, for a commit."""
+        with self._lock:
+            taken, self._buffer = self._buffer, []
+        return taken
+
+    def give_back(self, events: list[Event]) -> None:
+        """Returns events whose commit failed to the front of the buffer."""
+        if events:
+            with self._lock:
+                self._buffer = events + self._buffer
+
+    @property
+    def has_events(self) -> bool:
+        """Whether events wait."""
+        return bool(self._buffer)
+
+
+def _continues(last: Event, event: Event) -> bool:
+    return (
+        event.kind is EventKind.OUTPUT_DELTA
+        and last.kind is EventKind.OUTPUT_DELTA
+        and (last.step_id, last.attempt, last.data["stream"]) == (event.step_id, event.attempt, event.data["stream"])
+        and len(last.data["text"]) < MAX_DELTA_CHARS
+    )
+
+
+class Executions:
+    """The set of live executions of this process. Thread-safe."""
+
+    def __init__(self, wake_writer: Callable[[Execution], None] | None = None) -> None:
+        self._by_key: dict[tuple[str, str], Execution] = {}
+        self._lock = threading.Lock()
+        self._wake_writer = wake_writer
+
+    def add(self, execution: Execution) -> Execution:
+        """Adds an execution, and marks older ones of the same run dead."""
+        execution._wake_writer = self._wake_writer
+        with self._lock:
+            older = [
+                one
+                for (workflow_id, owner_xid), one in self._by_key.items()
+                if workflow_id == execution.key.workflow_id and owner_xid != execution.owner_xid
+            ]
+            known = self._by_key.setdefault((execution.key.workflow_id, execution.owner_xid), execution)
+        for one in older:
+            self.kill(one, "another execution of this run began")
+        return known
+
+    def find(self, workflow_id: str, owner_xid: str | None) -> Execution | None:
+        """Returns the execution of a run under an ownership token."""
+        if owner_xid is None:
+            return None
+        return self._by_key.get((workflow_id, owner_xid))
+
+    def of(self, workflow_id: str) -> list[Execution]:
+        """Returns the executions of a run."""
+        with self._lock:
+            return [one for (id_, _), one in self._by_key.items() if id_ == workflow_id]
+
+    def remove(self, execution: Execution) -> None:
+        """Forgets an execution that has ended."""
+        with self._lock:
+            self._by_key.pop((execution.key.workflow_id, execution.owner_xid), None)
+
+    def kill(self, execution: Execution, reason: str) -> None:
+        """Marks an execution dead: its next DBOS call raises; if it only waits, it is ended now."""
+        if execution.dead:
+            return
+        execution.dead = reason
+        execution.take()
+        for callback in list(execution.on_death):
+            callback()
+        loop, task = execution.loop, execution.task
+        if loop is not None and task is not None:
+
+            def cancel_if_waiting() -> None:
+                # On the loop's own thread, where `bodies` of an asynchronous step cannot change beneath us.
+                if execution.bodies == 0 and not task.done():
+                    task.cancel()
+
+            loop.call_soon_threadsafe(cancel_if_waiting)
+        self.remove(execution)
+
+    def kill_all(self, reason: str) -> None:
+        """Marks every execution dead: this executor is over."""
+        for execution in list(self):
+            self.kill(execution, reason)
+
+    def __len__(self) -> int:
+        return len(self._by_key)
+
+    def __iter__(self) -> Iterator[Execution]:
+        with self._lock:
+            return iter(list(self._by_key.values()))
+
+
+@contextmanager
+def slot_of(execution: Execution | None) -> Iterator[None]:
+    """Holds the slot of an execution, if there is one."""
+    if execution is None:
+        yield
+        return
+    with execution.slot:
+        yield

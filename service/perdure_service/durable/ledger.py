@@ -1,0 +1,443 @@
+"""What the seam writes into our tables, and the events it makes of what DBOS does.
+
+Everything here runs inside a transaction of DBOS's (see `operation`) that holds the status rows it is about, or makes
+events from values without touching the database. Nothing here begins or ends a transaction but the three reads that
+say so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+from dbos._serialization import Serializer
+
+from perdure_service.agents.catalogue import by_workflow
+from perdure_service.domain.approvals import ApprovalState
+from perdure_service.domain.events import Event, EventKind, Pack
+from perdure_service.domain.runs import TERMINAL_STATUSES, Failure, RunKey, RunStart, RunState, derive_state
+from perdure_service.durable import values
+from perdure_service.durable.executions import Execution, now_ms
+from perdure_service.durable.spans import Spans
+from perdure_service.store import approvals, event_log, runs
+from perdure_service.store.dbos_tables import APPLICATION, INPUT, OUTPUTS, STATUS
+from perdure_service.telemetry import derive_trace_id, parse_traceparent
+
+AddEvents = Callable[..., None]
+
+
+@dataclass(frozen=True, slots=True)
+class StartRecord:
+    """A run that has just been written, and its first events."""
+
+    key: RunKey
+    agent: str
+    agent_version: str
+    trace_id: str
+    sampled: bool
+    events: list[Event]
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A run whose status is terminal and whose log is still open."""
+
+    key: RunKey
+    status: str
+    serialization: str | None
+    state: RunState
+
+
+class Ledger:
+    """See the module."""
+
+    def __init__(self, spans: Spans) -> None:
+        self._spans = spans
+
+    # ---- starts ------------------------------------------------------------------------------------------------------
+
+    def record_start(
+        self,
+        conn: sa.Connection,
+        *,
+        status: Mapping[str, Any],
+        start: RunStart | None = None,
+        input_argument: str | None = None,
+        unique_request_id: str | None = None,
+        executor_id: str = "",
+    ) -> StartRecord | None:
+        """Writes the run of a new workflow; returns None when there is one already.
+
+        Args:
+            conn: The transaction that has written DBOS's row.
+            status: DBOS's row.
+            start: What was decided about a run that a caller starts; None for children and foreign workflows.
+            input_argument: See `runs.insert`.
+            unique_request_id: See `runs.insert`.
+            executor_id: The executor on which it begins at once; empty when it waits.
+        """
+        parent = status.get("parent_workflow_id") or None
+        if start is None:
+            start = self._start_of(conn, status, parent)
+        if not runs.insert(
+            conn,
+            start,
+            input_argument=input_argument,
+            parent_workflow_id=parent,
+            unique_request_id=unique_request_id,
+            executor_id=executor_id,
+        ):
+            return None
+        data: dict[str, Any] = {"to": RunState.QUEUED.value}
+        if executor_id:
+            data = {"to": RunState.RUNNING.value, "executor_id": executor_id}
+        elif status["status"] == "DELAYED":
+            data = {"to": RunState.SCHEDULED.value, "until_ms": status.get("delay_until_epoch_ms") or 0}
+        first = Event(EventKind.STATE_CHANGED, now_ms(), data, execution=1 if executor_id else 0)
+        return StartRecord(
+            start.key, start.agent, start.agent_version, start.trace_id, _sampled(start.traceparent), [first]
+        )
+
+    def known(self, conn: sa.Connection, workflow_id: str) -> StartRecord | None:
+        """Returns a run that an earlier attempt of the same start has written; without events."""
+        run = runs.get(conn, workflow_id)
+        return None if run is None else StartRecord(run.key, run.agent, run.agent_version, run.trace_id, True, [])
+
+    @staticmethod
+    def append(conn: sa.Connection, workflow_id: str, events: Iterable[Event]) -> None:
+        """Appends events in a transaction that is not an operation (a caller's own)."""
+        event_log.append(conn, Pack(workflow_id, list(events)))
+
+    def _start_of(self, conn: sa.Connection, status: Mapping[str, Any], parent: str | None) -> RunStart:
+        """Returns what is to be known of a run that was not started through the API."""
+        workflow_id, name = status["workflow_uuid"], status["name"] or ""
+        row = None
+        if parent is not None:
+            row = conn.execute(
+                sa.text(
+                    "SELECT namespace, context_id, trace_id, traceparent, caller, execution FROM perdure.run "
+                    "WHERE workflow_id = :id"
+                ),
+                {"id": parent},
+            ).mappings().first()
+        key = RunKey.of_workflow(workflow_id, row["namespace"] if row else "default")
+        if row:
+            trace_id = row["trace_id"]
+            traceparent = self._spans.traceparent_of_execution(parent or "", trace_id, row["execution"])
+        else:
+            trace_id, traceparent = f"{derive_trace_id(workflow_id):032x}", ""
+        declared = by_workflow(name)
+        agent, _, version = name.partition("@")
+        if declared is not None:
+            agent, version = declared.spec.name, declared.spec.version
+        digest = hashlib.sha256(f"{agent}\n{status.get('inputs') or ''}".encode()).hexdigest()
+        return RunStart(
+            key=key,
+            agent=agent,
+            agent_version=version,
+            input_json="",
+            input_sha256=digest,
+            request_id="",
+            caller=row["caller"] if row else "",
+            context_id=row["context_id"] if row else "",
+            trace_id=trace_id,
+            traceparent=traceparent,
+        )
+
+    def adopt(self, conn: sa.Connection, workflow_ids: Sequence[str], add: AddEvents | None = None) -> list[str]:
+        """Gives a run and event 1 to workflows that have none: foreign clients wrote them.
+
+        Args:
+            conn: A transaction that holds the status rows.
+            workflow_ids: Any; those that have a run are left alone.
+            add: Takes the events for the transaction's packs; None appends them here.
+
+        Returns:
+            The workflow ids that were adopted.
+        """
+        rows = conn.execute(
+            sa.text(
+                f"SELECT s.workflow_uuid, s.status, s.name, s.parent_workflow_id, s.delay_until_epoch_ms, i.inputs "  # noqa: S608
+                f"FROM {STATUS} AS s LEFT JOIN {INPUT} AS i ON i.workflow_uuid = s.workflow_uuid "
+                "WHERE s.workflow_uuid = ANY(:ids) AND NOT EXISTS "
+                "(SELECT 1 FROM perdure.run AS r WHERE r.workflow_id = s.workflow_uuid) ORDER BY s.workflow_uuid"
+            ),
+            {"ids": list(workflow_ids)},
+        ).mappings().fetchall()
+        adopted = []
+        for row in rows:
+            record = self.record_start(conn, status=row)
+            if record is None:
+                continue
+            adopted.append(row["workflow_uuid"])
+            if add is None:
+                self.append(conn, row["workflow_uuid"], record.events)
+            else:
+                add(row["workflow_uuid"], *record.events)
+        return adopted
+
+    # ---- claims ------------------------------------------------------------------------------------------------------
+
+    def claimed(
+        self, conn: sa.Connection, workflow_ids: Sequence[str], owner_xid: str, executor_id: str, add: AddEvents
+    ) -> list[Execution]:
+        """Logs a claim: counts an execution of each run that `owner_xid` has just taken, and returns them."""
+        taken = [
+            row[0]
+            for row in conn.execute(
+                sa.text(
+                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "  # noqa: S608
+                    "AND owner_xid = :owner AND status = 'PENDING' ORDER BY workflow_uuid"
+                ),
+                {"ids": list(workflow_ids), "owner": owner_xid},
+            )
+        ]
+        if not taken:
+            return []
+        self.adopt(conn, taken, add)
+        executions = []
+        for workflow_id, row in sorted(runs.begin_executions(conn, taken, executor_id).items()):
+            execution = Execution(
+                key=RunKey(row["namespace"], row["run_id"], workflow_id),
+                owner_xid=owner_xid,
+                agent=row["agent"],
+                agent_version=row["agent_version"],
+                number=row["execution"],
+                trace_id=row["trace_id"],
+                sampled=_sampled(row["traceparent"]),
+                state=RunState.QUEUED,
+            )
+            add(workflow_id, execution.moved(RunState.RUNNING, executor_id=executor_id))
+            executions.append(execution)
+        return executions
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def checkpoint_events(self, execution: Execution, result: Mapping[str, Any]) -> list[Event]:
+        """Returns the events of a checkpoint: what the step's end looks like to a watcher."""
+        function_id, name = result["function_id"], result["function_name"]
+        if name == "DBOS.sleep":
+            return []
+        step = execution.steps.get(function_id)
+        at = now_ms()
+        data: dict[str, Any] = {"duration_ms": max(0, at - (result["started_at_epoch_ms"] or at))}
+        attempt = step.attempt if step else 0
+        if result["child_workflow_id"] and result["error"] is None:
+            key = RunKey.of_workflow(result["child_workflow_id"], execution.key.namespace)
+            data = {"child_run_id": key.run_id}
+            return [Event(EventKind.CHILD_STARTED, at, data, function_id, name, 0, execution.number)]
+        if result["error"] is None:
+            data["output_bytes"] = len(result["output"] or "")
+            if step and step.preview:
+                data["preview"] = step.preview
+            return [Event(EventKind.STEP_SUCCEEDED, at, data, function_id, name, attempt, execution.number)]
+        failure = (
+            values.failure_of(step.error, name)
+            if step and step.error is not None
+            else Failure("Error", "see the run's failure", name)
+        )
+        execution.last_failed_step = name
+        data["error"] = failure.to_json()
+        return [Event(EventKind.STEP_FAILED, at, data, function_id, name, attempt, execution.number)]
+
+    def step_done(self, execution: Execution, function_id: int) -> None:
+        """Is called after the commit of a step's checkpoint."""
+        self._spans.step_ended(execution, function_id)
+        execution.steps.pop(function_id, None)
+
+    @staticmethod
+    def published(function_id: int, key: str, value: Any) -> Callable[[Execution], list[Event]]:
+        """Returns what makes the event of a published value."""
+
+        def events(execution: Execution) -> list[Event]:
+            data = {"key": key, "value_json": values.to_json(value)}
+            return [Event(EventKind.PUBLISHED, now_ms(), data, function_id, "DBOS.setEvent", 0, execution.number)]
+
+        return events
+
+    @staticmethod
+    def streamed(function_id: int, key: str, value: Any) -> Callable[[Execution], list[Event]]:
+        """Returns what makes the event of an entry of one of DBOS's streams."""
+
+        def events(execution: Execution) -> list[Event]:
+            text = value if isinstance(value, str) else values.to_json(value)
+            data = {"stream": key, "text": text}
+            return [Event(EventKind.OUTPUT_DELTA, now_ms(), data, function_id, "DBOS.writeStream", 1, execution.number)]
+
+        return events
+
+    @staticmethod
+    def has_checkpoint(conn: sa.Connection, workflow_id: str, function_id: int) -> bool:
+        """Returns whether an operation is recorded."""
+        return (
+            conn.execute(
+                sa.text(f"SELECT 1 FROM {OUTPUTS} WHERE workflow_uuid = :w AND function_id = :f"),  # noqa: S608
+                {"w": workflow_id, "f": function_id},
+            ).first()
+            is not None
+        )
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def ended(conn: sa.Connection, workflow_ids: Sequence[str]) -> list[Ended]:
+        """Returns those of the runs whose status is terminal and whose log is open, in order of ids."""
+        rows = conn.execute(
+            sa.text(
+                "SELECT r.workflow_id, r.namespace, r.run_id, s.status, s.serialization, r.waiting_for, r.execution "
+                f"FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id "  # noqa: S608
+                "WHERE r.workflow_id = ANY(:ids) AND r.ended_at IS NULL AND s.status = ANY(:terminal) "
+                "ORDER BY r.workflow_id"
+            ),
+            {"ids": list(workflow_ids), "terminal": sorted(TERMINAL_STATUSES)},
+        )
+        found = []
+        for row in rows:
+            state = RunState.RUNNING
+            if row.execution == 0:
+                state = RunState.QUEUED
+            found.append(Ended(RunKey(row.namespace, row.run_id, row.workflow_id), row.status, row.serialization, state))
+        return found
+
+    def close_own(
+        self,
+        conn: sa.Connection,
+        ended: Ended,
+        execution: Execution | None,
+        output: str | None,
+        error: str | None,
+        serializer: Serializer,
+    ) -> tuple[list[Event], Callable[[], None]]:
+        """Closes the log of a run that this process has just ended; see `close`."""
+        failure = None
+        if error is not None:
+            step = execution.last_failed_step if execution else ""
+            failure = values.stored_failure(error, ended.serialization, serializer, step)
+        return self.close(
+            conn,
+            ended,
+            execution.state if execution else None,
+            failure=failure,
+            output=values.output_json(output, ended.serialization, serializer),
+            execution=execution.number if execution else 0,
+        )
+
+    def close(
+        self,
+        conn: sa.Connection,
+        ended: Ended,
+        from_state: RunState | None = None,
+        *,
+        reason: str = "",
+        end_reason: str | None = None,
+        failure: Failure | None = None,
+        output: str | None = None,
+        execution: int = 0,
+    ) -> tuple[list[Event], Callable[[], None]]:
+        """Marks a run as ended and withdraws what it still asks.
+
+        Returns:
+            The last events of its log, the terminal one last, and what to call after the commit.
+        """
+        if ended.status == "MAX_RECOVERY_ATTEMPTS_EXCEEDED" and failure is None:
+            failure = Failure("MaxRecoveryAttemptsExceeded", "the run was recovered more often than it may be")
+        row = runs.end(conn, ended.key.workflow_id, end_reason=end_reason, failure=failure, output=output)
+        if row is None:
+            return [], lambda: None
+        number = execution or int(row["execution"])
+        state = derive_state(
+            ended.status, waiting_for=None, open_approvals=0, end_reason=end_reason, execution=number
+        )
+        at = now_ms()
+        events = [
+            Event(
+                EventKind.APPROVAL_DECIDED, at,
+                {"approval_id": approval.approval_id, "state": ApprovalState.WITHDRAWN.value},
+                approval.step_id, "perdure.approval", 0, number,
+            )
+            for approval in approvals.withdraw_all(conn, ended.key.workflow_id)
+        ]  # fmt: skip
+        data: dict[str, Any] = {"from": (from_state or ended.state).value, "to": state.value}
+        if reason:
+            data["reason"] = reason
+        if failure is not None:
+            data["failure"] = failure.to_json()
+        events.append(Event(EventKind.STATE_CHANGED, at, data, execution=number))
+        return events, lambda: self._spans.run_ended(row, state, failure)
+
+    def execution_over(self, execution: Execution, why: str | None) -> None:
+        """Is called after the commit that ends an execution; `why` is None when the run ended with it."""
+        self._spans.execution_ended(execution, why)
+
+    # ---- reads of status ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def states(conn: sa.Connection, workflow_ids: Sequence[str]) -> dict[str, tuple[str, RunState]]:
+        """Returns DBOS's status and the derived state of each run that exists."""
+        rows = conn.execute(
+            sa.text(
+                "SELECT s.workflow_uuid, s.status, r.waiting_for, r.end_reason, r.execution, "
+                "(SELECT count(*) FROM perdure.approval AS a WHERE a.workflow_id = s.workflow_uuid "
+                f"AND a.state = 'PENDING') AS approvals FROM {STATUS} AS s "  # noqa: S608
+                "LEFT JOIN perdure.run AS r ON r.workflow_id = s.workflow_uuid WHERE s.workflow_uuid = ANY(:ids)"
+            ),
+            {"ids": list(workflow_ids)},
+        )
+        return {
+            row.workflow_uuid: (
+                row.status,
+                derive_state(
+                    row.status,
+                    waiting_for=row.waiting_for,
+                    open_approvals=row.approvals,
+                    end_reason=row.end_reason,
+                    execution=row.execution or 0,
+                ),
+            )
+            for row in rows
+        }
+
+    @staticmethod
+    def open_ids(engine: sa.Engine, workflow_ids: Sequence[str]) -> list[str]:
+        """Returns those of the workflows that have not ended. Its own transaction."""
+        with engine.begin() as conn:
+            rows = conn.execute(
+                sa.text(
+                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "  # noqa: S608
+                    "AND NOT status = ANY(:terminal) ORDER BY workflow_uuid"
+                ),
+                {"ids": list(workflow_ids), "terminal": sorted(TERMINAL_STATUSES)},
+            )
+            return [row[0] for row in rows]
+
+    @staticmethod
+    def known_ids(engine: sa.Engine, workflow_ids: Sequence[str]) -> list[str]:
+        """Returns those of the workflows that exist. Its own transaction."""
+        with engine.begin() as conn:
+            rows = conn.execute(
+                sa.text(f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids)"),  # noqa: S608
+                {"ids": list(workflow_ids)},
+            )
+            return [row[0] for row in rows]
+
+    @staticmethod
+    def foreign_status(conn: sa.Connection, workflow_id: str) -> str | None:
+        """Returns DBOS's status of a workflow of this application, None when there is none."""
+        found = conn.execute(
+            sa.text(
+                f"SELECT status FROM {STATUS} WHERE workflow_uuid = :id "  # noqa: S608
+                "AND (application_name = :application OR application_name IS NULL)"
+            ),
+            {"id": workflow_id, "application": APPLICATION},
+        ).scalar()
+        return None if found is None else str(found)
+
+
+
+
+def _sampled(traceparent: str) -> bool:
+    caller = parse_traceparent(traceparent)
+    return caller.sampled if caller else True

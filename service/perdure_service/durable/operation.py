@@ -1,0 +1,184 @@
+"""One commit of DBOS's, with our rows in it: what it adds to which log, and what it does when it is repeated.
+
+Every transaction that DBOS begins through our system database runs inside an `Operation`. The operation takes the
+execution's slot before the transaction takes the owner's lock, collects events while DBOS's own SQL runs, and appends
+one pack a run as the transaction's last statements. It outlives the transaction: when DBOS repeats it (a lost
+connection, a serialization conflict, a COMMIT whose reply never came), the same packs are presented again, and the
+log recognises them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import sqlalchemy as sa
+
+from perdure_service.domain.events import Event, Pack
+from perdure_service.domain.runs import RunState
+from perdure_service.durable.executions import Execution, slot_of
+from perdure_service.store import event_log, runs
+
+Hook = Callable[[sa.Connection], None]
+
+
+class Operation:
+    """A logical commit.
+
+    Attributes:
+        execution: Whose buffered events ride along; None for a commit that no live execution makes.
+        attempts: How often the transaction has been begun.
+        begin: Runs first in each transaction.
+        finish: Runs last, before the packs are written; may add events.
+        done: Runs once after COMMIT.
+        facts: What the code around DBOS's call wants to tell the hooks inside it.
+    """
+
+    def __init__(
+        self,
+        execution: Execution | None,
+        *,
+        begin: Hook | None = None,
+        finish: Hook | None = None,
+        done: Callable[[], None] | None = None,
+        **facts: Any,
+    ) -> None:
+        self.execution = execution
+        self.begin = begin
+        self.finish = finish
+        self.done = done
+        self.facts = facts
+        self._after: list[Callable[[], None]] = []
+        self._state = RunState.RUNNING
+        self.attempts = 0
+        self._events: dict[str, list[Event]] = {}
+        self._packs: dict[str, Pack] = {}
+        self._riding: list[Event] = []
+
+    def add(self, workflow_id: str, *events: Event) -> None:
+        """Adds events of a run to this commit."""
+        self._events.setdefault(workflow_id, []).extend(events)
+
+    def after(self, callback: Callable[[], None]) -> None:
+        """Adds something to do once this transaction, and not a failed one before it, is committed."""
+        self._after.append(callback)
+
+    @property
+    def workflow_ids(self) -> list[str]:
+        """The runs that this commit wrote events of."""
+        return list(self._packs)
+
+    def begun(self, conn: sa.Connection) -> None:
+        """Is called in each new transaction."""
+        self.attempts += 1
+        if self.execution is not None:
+            # Events made in a transaction that failed have moved the execution's state; a repeat starts where it was.
+            if self.attempts == 1:
+                self._state = self.execution.state
+            self.execution.state = self._state
+        self._events.clear()
+        self._after.clear()
+        if self.begin is not None:
+            self.begin(conn)
+
+    def write(self, conn: sa.Connection) -> None:
+        """Appends the packs, in order of run ids so that two operations cannot wait for each other."""
+        if self.finish is not None:
+            self.finish(conn)
+        for workflow_id in sorted(self._events):
+            events = self._events[workflow_id]
+            if self.execution is not None and workflow_id == self.execution.key.workflow_id:
+                if workflow_id not in self._packs:
+                    # Frozen with the first attempt: a repeat must present the pack it may already have committed.
+                    self._riding = self.execution.take()
+                events = [*self._riding, *events]
+            if not events:
+                continue
+            pack = self._packs.setdefault(workflow_id, Pack(workflow_id))
+            pack.events = events
+            if event_log.append(conn, pack):
+                runs.apply_events(conn, workflow_id, events)
+
+    def committed(self) -> None:
+        """Is called after COMMIT."""
+        self._riding = []
+        after, self._after = self._after, []
+        for callback in [*after, *([self.done] if self.done else [])]:
+            callback()
+
+    def failed(self) -> None:
+        """Is called when the operation has failed for good: events that only rode along are kept for the next one."""
+        if self.execution is not None and not self.execution.dead:
+            self.execution.give_back(self._riding)
+        self._riding = []
+
+
+class Operations:
+    """The operations under way, a stack for each thread."""
+
+    def __init__(self, committed: Callable[[list[str]], None]) -> None:
+        """Creates the stack.
+
+        Args:
+            committed: Told the workflow ids whose logs a commit has extended, after the commit.
+        """
+        self._local = threading.local()
+        self._committed = committed
+
+    @property
+    def current(self) -> Operation | None:
+        """The innermost operation of this thread."""
+        stack = self._stack()
+        return stack[-1] if stack else None
+
+    @contextmanager
+    def open(self, operation: Operation) -> Iterator[Operation]:
+        """Makes an operation current for the calls inside; DBOS may repeat its transaction as often as it likes."""
+        stack = self._stack()
+        stack.append(operation)
+        try:
+            yield operation
+        except BaseException:
+            operation.failed()
+            raise
+        finally:
+            stack.pop()
+
+    @contextmanager
+    def transaction(
+        self, begin: Callable[[], Any], execution: Callable[[], Execution | None]
+    ) -> Iterator[sa.Connection]:
+        """Runs a transaction of DBOS's in the current operation, or in one of its own.
+
+        Args:
+            begin: Begins the transaction: a context manager of its connection.
+            execution: Finds the execution on whose behalf this thread works, for an operation of its own.
+        """
+        operation = self.current
+        if operation is None:
+            operation = Operation(execution())
+            with self.open(operation), self._run(operation, begin) as conn:
+                yield conn
+        else:
+            with self._run(operation, begin) as conn:
+                yield conn
+
+    @contextmanager
+    def _run(self, operation: Operation, begin: Callable[[], Any]) -> Iterator[sa.Connection]:
+        with slot_of(operation.execution):
+            with begin() as conn:
+                operation.begun(conn)
+                yield conn
+                operation.write(conn)
+            written = operation.workflow_ids
+        if written:
+            self._committed(written)
+        operation.committed()
+
+    def _stack(self) -> list[Operation]:
+        stack: list[Operation] | None = getattr(self._local, "stack", None)
+        if stack is None:
+            stack = self._local.stack = []
+        return stack

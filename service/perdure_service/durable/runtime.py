@@ -1,0 +1,286 @@
+"""DBOS as this product runs it: configured, launched, given runs, and stopped.
+
+Agents run on DBOS's own event loop in a thread of its own, gRPC on another, lease renewal in a third: blocking agent
+code stops neither health nor streams nor renewal. DBOS is a process singleton, so there is one runtime a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+import structlog
+from dbos import DBOS, _core
+from dbos._error import DBOSConflictingWorkflowError
+from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
+
+from perdure_service.agents.catalogue import RegisteredAgent
+from perdure_service.domain.runs import RunStart
+from perdure_service.durable import steps, system_database
+from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.leases import Lease
+from perdure_service.durable.ledger import Ledger
+from perdure_service.durable.operation import Operations
+from perdure_service.durable.spans import Spans
+from perdure_service.durable.system_database import QUEUE, PerdureSystemDatabase, RequestRepeated
+from perdure_service.durable.writer import EventWriter
+from perdure_service.store.dbos_tables import APPLICATION
+from perdure_service.store.engine import is_cockroach
+from perdure_service.telemetry import RunTracer
+
+log = structlog.get_logger()
+
+INTERNAL_QUEUE = "_dbos_internal_queue"
+"""Where DBOS puts what foreign clients resume and fork; DBOS always serves it (dbos/_utils.py)."""
+
+LISTENER_POLL_S = 0.25
+"""How often waits for signals are looked at where there is no LISTEN/NOTIFY (CockroachDB)."""
+
+
+class Runtime:
+    """The engine under the service."""
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        executor_id: str,
+        *,
+        application_version: str,
+        address: str,
+        max_running: int,
+        max_threads: int,
+        queue_poll: timedelta,
+        lease_ttl: timedelta,
+        tracer: RunTracer,
+        hint: Callable[[Sequence[str]], None],
+        lost: Callable[[], None],
+        owns_database: bool = False,
+    ) -> None:
+        """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
+        self.engine = engine
+        self.executor_id = executor_id
+        self._application_version = application_version
+        self._max_running = max_running
+        self._max_threads = max_threads
+        self._queue_poll = queue_poll
+        self.spans = Spans(tracer, executor_id)
+        self.ledger = Ledger(self.spans)
+        self._writer = EventWriter(self._write_buffered)
+        self.executions = Executions(self._writer.wake)
+        self.operations = Operations(hint)
+        self.lease = Lease(
+            engine,
+            executor_id,
+            application_version=application_version,
+            address=address,
+            max_running=max_running,
+            ttl=lease_ttl,
+            executions=self.executions,
+            ledger=self.ledger,
+            hint=hint,
+            lost=lost,
+            owns_database=owns_database,
+        )
+        self._database: PerdureSystemDatabase | None = None
+
+    @property
+    def database(self) -> PerdureSystemDatabase:
+        """DBOS's system database, once launched."""
+        assert self._database is not None, "launch first"
+        return self._database
+
+    # ---- life --------------------------------------------------------------------------------------------------------
+
+    def launch(self) -> int:
+        """Takes the lease and launches DBOS. Blocks; call it from a thread without an event loop, so that DBOS's own
+        loop runs the agents.
+
+        Returns:
+            How many runs were taken back from executors that are gone.
+        """
+        with suppress(RuntimeError):
+            asyncio.get_running_loop()
+            raise AssertionError("launch in a thread without an event loop")
+        taken_back = self.lease.start()
+        self._writer.start()
+        system_database.install(self._build)
+        steps.install(self.executions, self.spans, self.lease.gate)
+        _observe_workflows(self.executions)
+        url = self.engine.url.render_as_string(hide_password=False)
+        DBOS(
+            config={
+                "name": APPLICATION,
+                "system_database_url": url,
+                "system_database_engine": self.engine,
+                "executor_id": self.executor_id,
+                "application_version": self._application_version,
+                "run_migrations": False,
+                "use_listen_notify": not is_cockroach(self.engine),
+                "notification_listener_polling_interval_sec": LISTENER_POLL_S,
+                "max_executor_threads": self._max_threads,
+                "enable_otlp": False,
+                "log_level": "WARNING",
+            }
+        )
+        DBOS.listen_queues([QUEUE])
+        DBOS.launch()
+        DBOS.register_queue(
+            QUEUE,
+            worker_concurrency=self._max_running,
+            polling_interval_sec=self._queue_poll.total_seconds(),
+            on_conflict="always_update",
+        )
+        return taken_back
+
+    def stop(self, timeout: timedelta) -> None:
+        """Takes no more runs, lets those that are at it finish for up to `timeout`, and gives the lease back.
+
+        What has not finished is marked dead here and taken back by another executor at once, as the lease is gone.
+        Blocks.
+        """
+        seconds = max(0, int(timeout.total_seconds()))
+        with suppress(Exception):
+            DBOS.destroy(workflow_completion_timeout_sec=seconds if self._busy() else 0)
+        self.executions.kill_all("this executor stops")
+        self._writer.stop()
+        self.lease.stop()
+
+    def _busy(self) -> bool:
+        return any(execution.bodies for execution in self.executions)
+
+    def _build(self, **arguments: Any) -> PerdureSystemDatabase:
+        database = PerdureSystemDatabase(
+            executions=self.executions,
+            operations=self.operations,
+            ledger=self.ledger,
+            registered=_registered_names,
+            **arguments,
+        )
+        if self._database is None:
+            self._database = database
+        return database
+
+    def _write_buffered(self, execution: Execution) -> None:
+        self.database.write_buffered(execution)
+
+    # ---- starts ------------------------------------------------------------------------------------------------------
+
+    def start(self, agent: RegisteredAgent, start: RunStart, run_input: Any, *, server_made_id: bool) -> str:
+        """Commits the start of a run and, when this executor has a free slot, begins it. Blocks.
+
+        Returns:
+            The workflow id of the run: the one asked for, or, when the server makes ids, the one that this request
+            was given before. Whether the existing run is the one meant is for the caller to compare.
+        """
+        database = self.database
+        dbos = _dbos_instance()
+        arguments = agent.arguments(run_input)
+        status = _core.prepare_enqueued_workflow(
+            dbos, agent.workflow, (), arguments, queue_name=QUEUE, workflow_id=start.key.workflow_id
+        )
+        status["inputs"], status["serialization"] = serialize_args(
+            (), arguments, WorkflowSerializationFormat.PORTABLE, DBOSPortableJSON
+        )
+        begins_later = start.start_at is not None or bool(start.delay_s)
+        if begins_later:
+            status["status"] = "DELAYED"
+            status["delay_until_epoch_ms"] = self._begin_ms(start)
+        elif len(self.executions) < self._max_running:
+            status["status"] = "PENDING"
+        if start.deadline_at is not None:
+            status["workflow_deadline_epoch_ms"] = int(start.deadline_at.timestamp() * 1000)
+        owner_xid = str(uuid.uuid4())
+        argument = agent.input_argument or None
+        try:
+            mine = database.start_run(
+                status,
+                start,
+                creator_xid=owner_xid,
+                input_argument=argument,
+                unique_request_id=start.request_id if server_made_id and start.request_id else None,
+            )
+        except DBOSConflictingWorkflowError:
+            return start.key.workflow_id
+        except RequestRepeated:
+            from perdure_service.store import runs
+
+            with self.engine.begin() as conn:
+                found = runs.find_request(conn, start.key.namespace, start.request_id)
+            return found or start.key.workflow_id
+        if mine:
+            self._begin(status, owner_xid)
+        return start.key.workflow_id
+
+    def _begin(self, status: Any, owner_xid: str) -> None:
+        """Runs a run whose start is committed as ours."""
+        try:
+            _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)
+        except Exception as error:
+            # The run's own failures are recorded by DBOS; what comes here has left it PENDING under a live lease.
+            log.error("run.begin_failed", workflow_id=status["workflow_uuid"], error=type(error).__name__)
+
+    def _begin_ms(self, start: RunStart) -> int:
+        """Returns when a delayed run begins, by the database's clock, in milliseconds since 1970."""
+        if start.start_at is not None:
+            return int(start.start_at.timestamp() * 1000)
+        with self.engine.connect() as conn:
+            now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
+        return int((now.astimezone(UTC) + timedelta(seconds=start.delay_s or 0.0)).timestamp() * 1000)
+
+
+def _dbos_instance() -> Any:
+    from dbos._dbos import _get_dbos_instance
+
+    return _get_dbos_instance()
+
+
+def _registered_names() -> list[str]:
+    return list(_dbos_instance()._registry.workflow_info_map)
+
+
+_plain_execute_async = _core._execute_workflow_async
+_plain_execute_thread = _core._execute_workflow_wthread
+
+
+def _observe_workflows(executions: Executions) -> None:
+    """Makes DBOS tell which task runs which execution, and its logs which run they are about."""
+
+    async def execute_async(dbos: Any, status: Any, func: Any, ctx: Any, args: Any, kwargs: Any) -> Any:
+        execution = executions.find(status["workflow_uuid"], ctx.owner_xid)
+        if execution is not None:
+            execution.task, execution.loop = asyncio.current_task(), asyncio.get_running_loop()
+            _bind_log(execution)
+        try:
+            return await _plain_execute_async(dbos, status, func, ctx, args, kwargs)
+        finally:
+            if execution is not None:
+                executions.remove(execution)
+
+    def execute_thread(dbos: Any, status: Any, func: Any, ctx: Any, *rest: Any) -> Any:
+        execution = executions.find(status["workflow_uuid"], ctx.owner_xid)
+        if execution is not None:
+            _bind_log(execution)
+        try:
+            return _plain_execute_thread(dbos, status, func, ctx, *rest)
+        finally:
+            structlog.contextvars.clear_contextvars()
+            if execution is not None:
+                executions.remove(execution)
+
+    _core._execute_workflow_async = execute_async  # type: ignore[assignment]
+    _core._execute_workflow_wthread = execute_thread  # type: ignore[assignment]
+
+
+def _bind_log(execution: Execution) -> None:
+    structlog.contextvars.bind_contextvars(
+        run_id=execution.key.run_id, execution=execution.number, trace_id=execution.trace_id
+    )
+
+
+
+

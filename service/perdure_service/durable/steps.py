@@ -1,0 +1,196 @@
+"""The attempts of a step, seen where DBOS runs its body: events, spans, and the refusal to begin when it must not.
+
+DBOS records a step when it is over; that it began, that an attempt failed and when the next one comes is visible only
+around the body. `install` puts `observed_invoke_step` in the place of DBOS's own (`dbos._core.invoke_step`, which the
+decorator, `run_step` and `run_step_async` all call): it wraps body and retry verdict, and leaves the rest to DBOS.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from dbos import _core
+from dbos._error import DBOSWorkflowConflictIDError
+
+from perdure_service.domain.events import Event, EventKind
+from perdure_service.durable import values
+from perdure_service.durable.executions import Execution, Executions, StepProgress, now_ms
+from perdure_service.durable.spans import Spans
+
+MAX_RETRY_DELAY_S = 3600.0
+"""DBOS's bound of the delay between two attempts (dbos/_core.py, invoke_step)."""
+
+_dbos_invoke_step = _core.invoke_step
+
+
+@dataclass(frozen=True, slots=True)
+class CurrentStep:
+    """The attempt that this task or thread runs."""
+
+    execution: Execution
+    step_id: int
+    attempt: int
+    closed: list[bool]
+    """Holds True once the attempt is over, so that its output streams close with it."""
+
+
+current_step: ContextVar[CurrentStep | None] = ContextVar("perdure_current_step", default=None)
+
+
+class StepObserver:
+    """Watches one step of one execution."""
+
+    def __init__(
+        self,
+        execution: Execution,
+        step_id: int,
+        name: str,
+        spans: Spans,
+        gate: Callable[[], None],
+        *,
+        max_attempts: int,
+        interval_s: float,
+        backoff: float,
+    ) -> None:
+        self._execution = execution
+        self._step_id = step_id
+        self._name = name
+        self._spans = spans
+        self._gate = gate
+        self._max_attempts = max_attempts
+        self._interval_s = interval_s
+        self._backoff = backoff
+
+    @contextmanager
+    def attempt(self) -> Iterator[StepProgress]:
+        """Surrounds a body: refuses to begin in a dead execution, and tells of the beginning."""
+        execution, step_id = self._execution, self._step_id
+        self._gate()
+        if execution.dead:
+            raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
+        step = execution.steps.get(step_id)
+        if step is None:
+            step = execution.steps[step_id] = StepProgress(self._name, time.time_ns())
+        step.attempt += 1
+        step.attempt_start_ns = time.time_ns()
+        step.error = None
+        if step.attempt == 1:
+            if execution.number > 1:
+                # An earlier execution may have died in this step with its text half written.
+                execution.note(self._event(EventKind.ATTEMPT_RESET, {}, 1))
+            execution.note(self._event(EventKind.STEP_STARTED, {"max_attempts": self._max_attempts}, 1))
+        elif step.wrote_output:
+            step.wrote_output = False
+            execution.note(self._event(EventKind.ATTEMPT_RESET, {}, step.attempt))
+        here = CurrentStep(execution, step_id, step.attempt, [])
+        token = current_step.set(here)
+        context = structlog.contextvars.bind_contextvars(step_name=self._name, attempt=step.attempt)
+        span = self._spans.attempt(execution, step_id, step)
+        execution.bodies += 1
+        try:
+            yield step
+        except BaseException as error:
+            step.error = error
+            span.end("error", type(error).__name__)
+            raise
+        else:
+            span.end("ok")
+        finally:
+            execution.bodies -= 1
+            here.closed.append(True)
+            structlog.contextvars.reset_contextvars(**context)
+            current_step.reset(token)
+
+    def verdict(self, error: BaseException, repeat: bool) -> bool:
+        """Tells of a failed attempt that will be repeated; returns `repeat`."""
+        step = self._execution.steps.get(self._step_id)
+        if repeat and step is not None and step.attempt < self._max_attempts:
+            delay_s = min(self._interval_s * self._backoff ** (step.attempt - 1), MAX_RETRY_DELAY_S)
+            data = {"error": values.failure_of(error, self._name).to_json(), "delay_ms": int(delay_s * 1000)}
+            self._execution.note(self._event(EventKind.STEP_RETRYING, data, step.attempt))
+        return repeat
+
+    def _event(self, kind: EventKind, data: dict[str, Any], attempt: int) -> Event:
+        return Event(kind, now_ms(), data, self._step_id, self._name, attempt, self._execution.number)
+
+
+def _observed_body(func: Callable[..., Any], observer: StepObserver) -> Callable[..., Any]:
+    if inspect.iscoroutinefunction(func):
+
+        @functools.wraps(func)
+        async def async_body(*args: Any, **kwargs: Any) -> Any:
+            with observer.attempt() as step:
+                result = await func(*args, **kwargs)
+                step.preview = values.preview(result)
+                return result
+
+        return async_body
+
+    @functools.wraps(func)
+    def body(*args: Any, **kwargs: Any) -> Any:
+        with observer.attempt() as step:
+            result = func(*args, **kwargs)
+            step.preview = values.preview(result)
+            return result
+
+    return body
+
+
+def _observed_verdict(
+    func: Callable[..., Any], should_retry: Callable[..., Any] | None, observer: StepObserver
+) -> Callable[..., Any] | None:
+    if inspect.iscoroutinefunction(should_retry) and not inspect.iscoroutinefunction(func):
+        return should_retry  # DBOS refuses this, with its own words
+    if inspect.iscoroutinefunction(func):
+
+        async def async_verdict(error: BaseException) -> bool:
+            repeat = True if should_retry is None else should_retry(error)
+            return observer.verdict(error, bool(await repeat if inspect.isawaitable(repeat) else repeat))
+
+        return async_verdict
+
+    def verdict(error: BaseException) -> bool:
+        return observer.verdict(error, True if should_retry is None else bool(should_retry(error)))
+
+    return verdict
+
+
+def install(executions: Executions, spans: Spans, gate: Callable[[], None]) -> None:
+    """Makes DBOS run every step under observation.
+
+    Args:
+        executions: Where to find the execution a step belongs to; a step of none runs unobserved.
+        spans: Where attempts are traced.
+        gate: Called before each body, in its thread; may raise when no body may begin.
+    """
+
+    def observed_invoke_step(
+        dbos: Any, step_ctx: Any, func: Callable[..., Any], args: Any, kwargs: Any, **options: Any
+    ) -> Any:
+        execution = executions.find(step_ctx.workflow_id, step_ctx.owner_xid)
+        if execution is None:
+            return _dbos_invoke_step(dbos, step_ctx, func, args, kwargs, **options)
+        retries = bool(options["retries_allowed"])
+        observer = StepObserver(
+            execution,
+            step_ctx.function_id,
+            options["step_name"],
+            spans,
+            gate,
+            max_attempts=options["max_attempts"] if retries else 1,
+            interval_s=options["interval_seconds"],
+            backoff=options["backoff_rate"],
+        )
+        if retries:
+            options["should_retry"] = _observed_verdict(func, options.get("should_retry"), observer)
+        return _dbos_invoke_step(dbos, step_ctx, _observed_body(func, observer), args, kwargs, **options)
+
+    _core.invoke_step = observed_invoke_step  # type: ignore[assignment]

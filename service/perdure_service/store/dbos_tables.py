@@ -1,0 +1,30 @@
+"""Names what we touch of DBOS's schema, and nothing else does: table names, and the statuses' spelling.
+
+A contract test compares these with DBOS's own metadata (dbos 3.4).
+"""
+
+from __future__ import annotations
+
+SCHEMA = "dbos"
+
+STATUS = f"{SCHEMA}.workflow_status"
+INPUT = f"{SCHEMA}.workflow_input"
+OUTPUTS = f"{SCHEMA}.operation_outputs"
+NOTIFICATIONS = f"{SCHEMA}.notifications"
+
+APPLICATION = "perdure"
+"""DBOS's application name: what every executor of the product shares."""
+
+COLUMNS_USED: dict[str, tuple[str, ...]] = {
+    "workflow_status": (
+        "workflow_uuid", "status", "name", "owner_xid", "executor_id", "queue_name", "application_name",
+        "application_version", "parent_workflow_id", "created_at", "updated_at", "completed_at", "started_at_epoch_ms",
+        "delay_until_epoch_ms", "workflow_deadline_epoch_ms", "recovery_attempts", "serialization", "deduplication_id",
+    ),
+    "workflow_input": ("workflow_uuid", "inputs"),
+    "operation_outputs": ("workflow_uuid", "function_id", "function_name"),
+    "notifications": (
+        "message_uuid", "destination_uuid", "topic", "message", "serialization", "consumed", "consumed_by_function_id",
+    ),
+}  # fmt: skip
+"""What the contract test looks for."""

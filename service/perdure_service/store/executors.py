@@ -1,0 +1,156 @@
+"""Executors' leases, and giving back the runs of executors that are gone. Every time is the database's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import sqlalchemy as sa
+
+from perdure_service.domain.events import Event, EventKind, Pack
+from perdure_service.domain.runs import RunState
+from perdure_service.store import event_log, runs
+from perdure_service.store.dbos_tables import APPLICATION, STATUS
+
+BATCH = 200
+"""Runs given back in one transaction: short enough that its locks are not noticed."""
+
+_NOT_ALIVE = """NOT EXISTS (SELECT 1 FROM perdure.executor AS e WHERE e.executor_id = s.executor_id
+                 AND e.tombstoned_at IS NULL AND e.expires_at > now())"""
+
+
+def register(
+    conn: sa.Connection, executor_id: str, *, application_version: str, address: str, max_running: int, ttl: timedelta
+) -> None:
+    """Inserts the lease of a new executor. Done before DBOS is launched, so that its runs never look orphaned."""
+    conn.execute(
+        sa.text("""
+            INSERT INTO perdure.executor (executor_id, application_version, address, max_running, expires_at)
+            VALUES (:executor_id, :application_version, :address, :max_running,
+                    now() + CAST(:ttl_s AS FLOAT8) * INTERVAL '1 second')
+            ON CONFLICT (executor_id) DO NOTHING
+        """),
+        {
+            "executor_id": executor_id,
+            "application_version": application_version,
+            "address": address,
+            "max_running": max_running,
+            "ttl_s": ttl.total_seconds(),
+        },
+    )
+
+
+def renew(conn: sa.Connection, executor_id: str, ttl: timedelta) -> bool:
+    """Extends a lease, also one that has expired; returns False when it was tombstoned: this executor is over."""
+    renewed = conn.execute(
+        sa.text("""
+            UPDATE perdure.executor SET renewed_at = now(), expires_at = now() + CAST(:ttl_s AS FLOAT8) * INTERVAL '1 second'
+            WHERE executor_id = :executor_id AND tombstoned_at IS NULL
+        """),
+        {"executor_id": executor_id, "ttl_s": ttl.total_seconds()},
+    )
+    return renewed.rowcount == 1
+
+
+def remove(conn: sa.Connection, executor_id: str) -> None:
+    """Ends a lease politely: whatever it still has is free for others at once."""
+    conn.execute(
+        sa.text(
+            "UPDATE perdure.executor SET expires_at = now(), tombstoned_at = now() WHERE executor_id = :executor_id"
+        ),
+        {"executor_id": executor_id},
+    )
+
+
+def tombstone_others(conn: sa.Connection, executor_id: str) -> None:
+    """Declares every other executor gone: for a server that owns its database alone (`dev`)."""
+    conn.execute(
+        sa.text("UPDATE perdure.executor SET tombstoned_at = now() WHERE executor_id <> :e AND tombstoned_at IS NULL"),
+        {"e": executor_id},
+    )
+
+
+def tombstone_expired(conn: sa.Connection, executor_id: str) -> Sequence[str]:
+    """Declares executors whose lease has expired gone, for good; returns their ids.
+
+    The condition is in the statement itself, so a renewal that came first wins, and one that comes later finds the
+    tombstone.
+    """
+    rows = conn.execute(
+        sa.text("""
+            UPDATE perdure.executor SET tombstoned_at = now()
+            WHERE expires_at <= now() AND tombstoned_at IS NULL AND executor_id <> :executor_id RETURNING executor_id
+        """),
+        {"executor_id": executor_id},
+    )
+    return [row[0] for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Requeued:
+    """A run that was given back to the queue."""
+
+    workflow_id: str
+    from_executor_id: str
+
+
+def requeue_orphans(
+    conn: sa.Connection, queue: str, now_ms: int, adopt: Callable[[sa.Connection, Sequence[str]], None]
+) -> list[Requeued]:
+    """Gives running runs without a live executor back to the queue, at most `BATCH`, each with its events.
+
+    "No live executor" is the rule, not a list of the dead: it also catches a run that a zombie dequeues later. The
+    new owner is nobody (`owner_xid` NULL), so whatever the old one still writes is refused. Rows that somebody holds
+    are left for the next time. Two of us at once lock different rows.
+
+    Args:
+        conn: A transaction.
+        queue: The queue for runs that have none.
+        now_ms: The time of the events.
+        adopt: Called with the workflow ids before their logs are written, to give foreign ones a run.
+    """
+    found = conn.execute(
+        sa.text(f"""
+            SELECT s.workflow_uuid, s.executor_id,
+                   (SELECT e.renewed_at FROM perdure.executor AS e WHERE e.executor_id = s.executor_id) AS seen,
+                   now() AS now
+            FROM {STATUS} AS s WHERE s.status = 'PENDING' AND s.application_name = :application AND {_NOT_ALIVE}
+            ORDER BY s.workflow_uuid LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+        """),  # noqa: S608
+        {"application": APPLICATION, "limit": BATCH},
+    ).fetchall()
+    if not found:
+        return []
+    ids = [row[0] for row in found]
+    adopt(conn, ids)
+    conn.execute(
+        sa.text(f"""
+            UPDATE {STATUS} SET status = 'ENQUEUED', owner_xid = NULL, started_at_epoch_ms = NULL,
+                queue_name = coalesce(queue_name, :queue), updated_at = :now_ms
+            WHERE workflow_uuid = ANY(:ids) AND status = 'PENDING'
+        """),  # noqa: S608
+        {"ids": ids, "queue": queue, "now_ms": now_ms},
+    )
+    executions: dict[str, int] = dict(
+        conn.execute(
+            sa.text("SELECT workflow_id, execution FROM perdure.run WHERE workflow_id = ANY(:ids)"), {"ids": ids}
+        ).fetchall()  # type: ignore[arg-type]
+    )
+    for workflow_id, executor_id, seen, now in found:
+        gap_ms = 0 if seen is None else max(0, int((now - seen).total_seconds() * 1000))
+        execution = executions.get(workflow_id, 0)
+        events = [
+            Event(
+                EventKind.RECOVERED, now_ms, {"from_executor_id": executor_id or "", "gap_ms": gap_ms},
+                execution=execution,
+            ),
+            Event(
+                EventKind.STATE_CHANGED, now_ms,
+                {"from": RunState.RUNNING, "to": RunState.QUEUED, "reason": "its executor is gone"},
+                execution=execution,
+            ),
+        ]  # fmt: skip
+        event_log.append(conn, Pack(workflow_id, events))
+        runs.apply_events(conn, workflow_id, events)
+    return [Requeued(workflow_id, executor_id or "") for workflow_id, executor_id, _, _ in found]

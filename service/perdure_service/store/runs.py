@@ -1,0 +1,325 @@
+"""The run index: what we keep of a run beside DBOS's rows, and how a run is put together for a caller.
+
+A run's *state* is not stored: every read derives it from DBOS's status, the open approvals and what the run waits for.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.runs import (
+    DEADLINE_PASSED,
+    TERMINAL_STATUSES,
+    Failure,
+    Progress,
+    Run,
+    RunKey,
+    RunStart,
+    RunState,
+    derive_state,
+)
+from perdure_service.errors import InvalidArgument
+from perdure_service.store.dbos_tables import INPUT, STATUS
+
+_INSERT = sa.text("""
+    INSERT INTO perdure.run (workflow_id, namespace, run_id, agent, agent_version, input_argument, input_sha256,
+        request_id, unique_request_id, caller, labels, context_id, parent_workflow_id, trace_id, traceparent,
+        execution, executor_id, begun_at)
+    VALUES (:workflow_id, :namespace, :run_id, :agent, :agent_version, :input_argument, :input_sha256,
+        :request_id, :unique_request_id, :caller, CAST(:labels AS JSONB), :context_id, :parent_workflow_id, :trace_id,
+        :traceparent, :execution, :executor_id, CASE WHEN CAST(:execution AS INT) > 0 THEN now() END)
+    ON CONFLICT DO NOTHING RETURNING workflow_id
+""")
+
+_COLUMNS = f"""
+    r.workflow_id, r.namespace, r.run_id, r.agent, r.agent_version, r.input_argument, r.input_sha256, r.request_id,
+    r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at, r.execution,
+    r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure,
+    s.status, s.workflow_deadline_epoch_ms,
+    (SELECT count(*) FROM perdure.approval AS a WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
+    (SELECT e.first_sequence + e.event_count - 1 FROM perdure.run_event AS e
+     WHERE e.workflow_id = r.workflow_id ORDER BY e.first_sequence DESC LIMIT 1) AS last_sequence
+"""
+_FROM = f"FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id"  # noqa: S608
+
+_GET = sa.text(f"SELECT {_COLUMNS} {_FROM} WHERE r.workflow_id = :workflow_id")  # noqa: S608
+_GET_FULL = sa.text(
+    f"SELECT {_COLUMNS}, r.output, i.inputs, s.serialization {_FROM} "  # noqa: S608
+    f"LEFT JOIN {INPUT} AS i ON i.workflow_uuid = r.workflow_id WHERE r.workflow_id = :workflow_id"
+)
+
+PORTABLE = "portable_json"
+"""DBOS's name of its JSON format (dbos/_serialization.py)."""
+
+
+def insert(
+    conn: sa.Connection,
+    start: RunStart,
+    *,
+    input_argument: str | None,
+    parent_workflow_id: str | None,
+    unique_request_id: str | None,
+    executor_id: str,
+) -> bool:
+    """Inserts a run; returns False when it, or one of the same unique request, exists.
+
+    Args:
+        conn: The transaction that inserts DBOS's rows.
+        start: What was decided about the run.
+        input_argument: The workflow's parameter that holds the whole input; None when the input's members are the
+            parameters.
+        parent_workflow_id: The workflow that started it, if one did.
+        unique_request_id: The request id when it alone identifies the start (the server made the run's id).
+        executor_id: The executor on which it begins at once; empty when it is queued.
+    """
+    row = conn.execute(
+        _INSERT,
+        {
+            "workflow_id": start.key.workflow_id,
+            "namespace": start.key.namespace,
+            "run_id": start.key.run_id,
+            "agent": start.agent,
+            "agent_version": start.agent_version,
+            "input_argument": input_argument,
+            "input_sha256": start.input_sha256,
+            "request_id": start.request_id,
+            "unique_request_id": unique_request_id,
+            "caller": start.caller,
+            "labels": json.dumps(dict(start.labels)),
+            "context_id": start.context_id,
+            "parent_workflow_id": parent_workflow_id,
+            "trace_id": start.trace_id,
+            "traceparent": start.traceparent,
+            "execution": 1 if executor_id else 0,
+            "executor_id": executor_id,
+        },
+    ).first()
+    return row is not None
+
+
+def find_request(conn: sa.Connection, namespace: str, request_id: str) -> str | None:
+    """Returns the workflow id of the run whose server-made id this request was given, or None."""
+    found = conn.execute(
+        sa.text("SELECT workflow_id FROM perdure.run WHERE namespace = :n AND unique_request_id = :r"),
+        {"n": namespace, "r": request_id},
+    ).scalar()
+    return None if found is None else str(found)
+
+
+def get(conn: sa.Connection, workflow_id: str, *, full: bool = False) -> Run | None:
+    """Returns a run, with input and output when `full`; None when there is none of this workflow id.
+
+    Its `last_sequence` is from the same statement, so a snapshot and its place in the log agree.
+    """
+    row = conn.execute(_GET_FULL if full else _GET, {"workflow_id": workflow_id}).mappings().first()
+    return None if row is None else _run(row)
+
+
+def list_page(
+    conn: sa.Connection,
+    namespace: str,
+    *,
+    states: frozenset[RunState],
+    agent: str,
+    labels: Mapping[str, str],
+    context_id: str,
+    page_size: int,
+    page_token: str,
+) -> tuple[list[Run], str]:
+    """Returns a page of runs, newest first, and the token of the next page (empty at the end).
+
+    Raises:
+        InvalidArgument: The token is not from this list.
+    """
+    filter_hash = [namespace, sorted(states), agent, dict(sorted(labels.items())), context_id]
+    conditions = ["r.namespace = :namespace"]
+    values: dict[str, Any] = {"namespace": namespace, "limit": page_size + 1}
+    if page_token:
+        at, workflow_id = decode_token(page_token, filter_hash)
+        conditions.append("(r.created_at, r.workflow_id) < (CAST(:at AS TIMESTAMPTZ), CAST(:workflow_id AS TEXT))")
+        values |= {"at": at, "workflow_id": workflow_id}
+    if agent:
+        conditions.append("r.agent = :agent")
+        values["agent"] = agent
+    if context_id:
+        conditions.append("r.context_id = :context_id")
+        values["context_id"] = context_id
+    if labels:
+        conditions.append("r.labels @> CAST(:labels AS JSONB)")
+        values["labels"] = json.dumps(dict(labels))
+    if states:
+        conditions.append(f"({' OR '.join(_STATE_SQL[state] for state in sorted(states))})")
+        values["deadline_passed"] = DEADLINE_PASSED
+    query = sa.text(
+        f"SELECT {_COLUMNS} {_FROM} WHERE {' AND '.join(conditions)} "  # noqa: S608 - fixed fragments only
+        "ORDER BY r.created_at DESC, r.workflow_id DESC LIMIT :limit"
+    )
+    rows = conn.execute(query, values).mappings().fetchall()
+    token = ""
+    if len(rows) > page_size:
+        rows = rows[:page_size]
+        token = encode_token((rows[-1]["created_at"].isoformat(), rows[-1]["workflow_id"]), filter_hash)
+    return [_run(row) for row in rows], token
+
+
+_OPEN_APPROVAL = (
+    "EXISTS (SELECT 1 FROM perdure.approval AS a WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING')"
+)
+# derive_state in SQL, one condition a state; a test compares the two over every combination.
+_STATE_SQL: dict[RunState, str] = {
+    RunState.SCHEDULED: "(s.status = 'DELAYED' AND r.execution = 0)",
+    RunState.QUEUED: "s.status = 'ENQUEUED'",
+    RunState.RUNNING: f"(s.status = 'PENDING' AND coalesce(r.waiting_for, '') <> 'sleep' "
+    f"AND coalesce(r.waiting_for, '') NOT LIKE 'signal%' AND NOT {_OPEN_APPROVAL})",
+    RunState.AWAITING_INPUT: f"(s.status = 'PENDING' AND (coalesce(r.waiting_for, '') LIKE 'signal%' OR {_OPEN_APPROVAL}))",
+    RunState.SLEEPING: f"((s.status = 'PENDING' AND r.waiting_for = 'sleep' AND NOT {_OPEN_APPROVAL}) "
+    "OR (s.status = 'DELAYED' AND r.execution > 0))",
+    RunState.SUCCEEDED: "s.status = 'SUCCESS'",
+    RunState.FAILED: "s.status IN ('ERROR', 'MAX_RECOVERY_ATTEMPTS_EXCEEDED')",
+    RunState.CANCELLED: "(s.status = 'CANCELLED' AND coalesce(r.end_reason, '') <> :deadline_passed)",
+    RunState.EXPIRED: "(s.status = 'CANCELLED' AND r.end_reason = :deadline_passed)",
+}
+
+
+def apply_events(conn: sa.Connection, workflow_id: str, events: Sequence[Event]) -> None:
+    """Brings the run's row up to what a pack of its log says: progress, and what it waits for."""
+    changes: dict[str, Any] = {}
+    for event in events:
+        if event.kind is EventKind.PROGRESS:
+            changes["progress"] = json.dumps(dict(event.data))
+        elif event.kind is EventKind.STATE_CHANGED:
+            changes["waiting_for"] = event.data.get("waiting_for")
+            changes["state_reason"] = str(event.data.get("reason", ""))
+    if changes:
+        assignments = ", ".join(f"{name} = :{name}" for name in changes)
+        conn.execute(
+            sa.text(f"UPDATE perdure.run SET {assignments} WHERE workflow_id = :workflow_id"),  # noqa: S608
+            {**changes, "workflow_id": workflow_id},
+        )
+
+
+def begin_executions(
+    conn: sa.Connection, workflow_ids: Sequence[str], executor_id: str
+) -> dict[str, Mapping[str, Any]]:
+    """Counts a new execution of each run on this executor; returns their rows by workflow id."""
+    rows = conn.execute(
+        sa.text("""
+            UPDATE perdure.run SET execution = execution + 1, executor_id = :executor_id, ended_at = NULL,
+                begun_at = coalesce(begun_at, now()), waiting_for = NULL, end_reason = NULL
+            WHERE workflow_id = ANY(:workflow_ids)
+            RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent, created_at
+        """),
+        {"executor_id": executor_id, "workflow_ids": list(workflow_ids)},
+    ).mappings()
+    return {row["workflow_id"]: dict(row) for row in rows}
+
+
+def end(
+    conn: sa.Connection,
+    workflow_id: str,
+    *,
+    end_reason: str | None = None,
+    failure: Failure | None = None,
+    output: str | None = None,
+) -> Mapping[str, Any] | None:
+    """Marks a run's log as closed; returns its row, or None when it was closed, or is not ours to know."""
+    row = (
+        conn.execute(
+            sa.text("""
+            UPDATE perdure.run SET ended_at = now(), end_reason = :end_reason, failure = :failure, output = :output,
+                waiting_for = NULL
+            WHERE workflow_id = :workflow_id AND ended_at IS NULL
+            RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent, created_at,
+                executor_id, begun_at
+        """),
+            {
+                "workflow_id": workflow_id,
+                "end_reason": end_reason,
+                "failure": None if failure is None else json.dumps(failure.to_json()),
+                "output": output,
+            },
+        )
+        .mappings()
+        .first()
+    )
+    return None if row is None else dict(row)
+
+
+def _run(row: Mapping[str, Any]) -> Run:
+    status = row["status"]
+    deadline_ms = row["workflow_deadline_epoch_ms"]
+    progress = json.loads(row["progress"]) if row["progress"] else None
+    labels = row["labels"] if isinstance(row["labels"], dict) else json.loads(row["labels"])
+    parent = row["parent_workflow_id"]
+    return Run(
+        key=RunKey(row["namespace"], row["run_id"], row["workflow_id"]),
+        agent=row["agent"],
+        agent_version=row["agent_version"],
+        input_sha256=row["input_sha256"],
+        request_id=row["request_id"],
+        state=derive_state(
+            status,
+            waiting_for=row["waiting_for"],
+            open_approvals=row["approvals"],
+            end_reason=row["end_reason"],
+            execution=row["execution"],
+        ),
+        state_reason=row["state_reason"],
+        create_time=row["created_at"],
+        start_time=row["begun_at"],
+        end_time=row["ended_at"] if status in TERMINAL_STATUSES else None,
+        deadline_time=None if deadline_ms is None else datetime.fromtimestamp(deadline_ms / 1000, UTC),
+        execution=row["execution"],
+        executor_id=row["executor_id"],
+        progress=None if progress is None else Progress(**progress),
+        pending_approvals=row["approvals"],
+        labels=labels,
+        context_id=row["context_id"],
+        parent_run_id="" if parent is None else RunKey.of_workflow(parent).run_id,
+        trace_id=row["trace_id"],
+        last_sequence=row["last_sequence"] or 0,
+        failure=Failure.from_json(json.loads(row["failure"])) if row["failure"] else None,
+        input_json=_input_json(row) if "inputs" in row else None,
+        output_json=row.get("output"),
+    )
+
+
+def _input_json(row: Mapping[str, Any]) -> str | None:
+    """Returns the input as it was sent, from DBOS's portable arguments; None for a foreign workflow's own format."""
+    if row["serialization"] != PORTABLE or row["inputs"] is None:
+        return None
+    arguments = json.loads(row["inputs"])
+    named = arguments.get("namedArgs") or {}
+    argument = row["input_argument"]
+    value = named.get(argument) if argument is not None else named
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
+
+
+# ---- page tokens -----------------------------------------------------------------------------------------------------
+
+
+def encode_token(position: Sequence[Any], filter_key: Any) -> str:
+    """Returns an opaque page token: a position, bound to the list (its filter) it was made for."""
+    return base64.urlsafe_b64encode(json.dumps([1, list(position), filter_key]).encode()).decode().rstrip("=")
+
+
+def decode_token(token: str, filter_key: Any) -> list[Any]:
+    """Returns the position of a page token.
+
+    Raises:
+        InvalidArgument: It is not a token, or one of another list.
+    """
+    try:
+        version, position, made_for = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
+    except (ValueError, TypeError):
+        raise InvalidArgument("page_token", "is not a token of this service") from None
+    if version != 1 or not isinstance(position, list) or made_for != json.loads(json.dumps(filter_key)):
+        raise InvalidArgument("page_token", "belongs to another list; keep the other fields as they were")
+    return position

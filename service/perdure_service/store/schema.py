@@ -1,0 +1,143 @@
+"""Decides our tables (schema `perdure`, beside DBOS's `dbos`): the migrations, in order, one schema change each.
+
+Keys: `run` is keyed by the workflow id, which holds namespace and run id (`<namespace>.<run_id>.r`), so that the log,
+the approvals and DBOS's own rows join on one column (ADR 0003). `run_event` is keyed by (workflow_id, first_sequence):
+a pack is the events of one commit, and two writers that read the same prefix of a log collide on that key.
+"""
+
+from __future__ import annotations
+
+from perdure_service.store.documents import DOCUMENT_MIGRATION_STATEMENTS, REPORT_MIGRATION_STATEMENTS
+from perdure_service.store.migrations import Migration
+
+MIGRATIONS: tuple[Migration, ...] = (
+    Migration(
+        1,
+        "run",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.run (
+                 workflow_id TEXT PRIMARY KEY,
+                 namespace TEXT NOT NULL,
+                 run_id TEXT NOT NULL,
+                 agent TEXT NOT NULL,
+                 agent_version TEXT NOT NULL,
+                 input_argument TEXT,
+                 input_sha256 TEXT NOT NULL,
+                 request_id TEXT NOT NULL,
+                 unique_request_id TEXT,
+                 caller TEXT NOT NULL,
+                 labels JSONB NOT NULL,
+                 context_id TEXT NOT NULL,
+                 parent_workflow_id TEXT,
+                 trace_id TEXT NOT NULL,
+                 traceparent TEXT NOT NULL,
+                 created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+                 begun_at TIMESTAMPTZ,
+                 ended_at TIMESTAMPTZ,
+                 execution INT NOT NULL DEFAULT 0,
+                 executor_id TEXT NOT NULL DEFAULT '',
+                 progress TEXT,
+                 waiting_for TEXT,
+                 state_reason TEXT NOT NULL DEFAULT '',
+                 end_reason TEXT,
+                 failure TEXT,
+                 output TEXT,
+                 UNIQUE (namespace, unique_request_id)
+               )""",
+        ),
+    ),
+    Migration(
+        2,
+        "run_by_time",
+        ("CREATE INDEX IF NOT EXISTS run_by_time ON perdure.run (namespace, created_at DESC, workflow_id DESC)",),
+    ),
+    Migration(
+        3,
+        "run_event",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.run_event (
+                 workflow_id TEXT NOT NULL,
+                 first_sequence BIGINT NOT NULL,
+                 event_count INT NOT NULL,
+                 pack_id TEXT NOT NULL,
+                 previous_first BIGINT,
+                 events TEXT NOT NULL,
+                 committed_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+                 PRIMARY KEY (workflow_id, first_sequence)
+               )""",
+        ),
+    ),
+    Migration(
+        4,
+        "approval",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.approval (
+                 workflow_id TEXT NOT NULL,
+                 step_id INT NOT NULL,
+                 namespace TEXT NOT NULL,
+                 approval_id TEXT NOT NULL,
+                 agent TEXT NOT NULL,
+                 title TEXT NOT NULL,
+                 payload TEXT NOT NULL,
+                 answer_schema TEXT NOT NULL,
+                 assignees TEXT NOT NULL,
+                 created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+                 deadline_at TIMESTAMPTZ,
+                 on_timeout TEXT NOT NULL,
+                 state TEXT NOT NULL DEFAULT 'PENDING',
+                 decided_by TEXT NOT NULL DEFAULT '',
+                 decided_at TIMESTAMPTZ,
+                 comment TEXT NOT NULL DEFAULT '',
+                 answer TEXT NOT NULL DEFAULT '',
+                 revision BIGINT NOT NULL DEFAULT 1,
+                 PRIMARY KEY (workflow_id, step_id)
+               )""",
+        ),
+    ),
+    Migration(
+        5,
+        "approval_inbox",
+        ("CREATE INDEX IF NOT EXISTS approval_inbox ON perdure.approval (namespace, state, created_at, workflow_id)",),
+    ),
+    Migration(
+        6,
+        "approval_changed",
+        ("CREATE INDEX IF NOT EXISTS approval_changed ON perdure.approval (namespace, decided_at)",),
+    ),
+    Migration(
+        7,
+        "executor",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.executor (
+                 executor_id TEXT PRIMARY KEY,
+                 application_version TEXT NOT NULL,
+                 address TEXT NOT NULL,
+                 max_running INT NOT NULL,
+                 started_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+                 renewed_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+                 expires_at TIMESTAMPTZ NOT NULL,
+                 tombstoned_at TIMESTAMPTZ
+               )""",
+        ),
+    ),
+    Migration(
+        8,
+        "agent",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.agent (
+                 name TEXT NOT NULL,
+                 version TEXT NOT NULL,
+                 description TEXT NOT NULL,
+                 input_schema TEXT NOT NULL,
+                 output_schema TEXT,
+                 is_current BOOL NOT NULL,
+                 registered_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+                 PRIMARY KEY (name, version)
+               )""",
+        ),
+    ),
+    *(
+        Migration(9 + index, f"documents_{index + 1}", (statement,))
+        for index, statement in enumerate((*DOCUMENT_MIGRATION_STATEMENTS, *REPORT_MIGRATION_STATEMENTS))
+    ),
+)

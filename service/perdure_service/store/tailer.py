@@ -1,0 +1,202 @@
+"""The tailer: reads the news of all watched runs in one query and hands it to whoever watches.
+
+A *hint* says that a run has news; it never carries truth. Hints come from commits of this process; whatever is watched
+is also looked at every `poll_s`, all of it in one query, so a missed hint costs a delay and nothing else. Ten thousand
+idle watchers cost that one query.
+
+A subscription's mailbox is bounded. One that overflows, or that meets a pack which does not follow the last, is
+`behind`: its watcher reads the log itself, at its own pace, and then goes on with the mailbox. So a slow reader delays
+nobody and loses nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import structlog
+
+from perdure_service.store.event_log import News
+
+MAILBOX_PACKS = 64
+"""Packs that wait for a watcher at most; one that falls further behind reads the log itself."""
+
+ERROR_BACKOFF_S = 1.0
+"""How long to wait after a failed read, so that a database that is away is not hammered."""
+
+log = structlog.get_logger()
+
+
+class Subscription:
+    """One watcher's place in a run. Used on the tailer's loop only."""
+
+    def __init__(self, workflow_id: str) -> None:
+        self.workflow_id = workflow_id
+        self.behind = True
+        """Whether the watcher must read the log before it goes on with the mailbox."""
+        self.packs: deque[News] = deque()
+        self.changed = asyncio.Event()
+
+    def deliver(self, pack: News) -> None:
+        """Puts a pack into the mailbox."""
+        if self.behind:
+            return
+        if len(self.packs) >= MAILBOX_PACKS:
+            self.packs.clear()
+            self.behind = True
+        else:
+            self.packs.append(pack)
+        self.changed.set()
+
+    def wake(self) -> None:
+        """Says that the log should be read."""
+        self.changed.set()
+
+
+class _Feed:
+    """What is known of one watched run."""
+
+    __slots__ = ("dirty", "position", "subscriptions")
+
+    def __init__(self) -> None:
+        self.subscriptions: set[Subscription] = set()
+        self.position = 0
+        self.dirty = False
+
+
+class Tailer:
+    """See the module. Runs on one asyncio loop; `hint` may be called from any thread."""
+
+    def __init__(
+        self,
+        read_news: Callable[[Mapping[str, int]], Sequence[News]],
+        close_ended: Callable[[Sequence[str]], None],
+        *,
+        poll_s: float,
+    ) -> None:
+        """Creates the tailer.
+
+        Args:
+            read_news: Returns the packs after the given position of each run; blocks.
+            close_ended: Ends the logs of those runs that ended without a terminal event; blocks.
+            poll_s: How often everything watched is looked at.
+        """
+        self._read_news = read_news
+        self._close_ended = close_ended
+        self._poll_s = poll_s
+        self._feeds: dict[str, _Feed] = {}
+        self._hinted: set[str] = set()
+        self._lock = threading.Lock()
+        self._wake = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Starts on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._task = self._loop.create_task(self._run(), name="tailer")
+
+    async def stop(self) -> None:
+        """Stops; subscriptions get nothing more."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    def hint(self, workflow_ids: Iterable[str]) -> None:
+        """Says that these runs may have news. From any thread, after the commit."""
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+        with self._lock:
+            watched = [one for one in workflow_ids if one in self._feeds]
+            if not watched:
+                return
+            quiet = not self._hinted
+            self._hinted.update(watched)
+        if quiet:
+            loop.call_soon_threadsafe(self._wake.set)
+
+    def subscribe(self, workflow_id: str) -> Subscription:
+        """Registers a watcher; it reads the log first, then waits. Register, then read, then wait: no gap."""
+        subscription = Subscription(workflow_id)
+        with self._lock:
+            self._feeds.setdefault(workflow_id, _Feed()).subscriptions.add(subscription)
+        return subscription
+
+    def caught_up(self, subscription: Subscription, position: int) -> None:
+        """Says that a watcher has read the log up to `position` and goes on with its mailbox."""
+        feed = self._feeds[subscription.workflow_id]
+        subscription.behind = False
+        subscription.packs.clear()
+        if feed.position > position:
+            # The feed went past while this watcher read: what it got in between went to others only.
+            subscription.behind = True
+            subscription.changed.set()
+            return
+        feed.position = position
+        # What was committed since the watcher's last read may have been hinted at before this feed had a position.
+        self.hint([subscription.workflow_id])
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Ends a watcher's registration."""
+        with self._lock:
+            feed = self._feeds.get(subscription.workflow_id)
+            if feed is None:
+                return
+            feed.subscriptions.discard(subscription)
+            if not feed.subscriptions:
+                del self._feeds[subscription.workflow_id]
+
+    @property
+    def watched(self) -> int:
+        """How many runs are watched here."""
+        return len(self._feeds)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_poll = loop.time() + self._poll_s
+        while True:
+            try:
+                await asyncio.wait_for(self._wake.wait(), timeout=max(0.0, next_poll - loop.time()))
+            except TimeoutError:
+                pass
+            self._wake.clear()
+            with self._lock:
+                hinted, self._hinted = self._hinted, set()
+                everything = loop.time() >= next_poll
+                chosen = {
+                    workflow_id: feed.position
+                    for workflow_id, feed in self._feeds.items()
+                    if feed.position and (everything or workflow_id in hinted)
+                }
+                all_ids = list(self._feeds) if everything else []
+            if everything:
+                next_poll = loop.time() + self._poll_s
+            try:
+                if chosen:
+                    await self._read(chosen)
+                if all_ids:
+                    await asyncio.to_thread(self._close_ended, all_ids)
+            except Exception as error:
+                log.warning("tailer.read_failed", error=type(error).__name__)
+                await asyncio.sleep(ERROR_BACKOFF_S)
+
+    async def _read(self, chosen: Mapping[str, int]) -> None:
+        packs = await asyncio.to_thread(self._read_news, chosen)
+        for pack in packs:
+            feed = self._feeds.get(pack.workflow_id)
+            if feed is None or pack.first_sequence <= feed.position:
+                continue
+            if pack.first_sequence != feed.position + 1:
+                # The first statement's order and the key forbid it; if it happens, readers of the log will see.
+                log.error("tailer.hole", workflow_id=pack.workflow_id, after=feed.position, found=pack.first_sequence)
+                for subscription in feed.subscriptions:
+                    subscription.behind = True
+                    subscription.wake()
+                continue
+            feed.position = pack.first_sequence + len(pack.events) - 1
+            for subscription in feed.subscriptions:
+                subscription.deliver(pack)
