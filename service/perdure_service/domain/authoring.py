@@ -41,7 +41,7 @@ class RunContext(Protocol):
         title: str,
         *,
         payload: Any = None,
-        timeout: timedelta | None = None,
+        timeout: timedelta | None = None,  # noqa: ASYNC109 - durable, for people
         on_timeout: Literal["REJECT", "APPROVE", "FAIL_RUN"] = "REJECT",
         assignees: Sequence[str] = (),
         answer_schema: dict[str, Any] | None = None,
@@ -52,7 +52,7 @@ class RunContext(Protocol):
             ApprovalTimeout: Nobody decided in time and `on_timeout` is FAIL_RUN.
         """
 
-    async def signal(self, name: str, *, timeout: timedelta | None = None) -> Any:
+    async def signal(self, name: str, *, timeout: timedelta | None = None) -> Any:  # noqa: ASYNC109 - as above
         """Waits for the next signal of this name and returns its payload.
 
         Raises:
@@ -60,10 +60,10 @@ class RunContext(Protocol):
         """
 
     def idempotency_key(self) -> str:
-        """Returns the key of this step of this run, the same in every attempt and execution; give it to side effects."""
+        """Returns the key of this step of this run for side effects: the same in every attempt and execution."""
 
 
-class ApprovalTimeout(Exception):  # noqa: N818 - named for what happened
+class ApprovalTimeout(Exception):
     """Nobody decided before the deadline, and the agent asked to fail then."""
 
 

@@ -198,6 +198,21 @@ def _apply(steps: dict[int, Step], event: Event) -> None:
     steps[event.step_id] = step
 
 
+def half_written(events: Iterable[Event]) -> list[tuple[int, str]]:
+    """Returns the steps (id, name) whose text an execution that died has left half written, from a run's events.
+
+    Of a step that finished, and of one whose earlier text is void already, nothing is half written. Text that the
+    workflow's own code wrote (step 0) is written again by every replay, so it is, too.
+    """
+    open_steps: dict[int, str] = {}
+    for event in events:
+        if event.kind is EventKind.OUTPUT_DELTA:
+            open_steps[event.step_id] = event.step_name
+        elif event.kind in (EventKind.STEP_SUCCEEDED, EventKind.STEP_FAILED, EventKind.ATTEMPT_RESET):
+            open_steps.pop(event.step_id, None)
+    return sorted(open_steps.items())
+
+
 def of_kinds(events: Iterable[Event], kinds: frozenset[EventKind]) -> Iterator[Event]:
     """Yields the events that a watcher of these kinds gets; an empty set means all, and the end is always sent."""
     for event in events:

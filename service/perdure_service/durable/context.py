@@ -119,7 +119,7 @@ class BoundRun:
             raise RuntimeError("an idempotency key belongs to a step; call this inside a @DBOS.step()")
         return f"{self._execution.key.workflow_id}:{step.step_id}"
 
-    async def signal(self, name: str, *, timeout: timedelta | None = None) -> Any:
+    async def signal(self, name: str, *, timeout: timedelta | None = None) -> Any:  # noqa: ASYNC109 - durable
         """See `RunContext`."""
         seconds = FOREVER_S if timeout is None else timeout.total_seconds()
         payload = await DBOS.recv_async(name, timeout_seconds=seconds)
@@ -132,7 +132,7 @@ class BoundRun:
         title: str,
         *,
         payload: Any = None,
-        timeout: timedelta | None = None,
+        timeout: timedelta | None = None,  # noqa: ASYNC109 - durable, for people
         on_timeout: Literal["REJECT", "APPROVE", "FAIL_RUN"] = "REJECT",
         assignees: Sequence[str] = (),
         answer_schema: dict[str, Any] | None = None,
@@ -268,7 +268,7 @@ class BoundRun:
             )
             conn.execute(
                 sa.text(
-                    f"UPDATE {NOTIFICATIONS} SET consumed = true, consumed_by_function_id = :step "  # noqa: S608
+                    f"UPDATE {NOTIFICATIONS} SET consumed = true, consumed_by_function_id = :step "
                     "WHERE destination_uuid = :id AND topic = :topic AND consumed = false"
                 ),
                 {"id": workflow_id, "topic": approval_topic(step_id), "step": step_id},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import structlog
 
@@ -57,14 +57,12 @@ class Inbox:
 
     async def _run(self) -> None:
         while True:
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), timeout=self._poll_s)
-            except TimeoutError:
-                pass
             self._woken.clear()
             try:
                 found = await asyncio.to_thread(self._read, sorted(set(self._watchers.values())))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - logged; the next look tries again
                 log.warning("inbox.read_failed", error=type(error).__name__)
                 await asyncio.sleep(self._poll_s)
                 continue

@@ -115,7 +115,7 @@ class Lease:
             self._thread.join(timeout=5)
         try:
             retrying(self._engine, "lease.remove", lambda conn: executors.remove(conn, self._executor_id))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
             log.warning("lease.remove_failed", error=type(error).__name__)
 
     def gate(self) -> None:
@@ -153,7 +153,7 @@ class Lease:
                 alive = retrying(
                     self._engine, "lease.renew", lambda conn: executors.renew(conn, self._executor_id, self._ttl)
                 )
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
                 log.warning("lease.renew_failed", error=type(error).__name__)
                 continue
             if not alive:
@@ -172,5 +172,5 @@ class Lease:
                         lambda conn: executors.tombstone_expired(conn, self._executor_id),
                     )
                     self.take_back()
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
                     log.warning("lease.take_back_failed", error=type(error).__name__)

@@ -8,7 +8,7 @@ say so.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from dbos._serialization import Serializer
 
 from perdure_service.agents.catalogue import by_workflow
 from perdure_service.domain.approvals import ApprovalState
-from perdure_service.domain.events import Event, EventKind, Pack
+from perdure_service.domain.events import Event, EventKind, Pack, half_written
 from perdure_service.domain.runs import TERMINAL_STATUSES, Failure, RunKey, RunStart, RunState, derive_state
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, now_ms
@@ -116,13 +116,17 @@ class Ledger:
         workflow_id, name = status["workflow_uuid"], status["name"] or ""
         row = None
         if parent is not None:
-            row = conn.execute(
-                sa.text(
-                    "SELECT namespace, context_id, trace_id, traceparent, caller, execution FROM perdure.run "
-                    "WHERE workflow_id = :id"
-                ),
-                {"id": parent},
-            ).mappings().first()
+            row = (
+                conn.execute(
+                    sa.text(
+                        "SELECT namespace, context_id, trace_id, traceparent, caller, execution FROM perdure.run "
+                        "WHERE workflow_id = :id"
+                    ),
+                    {"id": parent},
+                )
+                .mappings()
+                .first()
+            )
         key = RunKey.of_workflow(workflow_id, row["namespace"] if row else "default")
         if row:
             trace_id = row["trace_id"]
@@ -158,18 +162,22 @@ class Ledger:
         Returns:
             The workflow ids that were adopted.
         """
-        rows = conn.execute(
-            sa.text(
-                f"SELECT s.workflow_uuid, s.status, s.name, s.parent_workflow_id, s.delay_until_epoch_ms, i.inputs "  # noqa: S608
-                f"FROM {STATUS} AS s LEFT JOIN {INPUT} AS i ON i.workflow_uuid = s.workflow_uuid "
-                "WHERE s.workflow_uuid = ANY(:ids) AND NOT EXISTS "
-                "(SELECT 1 FROM perdure.run AS r WHERE r.workflow_id = s.workflow_uuid) ORDER BY s.workflow_uuid"
-            ),
-            {"ids": list(workflow_ids)},
-        ).mappings().fetchall()
+        rows = (
+            conn.execute(
+                sa.text(
+                    f"SELECT s.workflow_uuid, s.status, s.name, s.parent_workflow_id, s.delay_until_epoch_ms, i.inputs "
+                    f"FROM {STATUS} AS s LEFT JOIN {INPUT} AS i ON i.workflow_uuid = s.workflow_uuid "
+                    "WHERE s.workflow_uuid = ANY(:ids) AND NOT EXISTS "
+                    "(SELECT 1 FROM perdure.run AS r WHERE r.workflow_id = s.workflow_uuid) ORDER BY s.workflow_uuid"
+                ),
+                {"ids": list(workflow_ids)},
+            )
+            .mappings()
+            .fetchall()
+        )
         adopted = []
         for row in rows:
-            record = self.record_start(conn, status=row)
+            record = self.record_start(conn, status=dict(row))
             if record is None:
                 continue
             adopted.append(row["workflow_uuid"])
@@ -189,7 +197,7 @@ class Ledger:
             row[0]
             for row in conn.execute(
                 sa.text(
-                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "  # noqa: S608
+                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
                     "AND owner_xid = :owner AND status = 'PENDING' ORDER BY workflow_uuid"
                 ),
                 {"ids": list(workflow_ids), "owner": owner_xid},
@@ -211,8 +219,20 @@ class Ledger:
                 state=RunState.QUEUED,
             )
             add(workflow_id, execution.moved(RunState.RUNNING, executor_id=executor_id))
+            if execution.number > 1:
+                # Before any new text: what the dead execution wrote of steps that it did not finish is void.
+                for step_id, name in half_written(self._log(conn, workflow_id)):
+                    add(workflow_id, Event(EventKind.ATTEMPT_RESET, now_ms(), {}, step_id, name, 1, execution.number))
             executions.append(execution)
         return executions
+
+    @staticmethod
+    def _log(conn: sa.Connection, workflow_id: str) -> Iterator[Event]:
+        """Yields a run's whole log."""
+        after = 0
+        while events := event_log.read(conn, workflow_id, after):
+            yield from events
+            after = events[-1].sequence
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -274,7 +294,7 @@ class Ledger:
         """Returns whether an operation is recorded."""
         return (
             conn.execute(
-                sa.text(f"SELECT 1 FROM {OUTPUTS} WHERE workflow_uuid = :w AND function_id = :f"),  # noqa: S608
+                sa.text(f"SELECT 1 FROM {OUTPUTS} WHERE workflow_uuid = :w AND function_id = :f"),
                 {"w": workflow_id, "f": function_id},
             ).first()
             is not None
@@ -288,7 +308,7 @@ class Ledger:
         rows = conn.execute(
             sa.text(
                 "SELECT r.workflow_id, r.namespace, r.run_id, s.status, s.serialization, r.waiting_for, r.execution "
-                f"FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id "  # noqa: S608
+                f"FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id "
                 "WHERE r.workflow_id = ANY(:ids) AND r.ended_at IS NULL AND s.status = ANY(:terminal) "
                 "ORDER BY r.workflow_id"
             ),
@@ -299,7 +319,9 @@ class Ledger:
             state = RunState.RUNNING
             if row.execution == 0:
                 state = RunState.QUEUED
-            found.append(Ended(RunKey(row.namespace, row.run_id, row.workflow_id), row.status, row.serialization, state))
+            found.append(
+                Ended(RunKey(row.namespace, row.run_id, row.workflow_id), row.status, row.serialization, state)
+            )
         return found
 
     def close_own(
@@ -348,9 +370,7 @@ class Ledger:
         if row is None:
             return [], lambda: None
         number = execution or int(row["execution"])
-        state = derive_state(
-            ended.status, waiting_for=None, open_approvals=0, end_reason=end_reason, execution=number
-        )
+        state = derive_state(ended.status, waiting_for=None, open_approvals=0, end_reason=end_reason, execution=number)
         at = now_ms()
         events = [
             Event(
@@ -381,7 +401,7 @@ class Ledger:
             sa.text(
                 "SELECT s.workflow_uuid, s.status, r.waiting_for, r.end_reason, r.execution, "
                 "(SELECT count(*) FROM perdure.approval AS a WHERE a.workflow_id = s.workflow_uuid "
-                f"AND a.state = 'PENDING') AS approvals FROM {STATUS} AS s "  # noqa: S608
+                f"AND a.state = 'PENDING') AS approvals FROM {STATUS} AS s "
                 "LEFT JOIN perdure.run AS r ON r.workflow_id = s.workflow_uuid WHERE s.workflow_uuid = ANY(:ids)"
             ),
             {"ids": list(workflow_ids)},
@@ -406,7 +426,7 @@ class Ledger:
         with engine.begin() as conn:
             rows = conn.execute(
                 sa.text(
-                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "  # noqa: S608
+                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
                     "AND NOT status = ANY(:terminal) ORDER BY workflow_uuid"
                 ),
                 {"ids": list(workflow_ids), "terminal": sorted(TERMINAL_STATUSES)},
@@ -418,7 +438,7 @@ class Ledger:
         """Returns those of the workflows that exist. Its own transaction."""
         with engine.begin() as conn:
             rows = conn.execute(
-                sa.text(f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids)"),  # noqa: S608
+                sa.text(f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids)"),
                 {"ids": list(workflow_ids)},
             )
             return [row[0] for row in rows]
@@ -428,14 +448,12 @@ class Ledger:
         """Returns DBOS's status of a workflow of this application, None when there is none."""
         found = conn.execute(
             sa.text(
-                f"SELECT status FROM {STATUS} WHERE workflow_uuid = :id "  # noqa: S608
+                f"SELECT status FROM {STATUS} WHERE workflow_uuid = :id "
                 "AND (application_name = :application OR application_name IS NULL)"
             ),
             {"id": workflow_id, "application": APPLICATION},
         ).scalar()
         return None if found is None else str(found)
-
-
 
 
 def _sampled(traceparent: str) -> bool:

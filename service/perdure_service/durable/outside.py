@@ -23,7 +23,7 @@ from perdure_service.store import approvals
 from perdure_service.store.dbos_tables import NOTIFICATIONS, STATUS
 
 _SEND = sa.text(
-    f"INSERT INTO {NOTIFICATIONS} (message_uuid, destination_uuid, topic, message, serialization) "  # noqa: S608
+    f"INSERT INTO {NOTIFICATIONS} (message_uuid, destination_uuid, topic, message, serialization) "
     "VALUES (:message_uuid, :destination, :topic, :message, :serialization) "
     "ON CONFLICT (message_uuid) DO NOTHING RETURNING message_uuid"
 )
@@ -32,7 +32,7 @@ _SEND = sa.text(
 def _locked_status(conn: sa.Connection, workflow_id: str) -> str | None:
     """Locks a run's status row and returns the status."""
     found = conn.execute(
-        sa.text(f"SELECT status FROM {STATUS} WHERE workflow_uuid = :id FOR NO KEY UPDATE"),  # noqa: S608
+        sa.text(f"SELECT status FROM {STATUS} WHERE workflow_uuid = :id FOR NO KEY UPDATE"),
         {"id": workflow_id},
     ).scalar()
     return None if found is None else str(found)
@@ -74,7 +74,7 @@ def signal(runtime: Runtime, key: RunKey, *, name: str, payload: Any, request_id
         if status is None:
             raise RunNotFound(f"there is no run {key.run_id!r}")
         known = conn.execute(
-            sa.text(f"SELECT 1 FROM {NOTIFICATIONS} WHERE message_uuid = :id"),  # noqa: S608
+            sa.text(f"SELECT 1 FROM {NOTIFICATIONS} WHERE message_uuid = :id"),
             {"id": f"{request_id}::{key.workflow_id}"},
         ).first()
         # Delivered before is answered before "has ended": a repeat must be told the same as the first.
@@ -125,9 +125,7 @@ def decide(runtime: Runtime, approval: Approval, decision: Decision) -> Approval
             "comment": decision.comment,
         }
         number = _execution_number(conn, workflow_id)
-        operation.add(
-            workflow_id, Event(EventKind.APPROVAL_DECIDED, now_ms(), data, step_id, APPROVAL_STEP, 0, number)
-        )
+        operation.add(workflow_id, Event(EventKind.APPROVAL_DECIDED, now_ms(), data, step_id, APPROVAL_STEP, 0, number))
 
     operation.finish = finish
     runtime.database.run_operation(operation)

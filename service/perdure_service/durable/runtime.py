@@ -97,8 +97,9 @@ class Runtime:
     # ---- life --------------------------------------------------------------------------------------------------------
 
     def launch(self) -> int:
-        """Takes the lease and launches DBOS. Blocks; call it from a thread without an event loop, so that DBOS's own
-        loop runs the agents.
+        """Takes the lease and launches DBOS. Blocks.
+
+        Call it from a thread without an event loop, so that DBOS's own loop runs the agents.
 
         Returns:
             How many runs were taken back from executors that are gone.
@@ -220,7 +221,7 @@ class Runtime:
         """Runs a run whose start is committed as ours."""
         try:
             _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - logged
             # The run's own failures are recorded by DBOS; what comes here has left it PENDING under a live lease.
             log.error("run.begin_failed", workflow_id=status["workflow_uuid"], error=type(error).__name__)
 
@@ -272,7 +273,7 @@ def _observe_workflows(executions: Executions) -> None:
             if execution is not None:
                 executions.remove(execution)
 
-    _core._execute_workflow_async = execute_async  # type: ignore[assignment]
+    _core._execute_workflow_async = execute_async
     _core._execute_workflow_wthread = execute_thread  # type: ignore[assignment]
 
 
@@ -280,7 +281,3 @@ def _bind_log(execution: Execution) -> None:
     structlog.contextvars.bind_contextvars(
         run_id=execution.key.run_id, execution=execution.number, trace_id=execution.trace_id
     )
-
-
-
-

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import sqlalchemy as sa
@@ -207,7 +208,9 @@ class RunService:
             name = command.agent + (f"@{command.agent_version}" if command.agent_version else "")
             if known is None:
                 raise AgentNotFound(f"there is no agent {name!r}; ListAgents tells which there are")
-            raise VersionUnavailable(f"no executor here has the code of {name!r}; ask for another version, or deploy it")
+            raise VersionUnavailable(
+                f"no executor here has the code of {name!r}; ask for another version, or deploy it"
+            )
         check_input(agent.spec, command.run_input)
         if command.deadline_at is not None and command.start_at is not None and command.deadline_at <= command.start_at:
             raise InvalidArgument("deadline_time", "must be after start_time")
@@ -312,7 +315,9 @@ class RunService:
         after = runs.decode_token(page_token, filter_key)[0] if page_token else 0
         chosen: list[Event] = []
         while len(chosen) <= page_size:
-            events = await self._read("events.read", lambda conn: event_log.read(conn, run.key.workflow_id, after))
+            events = await self._read(
+                "events.read", partial(event_log.read, workflow_id=run.key.workflow_id, after_sequence=after)
+            )
             if not events:
                 break
             chosen.extend(event for event in events if not kinds or event.kind in kinds)
@@ -335,7 +340,7 @@ class RunService:
         found: list[Event] = []
         after = 0
         while events := await self._read(
-            "events.read", lambda conn: event_log.read(conn, workflow_id, after)
+            "events.read", partial(event_log.read, workflow_id=workflow_id, after_sequence=after)
         ):
             after = events[-1].sequence
             found.extend(event for event in events if event.kind is not EventKind.OUTPUT_DELTA)
@@ -366,9 +371,7 @@ class RunService:
             caught_up_at = snapshot.last_sequence
 
             def batch(events: Sequence[Event], last: int, **flags: Any) -> WatchBatch:
-                return WatchBatch(
-                    key, list(of_kinds(events, kinds)), last, encode_cursor(workflow_id, last), **flags
-                )
+                return WatchBatch(key, list(of_kinds(events, kinds)), last, encode_cursor(workflow_id, last), **flags)
 
             first: Run | None = snapshot
             ended = snapshot.state.terminal and position >= caught_up_at
@@ -394,9 +397,7 @@ class RunService:
         finally:
             self._tailer.unsubscribe(subscription)
 
-    async def _position(
-        self, snapshot: Run, cursor: str | None, after_sequence: int | None, from_now: bool
-    ) -> int:
+    async def _position(self, snapshot: Run, cursor: str | None, after_sequence: int | None, from_now: bool) -> int:
         """Returns the sequence after which a watch begins.
 
         Raises:
@@ -429,9 +430,7 @@ class RunService:
         while True:
             if subscription.behind:
                 subscription.changed.clear()
-                events = await self._read(
-                    "events.read", lambda conn: event_log.read(conn, workflow_id, position)
-                )
+                events = await self._read("events.read", lambda conn: event_log.read(conn, workflow_id, position))
                 if events:
                     return events, True
                 self._tailer.caught_up(subscription, position)
@@ -521,7 +520,9 @@ class RunService:
         approval = await self.get_approval(namespace, approval_id)
         if approval.answer_schema_json and decision.approve:
             answer = json.loads(decision.answer_json) if decision.answer_json else None
-            problems = [e.message for e in Draft202012Validator(json.loads(approval.answer_schema_json)).iter_errors(answer)]
+            problems = [
+                e.message for e in Draft202012Validator(json.loads(approval.answer_schema_json)).iter_errors(answer)
+            ]
             if problems:
                 raise InvalidArgument("answer", problems[0][:300])
         decided = await self._call(lambda: outside.decide(self._runtime, approval, decision))

@@ -83,9 +83,6 @@ class StepObserver:
         step.attempt_start_ns = time.time_ns()
         step.error = None
         if step.attempt == 1:
-            if execution.number > 1:
-                # An earlier execution may have died in this step with its text half written.
-                execution.note(self._event(EventKind.ATTEMPT_RESET, {}, 1))
             execution.note(self._event(EventKind.STEP_STARTED, {"max_attempts": self._max_attempts}, 1))
         elif step.wrote_output:
             step.wrote_output = False
@@ -193,4 +190,4 @@ def install(executions: Executions, spans: Spans, gate: Callable[[], None]) -> N
             options["should_retry"] = _observed_verdict(func, options.get("should_retry"), observer)
         return _dbos_invoke_step(dbos, step_ctx, _observed_body(func, observer), args, kwargs, **options)
 
-    _core.invoke_step = observed_invoke_step  # type: ignore[assignment]
+    _core.invoke_step = observed_invoke_step

@@ -52,7 +52,7 @@ SWEEP_LIMIT = 200
 """Rows that one sweep changes; the next one follows within a second."""
 
 
-class RequestRepeated(Exception):  # noqa: N818 - not an error but a finding
+class RequestRepeated(Exception):
     """A start with a server-made id repeats a request that has its run already."""
 
 
@@ -127,9 +127,7 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
             RequestRepeated: The request has its run already, under another id.
             DBOSConflictingWorkflowError: The id is another agent's.
         """
-        operation = Operation(
-            None, start=start, input_argument=input_argument, unique_request_id=unique_request_id
-        )
+        operation = Operation(None, start=start, input_argument=input_argument, unique_request_id=unique_request_id)
         with self.operations.open(operation):
             written, created = self.init_workflow(status, creator_xid=creator_xid)
         mine = created and written == "PENDING"
@@ -273,7 +271,9 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
             if not project_completion_time:
                 return []  # the timeout of a recv or get_event, which has an event of its own
             until = now_ms() + int(seconds * 1000)
-            done = Event(EventKind.STEP_SUCCEEDED, now_ms(), {"duration_ms": 0}, function_id, "DBOS.sleep", 0, execution.number)
+            done = Event(
+                EventKind.STEP_SUCCEEDED, now_ms(), {"duration_ms": 0}, function_id, "DBOS.sleep", 0, execution.number
+            )
             return [done, execution.moved(RunState.SLEEPING, until_ms=until, waiting_for=WAITING_SLEEP)]
 
         execution = self._execution_here()
@@ -323,7 +323,11 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
         if not setup[0] and execution is not None:
             topic = arguments[1] if len(arguments) > 1 else rest.get("topic")
             waiting = f"{WAITING_SIGNAL}:{topic or ''}"
-            execution.note(execution.moved(RunState.AWAITING_INPUT, reason=f"waits for signal {topic or ''}".strip(), waiting_for=waiting))
+            execution.note(
+                execution.moved(
+                    RunState.AWAITING_INPUT, reason=f"waits for signal {topic or ''}".strip(), waiting_for=waiting
+                )
+            )
             execution.on_death.append(setup[1].set)
         return setup
 
@@ -335,7 +339,10 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
         def events(execution: Execution) -> list[Event]:
             back = [execution.moved(RunState.RUNNING)] if execution.state is RunState.AWAITING_INPUT else []
             data = {"duration_ms": max(0, now_ms() - start_time)}
-            return [*back, Event(EventKind.STEP_SUCCEEDED, now_ms(), data, function_id, "DBOS.recv", 0, execution.number)]
+            return [
+                *back,
+                Event(EventKind.STEP_SUCCEEDED, now_ms(), data, function_id, "DBOS.recv", 0, execution.number),
+            ]
 
         with self._own(workflow_uuid, events=events):
             return super().recv_consume(workflow_uuid, function_id, topic, start_time)
@@ -441,13 +448,20 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
         operation.finish = finish
         self.run_operation(operation)
 
+    def close_ended_if_any(self, workflow_ids: Sequence[str]) -> None:
+        """Does what `close_ended` does when one of the runs needs it; else it only reads."""
+        with self._plain_begin() as conn:
+            ended = [one.key.workflow_id for one in self.ledger.ended(conn, workflow_ids)]
+        if ended:
+            self.close_ended(ended)
+
     # ---- statuses that are changed from outside ----------------------------------------------------------------------
 
     def _lock(self, conn: sa.Connection, workflow_ids: Sequence[str]) -> list[str]:
         """Locks status rows in order of their ids; returns those that exist."""
         rows = conn.execute(
             sa.text(
-                f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "  # noqa: S608
+                f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
                 "ORDER BY workflow_uuid FOR NO KEY UPDATE"
             ),
             {"ids": list(workflow_ids)},
@@ -516,14 +530,18 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
         with self._changing(workflow_ids, "resumed"):
             super().resume_workflows(workflow_ids, **{**rest, "queue_name": rest.get("queue_name") or QUEUE})
 
-    def rewind_workflow(self, workflow_id: str, start_step: int, **rest: Any) -> None:
+    def rewind_workflow(self, workflow_id: str, start_step: int, **_rest: Any) -> None:
         raise DBOSException(f"{workflow_id}: a run that ended is not revived in place; fork it from step {start_step}")
 
     def fork_workflow(
         self, original_workflow_ids: list[str], forked_workflow_ids: list[str], start_steps: list[int], **rest: Any
     ) -> list[str]:
         operation = Operation(None)
-        operation.finish = lambda conn: self.ledger.adopt(conn, forked_workflow_ids, operation.add)
+
+        def finish(conn: sa.Connection) -> None:
+            self.ledger.adopt(conn, forked_workflow_ids, operation.add)
+
+        operation.finish = finish
         rest["queue_name"] = rest.get("queue_name") or QUEUE
         with self.operations.open(operation):
             return super().fork_workflow(original_workflow_ids, forked_workflow_ids, start_steps, **rest)
@@ -537,6 +555,7 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
             super().dead_letter_workflows(workflow_ids, min_recovery_attempts=min_recovery_attempts)
 
     def reenqueue_for_recovery(self, workflow_id: str, executor_ids: list[str], recovery_queue_name: str) -> bool:
+        del recovery_queue_name  # the unlimited internal queue
         with self._changing([workflow_id], "given back to the queue"):
             return super().reenqueue_for_recovery(workflow_id, executor_ids, QUEUE)
 
@@ -544,7 +563,10 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
 
     def _claim_gate(self, queue_name: str, queue_partition_key: str | None) -> list[Any]:
         """Only what is registered here is taken: DBOS would take a run and then find that it has no code for it."""
-        return [*super()._claim_gate(queue_name, queue_partition_key), self.tables.workflow_status.c.name.in_(self._registered())]
+        return [
+            *super()._claim_gate(queue_name, queue_partition_key),
+            self.tables.workflow_status.c.name.in_(self._registered()),
+        ]
 
     def start_queued_workflows(self, *arguments: Any, **rest: Any) -> Any:
         with self._claiming(rest.get("owner_xid")):
@@ -589,7 +611,9 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
         operation.finish = finish
         with self.operations.open(operation):
             try:
-                with self.operations.transaction(lambda: super(PerdureSystemDatabase, self)._begin(isolation), lambda: None) as conn:
+                with self.operations.transaction(
+                    lambda: super(PerdureSystemDatabase, self)._begin(isolation), lambda: None
+                ) as conn:
                     yield conn
             except BaseException:
                 for execution in taken:
@@ -615,7 +639,10 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
             if not ids:
                 return
             self.ledger.adopt(conn, ids)
-            released = {"status": "ENQUEUED", "deduplication_id": sa.case((ws.c.is_debounced.is_(True), None), else_=ws.c.deduplication_id)}
+            released = {
+                "status": "ENQUEUED",
+                "deduplication_id": sa.case((ws.c.is_debounced.is_(True), None), else_=ws.c.deduplication_id),
+            }
             conn.execute(sa.update(ws).where(ws.c.workflow_uuid.in_(ids), ws.c.status == "DELAYED").values(**released))
             for workflow_id in ids:
                 data = {"from": RunState.SCHEDULED.value, "to": RunState.QUEUED.value, "reason": "its time has come"}
@@ -650,7 +677,7 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
 
         def finish(conn: sa.Connection) -> None:
             owner = conn.execute(
-                sa.text(f"SELECT owner_xid FROM {STATUS} WHERE workflow_uuid = :id FOR NO KEY UPDATE"),  # noqa: S608
+                sa.text(f"SELECT owner_xid FROM {STATUS} WHERE workflow_uuid = :id FOR NO KEY UPDATE"),
                 {"id": execution.key.workflow_id},
             ).scalar()
             if owner != execution.owner_xid:

@@ -68,11 +68,9 @@ class EventWriter:
                 continue
             try:
                 self._write(execution)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - logged; kept for the next try
                 # The events are back in the buffer; they go with the next checkpoint, or with the next wake.
                 log.warning("event_writer.failed", run_id=execution.key.run_id, error=type(error).__name__)
                 time.sleep(LINGER_S)
                 if not execution.dead:
                     self.wake(execution)
-
-

@@ -28,7 +28,7 @@ def publish(conn: sa.Connection, specs: Iterable[AgentSpec]) -> None:
                 ON CONFLICT (name, version) DO UPDATE SET description = excluded.description,
                     input_schema = excluded.input_schema, output_schema = excluded.output_schema,
                     is_current = excluded.is_current, registered_at = now()
-            """),  # noqa: S608
+            """),
             {
                 "name": spec.name,
                 "version": spec.version,
@@ -43,7 +43,7 @@ def publish(conn: sa.Connection, specs: Iterable[AgentSpec]) -> None:
 def find(conn: sa.Connection, name: str, version: str) -> AgentSpec | None:
     """Returns a catalogue entry, the current one when `version` is empty; None when there is none."""
     row = conn.execute(
-        sa.text(f"SELECT {_COLUMNS} FROM perdure.agent WHERE name = :name AND "  # noqa: S608
+        sa.text(f"SELECT {_COLUMNS} FROM perdure.agent WHERE name = :name AND "
                 "CASE WHEN :version = '' THEN is_current ELSE version = :version END"),
         {"name": name, "version": version},
     ).first()  # fmt: skip
@@ -58,7 +58,7 @@ def list_page(conn: sa.Connection, *, page_size: int, page_token: str) -> tuple[
     """
     name, version = decode_token(page_token, "agents") if page_token else ("", "")
     rows = conn.execute(
-        sa.text(f"SELECT {_COLUMNS} FROM perdure.agent WHERE (name, version) > (:name, :version) "  # noqa: S608
+        sa.text(f"SELECT {_COLUMNS} FROM perdure.agent WHERE (name, version) > (:name, :version) "
                 "ORDER BY name, version LIMIT :limit"),
         {"name": name, "version": version, "limit": page_size + 1},
     ).fetchall()  # fmt: skip

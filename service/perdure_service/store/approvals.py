@@ -8,7 +8,7 @@ who come at once, one waits for the lock and then sees what the other did: an ap
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -85,14 +85,18 @@ class Standing:
 
 def stand(conn: sa.Connection, workflow_id: str, step_id: int, *, lock: bool) -> Standing | None:
     """Returns where an approval stands, by the database's clock; with `lock`, nobody changes it until commit."""
-    row = conn.execute(
-        sa.text(
-            f"SELECT {_COLUMNS}, CAST(extract(epoch FROM (a.deadline_at - now())) AS FLOAT8) AS remaining_s "  # noqa: S608
-            "FROM perdure.approval AS a WHERE a.workflow_id = :workflow_id AND a.step_id = :step_id"
-            + (" FOR UPDATE" if lock else "")
-        ),
-        {"workflow_id": workflow_id, "step_id": step_id},
-    ).mappings().first()
+    row = (
+        conn.execute(
+            sa.text(
+                f"SELECT {_COLUMNS}, CAST(extract(epoch FROM (a.deadline_at - now())) AS FLOAT8) AS remaining_s "
+                "FROM perdure.approval AS a WHERE a.workflow_id = :workflow_id AND a.step_id = :step_id"
+                + (" FOR UPDATE" if lock else "")
+            ),
+            {"workflow_id": workflow_id, "step_id": step_id},
+        )
+        .mappings()
+        .first()
+    )
     return None if row is None else Standing(_approval(row), row["remaining_s"])
 
 
@@ -172,13 +176,17 @@ def list_page(
             "CAST(:step_id AS INT))"
         )
         values |= {"at": at, "workflow_id": workflow_id, "step_id": step_id}
-    rows = conn.execute(
-        sa.text(
-            f"SELECT {_COLUMNS} FROM perdure.approval AS a WHERE {' AND '.join(conditions)} "  # noqa: S608
-            "ORDER BY a.created_at, a.workflow_id, a.step_id LIMIT :limit"
-        ),
-        values,
-    ).mappings().fetchall()
+    rows = (
+        conn.execute(
+            sa.text(
+                f"SELECT {_COLUMNS} FROM perdure.approval AS a WHERE {' AND '.join(conditions)} "
+                "ORDER BY a.created_at, a.workflow_id, a.step_id LIMIT :limit"
+            ),
+            values,
+        )
+        .mappings()
+        .fetchall()
+    )
     page = rows[:page_size]
     token = ""
     if len(rows) > page_size:
@@ -187,20 +195,22 @@ def list_page(
     return [_approval(row) for row in page], token
 
 
-def inbox(conn: sa.Connection, namespaces: Sequence[str], changed_within_s: float, limit: int = 10_000) -> list[Approval]:
+def inbox(
+    conn: sa.Connection, namespaces: Sequence[str], changed_within_s: float, limit: int = 10_000
+) -> list[Approval]:
     """Returns what is pending in these namespaces, and what was decided in the last seconds, oldest first."""
     rows = conn.execute(
         sa.text(f"""
             SELECT {_COLUMNS} FROM perdure.approval AS a WHERE a.namespace = ANY(:namespaces) AND (a.state = 'PENDING'
                 OR a.decided_at > now() - CAST(:within_s AS FLOAT8) * INTERVAL '1 second')
             ORDER BY a.created_at, a.workflow_id, a.step_id LIMIT :limit
-        """),  # noqa: S608
+        """),
         {"namespaces": list(namespaces), "within_s": changed_within_s, "limit": limit},
     ).mappings()
     return [_approval(row) for row in rows]
 
 
-def _approval(row: Mapping[str, Any]) -> Approval:
+def _approval(row: sa.RowMapping) -> Approval:
     return Approval(
         approval_id=row["approval_id"],
         key=RunKey(row["namespace"], row["approval_id"].rpartition("/")[0], row["workflow_id"]),

@@ -45,7 +45,8 @@ def renew(conn: sa.Connection, executor_id: str, ttl: timedelta) -> bool:
     """Extends a lease, also one that has expired; returns False when it was tombstoned: this executor is over."""
     renewed = conn.execute(
         sa.text("""
-            UPDATE perdure.executor SET renewed_at = now(), expires_at = now() + CAST(:ttl_s AS FLOAT8) * INTERVAL '1 second'
+            UPDATE perdure.executor SET renewed_at = now(),
+                expires_at = now() + CAST(:ttl_s AS FLOAT8) * INTERVAL '1 second'
             WHERE executor_id = :executor_id AND tombstoned_at IS NULL
         """),
         {"executor_id": executor_id, "ttl_s": ttl.total_seconds()},
@@ -117,7 +118,7 @@ def requeue_orphans(
                    now() AS now
             FROM {STATUS} AS s WHERE s.status = 'PENDING' AND s.application_name = :application AND {_NOT_ALIVE}
             ORDER BY s.workflow_uuid LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
-        """),  # noqa: S608
+        """),
         {"application": APPLICATION, "limit": BATCH},
     ).fetchall()
     if not found:
@@ -129,7 +130,7 @@ def requeue_orphans(
             UPDATE {STATUS} SET status = 'ENQUEUED', owner_xid = NULL, started_at_epoch_ms = NULL,
                 queue_name = coalesce(queue_name, :queue), updated_at = :now_ms
             WHERE workflow_uuid = ANY(:ids) AND status = 'PENDING'
-        """),  # noqa: S608
+        """),
         {"ids": ids, "queue": queue, "now_ms": now_ms},
     )
     executions: dict[str, int] = dict(

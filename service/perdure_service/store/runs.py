@@ -38,20 +38,21 @@ _INSERT = sa.text("""
     ON CONFLICT DO NOTHING RETURNING workflow_id
 """)
 
-_COLUMNS = f"""
+_COLUMNS = """
     r.workflow_id, r.namespace, r.run_id, r.agent, r.agent_version, r.input_argument, r.input_sha256, r.request_id,
     r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at, r.execution,
     r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure,
     s.status, s.workflow_deadline_epoch_ms,
-    (SELECT count(*) FROM perdure.approval AS a WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
+    (SELECT count(*) FROM perdure.approval AS a
+     WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
     (SELECT e.first_sequence + e.event_count - 1 FROM perdure.run_event AS e
      WHERE e.workflow_id = r.workflow_id ORDER BY e.first_sequence DESC LIMIT 1) AS last_sequence
 """
-_FROM = f"FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id"  # noqa: S608
+_FROM = f"FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id"
 
-_GET = sa.text(f"SELECT {_COLUMNS} {_FROM} WHERE r.workflow_id = :workflow_id")  # noqa: S608
+_GET = sa.text(f"SELECT {_COLUMNS} {_FROM} WHERE r.workflow_id = :workflow_id")
 _GET_FULL = sa.text(
-    f"SELECT {_COLUMNS}, r.output, i.inputs, s.serialization {_FROM} "  # noqa: S608
+    f"SELECT {_COLUMNS}, r.output, i.inputs, s.serialization {_FROM} "
     f"LEFT JOIN {INPUT} AS i ON i.workflow_uuid = r.workflow_id WHERE r.workflow_id = :workflow_id"
 )
 
@@ -158,7 +159,7 @@ def list_page(
         conditions.append(f"({' OR '.join(_STATE_SQL[state] for state in sorted(states))})")
         values["deadline_passed"] = DEADLINE_PASSED
     query = sa.text(
-        f"SELECT {_COLUMNS} {_FROM} WHERE {' AND '.join(conditions)} "  # noqa: S608 - fixed fragments only
+        f"SELECT {_COLUMNS} {_FROM} WHERE {' AND '.join(conditions)} "
         "ORDER BY r.created_at DESC, r.workflow_id DESC LIMIT :limit"
     )
     rows = conn.execute(query, values).mappings().fetchall()
@@ -178,7 +179,8 @@ _STATE_SQL: dict[RunState, str] = {
     RunState.QUEUED: "s.status = 'ENQUEUED'",
     RunState.RUNNING: f"(s.status = 'PENDING' AND coalesce(r.waiting_for, '') <> 'sleep' "
     f"AND coalesce(r.waiting_for, '') NOT LIKE 'signal%' AND NOT {_OPEN_APPROVAL})",
-    RunState.AWAITING_INPUT: f"(s.status = 'PENDING' AND (coalesce(r.waiting_for, '') LIKE 'signal%' OR {_OPEN_APPROVAL}))",
+    RunState.AWAITING_INPUT: "(s.status = 'PENDING' AND "
+    f"(coalesce(r.waiting_for, '') LIKE 'signal%' OR {_OPEN_APPROVAL}))",
     RunState.SLEEPING: f"((s.status = 'PENDING' AND r.waiting_for = 'sleep' AND NOT {_OPEN_APPROVAL}) "
     "OR (s.status = 'DELAYED' AND r.execution > 0))",
     RunState.SUCCEEDED: "s.status = 'SUCCESS'",
@@ -200,7 +202,7 @@ def apply_events(conn: sa.Connection, workflow_id: str, events: Sequence[Event])
     if changes:
         assignments = ", ".join(f"{name} = :{name}" for name in changes)
         conn.execute(
-            sa.text(f"UPDATE perdure.run SET {assignments} WHERE workflow_id = :workflow_id"),  # noqa: S608
+            sa.text(f"UPDATE perdure.run SET {assignments} WHERE workflow_id = :workflow_id"),
             {**changes, "workflow_id": workflow_id},
         )
 
@@ -236,8 +238,8 @@ def end(
             UPDATE perdure.run SET ended_at = now(), end_reason = :end_reason, failure = :failure, output = :output,
                 waiting_for = NULL
             WHERE workflow_id = :workflow_id AND ended_at IS NULL
-            RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent, created_at,
-                executor_id, begun_at
+            RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent,
+                created_at, executor_id, begun_at
         """),
             {
                 "workflow_id": workflow_id,
@@ -252,7 +254,7 @@ def end(
     return None if row is None else dict(row)
 
 
-def _run(row: Mapping[str, Any]) -> Run:
+def _run(row: sa.RowMapping) -> Run:
     status = row["status"]
     deadline_ms = row["workflow_deadline_epoch_ms"]
     progress = json.loads(row["progress"]) if row["progress"] else None
@@ -291,7 +293,7 @@ def _run(row: Mapping[str, Any]) -> Run:
     )
 
 
-def _input_json(row: Mapping[str, Any]) -> str | None:
+def _input_json(row: sa.RowMapping) -> str | None:
     """Returns the input as it was sent, from DBOS's portable arguments; None for a foreign workflow's own format."""
     if row["serialization"] != PORTABLE or row["inputs"] is None:
         return None

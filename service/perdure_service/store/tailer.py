@@ -15,6 +15,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 
 import structlog
 
@@ -159,10 +160,8 @@ class Tailer:
         loop = asyncio.get_running_loop()
         next_poll = loop.time() + self._poll_s
         while True:
-            try:
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), timeout=max(0.0, next_poll - loop.time()))
-            except TimeoutError:
-                pass
             self._wake.clear()
             with self._lock:
                 hinted, self._hinted = self._hinted, set()
@@ -180,7 +179,7 @@ class Tailer:
                     await self._read(chosen)
                 if all_ids:
                     await asyncio.to_thread(self._close_ended, all_ids)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - logged; the next look tries again
                 log.warning("tailer.read_failed", error=type(error).__name__)
                 await asyncio.sleep(ERROR_BACKOFF_S)
 

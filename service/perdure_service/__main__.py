@@ -1,0 +1,138 @@
+"""The command `perdure-server`: dev, serve, migrate, check, documents load."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from perdure_service.errors import PerdureError
+
+DESCRIPTION = """\
+Hosts DBOS workflows as durable agent runs and serves them over gRPC.
+
+  perdure-server dev --agents my.module     everything on this machine, with its own PostgreSQL
+  perdure-server migrate                    bring the database's schema up to date, once per deployment
+  perdure-server serve --agents my.module   a server for the configured database
+  perdure-server check                      the effective settings, and what would keep `serve` from serving
+
+Settings are PERDURE_… variables (see `check`); traces go where OTEL_EXPORTER_OTLP_ENDPOINT says.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command and ends the process: 0 is good, 1 says on standard error what is wrong, 2 is wrong usage."""
+    try:
+        status = _run(_parser().parse_args(arguments))
+    except PerdureError as error:
+        print(f"perdure-server: {error.message}", file=sys.stderr)
+        status = 1
+    except KeyboardInterrupt:
+        status = 130
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Not sys.exit: a synchronous agent that still waits would hold its thread, and so the process, for days.
+    os._exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="perdure-server", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"perdure-server {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in (
+        ("dev", "serve on this machine, migrating first; without a configured database, on an embedded PostgreSQL"),
+        ("serve", "serve the configured database, which must be migrated"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument(
+            "--agents",
+            action="append",
+            metavar="MODULE",
+            help="a module that declares agents, e.g. my.module; repeatable",
+        )
+        command.add_argument(
+            "--address", metavar="HOST:PORT", help="where to listen (PERDURE_ADDRESS, 127.0.0.1:50051)"
+        )
+        if name == "dev":
+            command.add_argument(
+                "--data-dir", type=Path, metavar="DIR", help="where the embedded PostgreSQL keeps its data"
+            )
+            command.add_argument("--documents", type=Path, metavar="DIR", help="load these documents before serving")
+    commands.add_parser("migrate", help="bring the schema of the configured database up to date")
+    commands.add_parser("check", help="print the effective settings and try the database")
+    documents = commands.add_parser("documents", help="the documents that the research agent reads")
+    verbs = documents.add_subparsers(dest="verb", required=True, metavar="VERB")
+    load = verbs.add_parser("load", help="make the Markdown and text files of a folder searchable")
+    load.add_argument("folder", type=Path, metavar="DIR", help="the folder; files that it no longer has are forgotten")
+    load.add_argument("--data-dir", type=Path, metavar="DIR", help="the data folder of a `dev` server")
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Imported here: `--help` and a wrong option need neither DBOS nor gRPC.
+    from perdure_service import app
+    from perdure_service.logs import configure_logs
+    from perdure_service.settings import configured_database_url, load_settings
+
+    overrides: dict[str, Any] = {
+        "address": getattr(options, "address", None),
+        "data_dir": getattr(options, "data_dir", None),
+    }
+    settings = load_settings(**overrides)
+    if getattr(options, "agents", None):
+        modules = tuple(part for value in options.agents for part in value.split(",") if part)
+        settings = load_settings(**overrides, agents=(*settings.agents, *modules))
+    if options.command == "dev":
+        settings = load_settings(**overrides, agents=settings.agents, reflection=True)
+    configure_logs(settings.log_format, settings.log_level)
+
+    def report(line: str) -> None:
+        print(line, flush=True)
+
+    match options.command:
+        case "dev" | "serve":
+            dev = options.command == "dev"
+            folder = options.documents if dev else None
+            return app.run_server(settings, dev=dev, documents_folder=folder, report=report)
+        case "migrate":
+            app.migrate_database(settings, report)
+            report("the schema is up to date")
+            return 0
+        case "check":
+            return _check(settings, report)
+        case _:
+            from perdure_service.store import embedded
+            from perdure_service.store.engine import create_engine
+
+            url = configured_database_url(settings) or embedded.start(settings.data_dir).url()
+            engine = create_engine(url, pool_size=4, statement_timeout=settings.statement_timeout)
+            return 0 if app.load_documents(engine, settings, options.folder, report) else 1
+
+
+def _check(settings: Any, report: Any) -> int:
+    from perdure_service import app
+
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        source = "set" if name in settings.model_fields_set else "default"
+        report(f"PERDURE_{name.upper()} = {value} ({source})")
+    good = app.check(settings, report)
+    report("ready to serve" if good else "not ready to serve")
+    return 0 if good else 1
+
+
+def _version() -> str:
+    try:
+        return version("perdure")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""The composition root: builds the parts of a server, starts them, drains them, stops them. No logic of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import sqlalchemy as sa
+import structlog
+
+from perdure_service.agents import catalogue, resources
+from perdure_service.agents import context as agents_context
+from perdure_service.agents.embedder import embedder_of
+from perdure_service.domain.leases import new_executor_id
+from perdure_service.durable.context import current_run
+from perdure_service.durable.migrate import migrate_all, verify_dbos
+from perdure_service.durable.runtime import Runtime
+from perdure_service.durable.service import RunService
+from perdure_service.errors import ConfigurationError
+from perdure_service.rpc.server import RpcServer
+from perdure_service.settings import Settings, configured_database_url
+from perdure_service.store import agents as agent_store
+from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations
+from perdure_service.store.engine import create_engine
+from perdure_service.store.sqlstates import retrying
+from perdure_service.store.tailer import Tailer
+from perdure_service.telemetry import start_telemetry
+
+log = structlog.get_logger()
+
+Report = Callable[[str], None]
+
+
+def database_url(settings: Settings) -> str:
+    """Returns the configured database's URL.
+
+    Raises:
+        ConfigurationError: None is configured.
+    """
+    url = configured_database_url(settings)
+    if url is None:
+        raise ConfigurationError(
+            "no database is configured: set PERDURE_DATABASE_URL, or use `perdure-server dev`, which brings its own"
+        )
+    return url
+
+
+def migrate_database(settings: Settings, report: Report) -> None:
+    """Brings the schema of the configured database up to date."""
+    migrate_all(database_url(settings), report)
+
+
+def check(settings: Settings, report: Report) -> bool:
+    """Reports everything that would keep a server from serving; returns whether nothing would."""
+    findings = diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify))
+    for finding in findings:
+        report(f"{finding.severity}: {finding.text}")
+    return not any(finding.severity == "error" for finding in findings)
+
+
+def load_documents(engine: sa.Engine, settings: Settings, folder: Path, report: Report) -> bool:
+    """Makes the documents of a folder searchable; returns whether every file could be read."""
+    result = documents.load_folder(engine, folder, report)
+    embedder = embedder_of(settings.embedder)
+    if embedder is not None:
+        document_vectors.create_vectors(engine, settings.embedder.dimensions)
+        document_vectors.embed_passages(engine, embedder, report)
+    report(
+        f"{result.loaded} loaded, {result.unchanged} unchanged, {result.removed} removed, {len(result.failed)} failed, "
+        f"{result.chunks} new passages"
+    )
+    return not result.failed
+
+
+async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> int:
+    """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
+
+    Args:
+        settings: The settings.
+        url: The database, migrated.
+        dev: Whether this process owns its database, and its callers are `dev`.
+        ready: Told where it listens, once it does.
+
+    Returns:
+        The process's exit status.
+
+    Raises:
+        ConfigurationError: It cannot serve like this; in one sentence.
+    """
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+    status = 0
+
+    def stop(reason: str, exit_status: int = 0) -> None:
+        nonlocal status
+        if stopping.is_set():
+            os._exit(130)
+        status = exit_status
+        log.info("server.stopping", reason=reason)
+        stopping.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop, signal.Signals(number).name)
+
+    for finding in await asyncio.to_thread(diagnosis.diagnose, url, (verify_dbos, migrations.verify)):
+        if finding.severity == "error":
+            raise ConfigurationError(finding.text)
+        log.warning("database.finding", text=finding.text)
+    engine = create_engine(url, pool_size=settings.database_pool_size, statement_timeout=settings.statement_timeout)
+    executor_id = new_executor_id()
+    structlog.contextvars.bind_contextvars(executor_id=executor_id)
+    telemetry = start_telemetry(instance_id=executor_id, version=settings.application_version)
+    telemetry.install()
+    resources.bind(resources.Resources(engine, settings))
+    agents = catalogue.load(settings.agents, entry_points=True)
+    if not agents:
+        raise ConfigurationError("there are no agents to serve: name modules with --agents, or install some")
+
+    service: RunService | None = None
+
+    def hint(workflow_ids: Sequence[str]) -> None:
+        if service is not None:
+            service.hint(workflow_ids)
+
+    def lost() -> None:
+        loop.call_soon_threadsafe(stop, "its lease is lost", 1)
+
+    runtime = Runtime(
+        engine,
+        executor_id,
+        application_version=settings.application_version,
+        address=f"{socket.gethostname()}:{settings.address.rpartition(':')[2]}",
+        max_running=settings.max_running,
+        max_threads=settings.max_threads,
+        queue_poll=settings.queue_poll_interval,
+        lease_ttl=settings.lease_ttl,
+        tracer=telemetry.tracer,
+        hint=hint,
+        lost=lost,
+        owns_database=dev,
+    )
+    # The catalogue before the lease: what this process takes must have a name that every server knows.
+    await asyncio.to_thread(
+        retrying, engine, "agents.publish", lambda conn: agent_store.publish(conn, [agent.spec for agent in agents])
+    )
+    taken_back = await asyncio.to_thread(runtime.launch)
+    agents_context.bind(lambda: current_run(runtime.database))
+    tailer = Tailer(
+        lambda seen: retrying(engine, "events.news", lambda conn: event_log.news(conn, seen)),
+        runtime.database.close_ended_if_any,
+        poll_s=settings.watch_poll_interval.total_seconds(),
+    )
+    tailer.start()
+    service = RunService(
+        runtime,
+        tailer,
+        namespaces=settings.namespaces,
+        max_threads=settings.max_threads,
+        poll_s=settings.watch_poll_interval.total_seconds(),
+    )
+    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else "anonymous")
+    try:
+        ports = await server.start()
+        host = settings.address.rpartition(":")[0]
+        log.info("server.ready", address=f"{host}:{ports.rpc}", taken_back=taken_back)
+        ready(f"{host}:{ports.rpc}")
+        await stopping.wait()
+    finally:
+        # Streams first, so that clients look elsewhere; then the runs; then what they wrote about themselves.
+        await server.drain()
+        await asyncio.to_thread(runtime.stop, settings.drain_timeout)
+        await server.stop(2.0)
+        await tailer.stop()
+        service.close()
+        await asyncio.to_thread(telemetry.shutdown)
+        with suppress(Exception):
+            engine.dispose()
+    log.info("server.stopped")
+    return status
+
+
+def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, report: Report) -> int:
+    """Runs a server in this process until it is told to stop; returns the exit status.
+
+    Raises:
+        ConfigurationError: It cannot serve like this; in one sentence.
+    """
+    server: embedded.EmbeddedPostgres | None = None
+    if dev and configured_database_url(settings) is None:
+        report("starting the embedded PostgreSQL …")
+        server = embedded.start(settings.data_dir)
+        url = server.url()
+    else:
+        url = database_url(settings)
+    try:
+        if dev:
+            migrate_all(url, report)
+        if documents_folder is not None:
+            engine = create_engine(url, pool_size=4, statement_timeout=settings.statement_timeout)
+            try:
+                load_documents(engine, settings, documents_folder, report)
+            finally:
+                engine.dispose()
+        return asyncio.run(serve(settings, url, dev=dev, ready=lambda where: report(f"perdure serves on {where}")))
+    finally:
+        if server is not None:
+            server.stop()
