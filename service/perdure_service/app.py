@@ -13,7 +13,7 @@ from pathlib import Path
 import sqlalchemy as sa
 import structlog
 
-from perdure_service.agents import catalogue, resources
+from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
 from perdure_service.domain.leases import new_executor_id
@@ -118,6 +118,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     telemetry.install()
     resources.bind(resources.Resources(engine, settings))
     agents = catalogue.load(settings.agents, entry_points=True)
+    models.prepare(settings.model)
     if not agents:
         raise ConfigurationError("there are no agents to serve: name modules with --agents, or install some")
 

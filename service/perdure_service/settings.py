@@ -62,7 +62,9 @@ class Settings(BaseSettings):
     health_address: str | None = Field(
         None, description="Where to serve health in plaintext for probes, e.g. 0.0.0.0:50052. Unset: nowhere else."
     )
-    insecure: bool = Field(False, description="Allow an address that is not loopback although there is no authentication.")
+    insecure: bool = Field(
+        False, description="Allow an address that is not loopback although there is no authentication."
+    )
     reflection: bool = Field(False, description="Serve gRPC reflection. `dev` always does.")
     agents: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Modules to load agents from, separated by commas, beside the entry points `perdure.agents`."

@@ -208,8 +208,10 @@ class BoundRun:
             event = Event(
                 EventKind.APPROVAL_REQUESTED, now_ms(), data, question.step_id, APPROVAL_STEP, 0, execution.number
             )
-            moved = execution.moved(RunState.AWAITING_INPUT, reason=f"asks: {question.title}")
-            operation.add(question.key.workflow_id, event, moved)
+            operation.add(question.key.workflow_id, event)
+            if execution.state is not RunState.AWAITING_INPUT:
+                moved = execution.moved(RunState.AWAITING_INPUT, reason=f"asks: {question.title}")
+                operation.add(question.key.workflow_id, moved)
 
         operation.finish = finish
         self._db.run_operation(operation)
@@ -236,12 +238,12 @@ class BoundRun:
         def events(_execution: Execution) -> list[Event]:
             data = {"duration_ms": max(0, now_ms() - started_ms), "preview": str(result["state"]).lower()}
             done = Event(EventKind.STEP_SUCCEEDED, now_ms(), data, step_id, APPROVAL_STEP, 0, execution.number)
-            back = [execution.moved(RunState.RUNNING)] if execution.state is RunState.AWAITING_INPUT else []
-            return [*result.pop("_expired", []), *back, done]
+            return [*operation.facts.pop("expired", []), done]
 
         operation = Operation(execution, events=events)
 
         def finish(conn: sa.Connection) -> None:
+            operation.facts.pop("expired", None)
             self._db._check_owner_txn(conn, workflow_id, execution.owner_xid)
             locked = approvals.stand(conn, workflow_id, step_id, lock=True)
             assert locked is not None, "approvals are not deleted while their run lives"
@@ -253,9 +255,13 @@ class BoundRun:
                     return
                 approval = approvals.close(conn, workflow_id, step_id, ApprovalState.EXPIRED)
                 data = {"approval_id": approval.approval_id, "state": ApprovalState.EXPIRED.value}
-                result["_expired"] = [
+                operation.facts["expired"] = [
                     Event(EventKind.APPROVAL_DECIDED, now_ms(), data, step_id, APPROVAL_STEP, 0, execution.number)
                 ]
+            if approvals.count_open(conn, workflow_id) == 0 and execution.state is RunState.AWAITING_INPUT:
+                back = execution.moved(RunState.RUNNING)
+                if "expired" in operation.facts:
+                    operation.facts["expired"].append(back)  # a decision has told of it itself
             expired = approval.state is ApprovalState.EXPIRED
             result.update(
                 approved=approval.on_timeout is TimeoutOutcome.APPROVE
@@ -273,14 +279,13 @@ class BoundRun:
                 ),
                 {"id": workflow_id, "topic": approval_topic(step_id), "step": step_id},
             )
-            stored = {name: value for name, value in result.items() if not name.startswith("_")}
             self._db._record_operation_result_txn(
                 {
                     "workflow_uuid": workflow_id,
                     "function_id": step_id,
                     "function_name": APPROVAL_STEP,
                     "started_at_epoch_ms": started_ms,
-                    "output": DBOSPortableJSON.serialize(stored),
+                    "output": DBOSPortableJSON.serialize(result),
                     "error": None,
                     "serialization": DBOSPortableJSON.name(),
                     "child_workflow_id": None,
@@ -295,7 +300,6 @@ class BoundRun:
         if not result:
             open_s: float | None = operation.facts["open"]
             return open_s
-        result.pop("_expired", None)
         return result
 
 

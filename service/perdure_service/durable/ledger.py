@@ -307,7 +307,9 @@ class Ledger:
         """Returns those of the runs whose status is terminal and whose log is open, in order of ids."""
         rows = conn.execute(
             sa.text(
-                "SELECT r.workflow_id, r.namespace, r.run_id, s.status, s.serialization, r.waiting_for, r.execution "
+                "SELECT r.workflow_id, r.namespace, r.run_id, s.status, s.serialization, r.waiting_for, r.execution, "
+                "(SELECT count(*) FROM perdure.approval AS a WHERE a.workflow_id = r.workflow_id "
+                "AND a.state = 'PENDING') AS approvals "
                 f"FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id "
                 "WHERE r.workflow_id = ANY(:ids) AND r.ended_at IS NULL AND s.status = ANY(:terminal) "
                 "ORDER BY r.workflow_id"
@@ -316,9 +318,14 @@ class Ledger:
         )
         found = []
         for row in rows:
-            state = RunState.RUNNING
-            if row.execution == 0:
-                state = RunState.QUEUED
+            # What it was before it ended, as far as that can still be told.
+            state = derive_state(
+                "PENDING" if row.execution else "ENQUEUED",
+                waiting_for=row.waiting_for,
+                open_approvals=row.approvals,
+                end_reason=None,
+                execution=row.execution,
+            )
             found.append(
                 Ended(RunKey(row.namespace, row.run_id, row.workflow_id), row.status, row.serialization, state)
             )

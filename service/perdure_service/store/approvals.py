@@ -136,6 +136,16 @@ def close(
     return standing.approval
 
 
+def count_open(conn: sa.Connection, workflow_id: str) -> int:
+    """Returns how many approvals of a run are pending."""
+    return int(
+        conn.execute(
+            sa.text("SELECT count(*) FROM perdure.approval WHERE workflow_id = :w AND state = 'PENDING'"),
+            {"w": workflow_id},
+        ).scalar_one()
+    )
+
+
 def withdraw_all(conn: sa.Connection, workflow_id: str) -> list[Approval]:
     """Withdraws what a run still asks, in the transaction that ends it; returns what was withdrawn."""
     rows = conn.execute(

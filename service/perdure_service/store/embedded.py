@@ -48,6 +48,8 @@ MAX_CONNECTIONS = 300
 IMPOSSIBLE_PID = 2**31 - 1
 """Above what any system counts to."""
 
+UNQUOTABLE = frozenset('"$`\\\n')
+"""pg_ctl puts paths between double quotes into a shell command."""
 _OTHERS_MAY_ENTER = stat.S_IXOTH
 
 log = structlog.get_logger(__name__)
@@ -112,6 +114,8 @@ def start(data_dir: Path | None = None) -> EmbeddedPostgres:
     """
     _wheel()
     data_dir = (data_dir or default_data_dir()).expanduser().absolute()
+    if UNQUOTABLE.intersection(str(data_dir)):
+        raise ConfigurationError(f"{data_dir} has a character that pg_ctl cannot bear; set PERDURE_DATA_DIR.")
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         users_lock = (data_dir / "users.lock").open("a")

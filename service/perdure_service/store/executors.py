@@ -125,6 +125,7 @@ def requeue_orphans(
         return []
     ids = [row[0] for row in found]
     adopt(conn, ids)
+    before = {workflow_id: runs.get(conn, workflow_id) for workflow_id in ids}
     conn.execute(
         sa.text(f"""
             UPDATE {STATUS} SET status = 'ENQUEUED', owner_xid = NULL, started_at_epoch_ms = NULL,
@@ -133,14 +134,10 @@ def requeue_orphans(
         """),
         {"ids": ids, "queue": queue, "now_ms": now_ms},
     )
-    executions: dict[str, int] = dict(
-        conn.execute(
-            sa.text("SELECT workflow_id, execution FROM perdure.run WHERE workflow_id = ANY(:ids)"), {"ids": ids}
-        ).fetchall()  # type: ignore[arg-type]
-    )
     for workflow_id, executor_id, seen, now in found:
         gap_ms = 0 if seen is None else max(0, int((now - seen).total_seconds() * 1000))
-        execution = executions.get(workflow_id, 0)
+        run = before[workflow_id]
+        execution = run.execution if run else 0
         events = [
             Event(
                 EventKind.RECOVERED, now_ms, {"from_executor_id": executor_id or "", "gap_ms": gap_ms},
@@ -148,7 +145,11 @@ def requeue_orphans(
             ),
             Event(
                 EventKind.STATE_CHANGED, now_ms,
-                {"from": RunState.RUNNING, "to": RunState.QUEUED, "reason": "its executor is gone"},
+                {
+                    "from": run.state if run else RunState.RUNNING,
+                    "to": RunState.QUEUED,
+                    "reason": "its executor is gone",
+                },
                 execution=execution,
             ),
         ]  # fmt: skip

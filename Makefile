@@ -1,0 +1,50 @@
+# Each recipe is one line that also works when typed. Variables given to make (`make demo YES=1`) reach the program.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint style types layers api generated format protos clean
+
+# The first of these that is Python 3.11 or newer; or choose: make PYTHON=/path/to/python3.12 …
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# What `make api` compares the API with, when it exists.
+BASE ?= origin/main
+PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+
+# Made once, and again when one of the two files changes; with no network everything else works on.
+.venv/installed: pyproject.toml constraints.txt
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; install it, or say make PYTHON=/path/to/python))$(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1' && .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[service,embedded,agents,cli]' --group dev && touch $@
+
+install: .venv/installed  ## Make .venv and install everything into it
+
+demo: .venv/installed  ## Show a run that survives a crash, in a minute (YES=1 asks nothing; DOCS=folder QUESTION='…')
+	.venv/bin/python -m perdure_client.demo
+
+test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE_TEST_DATABASE_URL)
+	.venv/bin/python -m pytest tests/unit tests/integration tests/chaos tests/e2e
+
+lint: style types layers api generated  ## Check style, types, layers, the API, and that generated code is current
+
+style: .venv/installed
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+
+types: .venv/installed
+	.venv/bin/mypy && .venv/bin/pyright
+
+layers: .venv/installed
+	.venv/bin/lint-imports
+
+api: .venv/installed
+	.venv/bin/buf lint protos && if git cat-file -e $(BASE):protos/buf.yaml 2>/dev/null; then .venv/bin/buf breaking protos --against ".git#ref=$$(git rev-parse $(BASE)),subdir=protos"; fi
+
+generated: .venv/installed
+	.venv/bin/python clients/python/make_sync_client.py --check && d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && $(PROTOC) --python_out="$$d" --grpc_python_out="$$d" --mypy_out=quiet:"$$d" --mypy_grpc_out=quiet,only_async:"$$d" protos/perdure/v1/*.proto && diff -r -x '*.proto' -x __init__.py -x py.typed -x __pycache__ "$$d/perdure" protos/perdure
+
+format: .venv/installed  ## Format the code and sort its imports
+	.venv/bin/ruff check --fix --select I . && .venv/bin/ruff format .
+
+protos: .venv/installed  ## Generate the Python code of protos/ and the blocking client, to be committed
+	$(PROTOC) --python_out=protos --grpc_python_out=protos --mypy_out=quiet:protos --mypy_grpc_out=quiet,only_async:protos protos/perdure/v1/*.proto && .venv/bin/python clients/python/make_sync_client.py
+
+clean:  ## Remove everything that make and the tools made, .venv too
+	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache && find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""Serves AgentRunService: request in, one call of the run service, response out."""
+
+# ruff: noqa: ARG002 - gRPC gives every method a context, whether it needs one or not
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+from perdure.v1 import agent_run_service_pb2 as pb
+from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
+
+from perdure_service.durable.service import RunService, StartCommand
+from perdure_service.rpc import convert, convert_events, requests
+from perdure_service.rpc.calls import current_call
+from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.streams import Streams, closing
+from perdure_service.settings import Settings
+
+MAX_WAIT_S = 60.0
+"""The longest WaitRun waits."""
+WAIT_SHARE = 0.9
+"""The share of the caller's deadline that WaitRun uses, so that its answer still arrives."""
+LARGE_REQUEST_BYTES = 2**16
+RESPONSE_BYTES = 2**20
+"""About the most that one response of a stream carries. Clients take 4 MiB unless they say otherwise."""
+
+
+class AgentRuns(AgentRunServiceServicer):
+    """The runs of one server."""
+
+    def __init__(self, service: RunService, settings: Settings, streams: Streams) -> None:
+        self._service = service
+        self._settings = settings
+        self._streams = streams
+        self._response_bytes = min(RESPONSE_BYTES, settings.max_message_bytes // 2)
+
+    async def StartAgent(self, request: pb.StartAgentRequest, context: RpcContext) -> pb.StartAgentResponse:
+        """Starts an agent."""
+        # A large input takes up to half a second to check, in which other calls shall be served.
+        large = request.ByteSize() > LARGE_REQUEST_BYTES
+        command = await asyncio.to_thread(self._command, request) if large else self._command(request)
+        run, created = await self._service.start(command)
+        return pb.StartAgentResponse(run=convert.agent_run(run, full=False), created=created)
+
+    def _command(self, request: pb.StartAgentRequest) -> StartCommand:
+        call = current_call()
+        return requests.start_command(
+            request,
+            caller=call.caller,
+            trace_parent=call.trace_parent,
+            now=datetime.now(UTC),
+            max_input_bytes=self._settings.max_input_bytes,
+        )
+
+    async def GetRun(self, request: pb.GetRunRequest, context: RpcContext) -> pb.GetRunResponse:
+        """Returns a run."""
+        which = requests.get_run(request)
+        run = await self._service.get(which.namespace, which.run_id, full=which.full)
+        return pb.GetRunResponse(run=convert.agent_run(run, full=which.full))
+
+    async def ListRuns(self, request: pb.ListRunsRequest, context: RpcContext) -> pb.ListRunsResponse:
+        """Returns a page of runs."""
+        which = requests.list_runs(request)
+        page = await self._service.list(
+            which.namespace, which.run_filter, page_size=which.page_size, page_token=which.page_token
+        )
+        runs = [convert.agent_run(run, full=False) for run in page.items]
+        return pb.ListRunsResponse(runs=runs, next_page_token=page.next_token)
+
+    async def WatchRun(self, request: pb.WatchRunRequest, context: RpcContext) -> AsyncIterator[pb.WatchRunResponse]:
+        """Streams a run; the interceptor ends it when the client goes away or the server drains."""
+        which = requests.watch_run(request)
+        watch = self._service.watch(
+            which.namespace,
+            which.run_id,
+            cursor=which.cursor,
+            after_sequence=which.after_sequence,
+            from_now=which.from_now,
+            kinds=which.kinds,
+            heartbeat_s=which.heartbeat_s,
+        )
+        async with closing(watch) as batches:
+            async for batch in batches:
+                for response in convert_events.watch_responses(batch, self._response_bytes):
+                    yield response
+
+    async def WaitRun(self, request: pb.WaitRunRequest, context: RpcContext) -> pb.WaitRunResponse:
+        """Waits for a run's end, for as long as the caller's deadline lets it answer."""
+        which = requests.get_run(request)
+        remaining_s: float | None = context.time_remaining()
+        timeout_s = MAX_WAIT_S if remaining_s is None else min(MAX_WAIT_S, WAIT_SHARE * remaining_s)
+        with self._streams.wait():
+            run, timed_out = await self._service.wait(
+                which.namespace, which.run_id, full=which.full, timeout_s=timeout_s
+            )
+        return pb.WaitRunResponse(run=convert.agent_run(run, full=which.full), timed_out=timed_out)
+
+    async def ListRunEvents(self, request: pb.ListRunEventsRequest, context: RpcContext) -> pb.ListRunEventsResponse:
+        """Returns a page of a run's log."""
+        which = requests.list_log(request)
+        page = await self._service.list_events(
+            which.namespace, which.run_id, which.kinds, page_size=which.page_size, page_token=which.page_token
+        )
+        events = [convert_events.run_event(event, which.run_id) for event in page.items]
+        return pb.ListRunEventsResponse(events=events, next_page_token=page.next_token)
+
+    async def ListSteps(self, request: pb.ListStepsRequest, context: RpcContext) -> pb.ListStepsResponse:
+        """Returns a page of a run's steps."""
+        which = requests.list_log(request)
+        page = await self._service.list_steps(
+            which.namespace, which.run_id, page_size=which.page_size, page_token=which.page_token
+        )
+        return pb.ListStepsResponse(steps=map(convert.step, page.items), next_page_token=page.next_token)
+
+    async def SignalRun(self, request: pb.SignalRunRequest, context: RpcContext) -> pb.SignalRunResponse:
+        """Sends a named input to a run."""
+        signal = requests.signal_run(request, max_bytes=self._settings.max_signal_bytes)
+        created = await self._service.signal(
+            signal.namespace,
+            signal.run_id,
+            name=signal.name,
+            payload=signal.payload,
+            request_id=signal.request_id,
+            sender=current_call().caller,
+        )
+        return pb.SignalRunResponse(created=created)
+
+    async def CancelRun(self, request: pb.CancelRunRequest, context: RpcContext) -> pb.CancelRunResponse:
+        """Cancels a run and its children."""
+        which = requests.cancel_run(request)
+        run = await self._service.cancel(
+            which.namespace, which.run_id, reason=which.reason, caller=current_call().caller
+        )
+        return pb.CancelRunResponse(run=convert.agent_run(run, full=False))

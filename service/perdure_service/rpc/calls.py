@@ -1,0 +1,71 @@
+"""What is known about the call being served: who calls, under which id, and in which trace."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from perdure_service.telemetry import TraceParent, parse_traceparent
+
+ANONYMOUS = "anonymous"
+"""The caller while there is no authentication."""
+REQUEST_ID_KEY = "x-request-id"
+TRACE_PARENT_KEY = "traceparent"
+MAX_REQUEST_ID = 128
+"""Characters of a caller's `x-request-id`; another one replaces what is longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call.
+
+    Attributes:
+        method: E.g. `perdure.v1.AgentRunService/StartAgent`.
+        call_id: The caller's `x-request-id`, or one made here; in the log of this call.
+        caller: Who calls.
+        trace_parent: The caller's W3C `traceparent` as it came, or empty.
+        parent: What it says; None for none.
+    """
+
+    method: str
+    call_id: str
+    caller: str
+    trace_parent: str = ""
+    parent: TraceParent | None = None
+
+
+_current: ContextVar[Call] = ContextVar("perdure_call")
+
+
+def current_call() -> Call:
+    """Returns the call being served.
+
+    Raises:
+        LookupError: None is.
+    """
+    return _current.get()
+
+
+def enter_call(method: str, metadata: Iterable[tuple[str, Any]], caller: str) -> Call:
+    """Makes a call the one being served in this context; gRPC gives every call a context of its own.
+
+    Args:
+        method: As in `Call`.
+        metadata: The request's, as pairs.
+        caller: Who calls.
+    """
+    call_id = trace_parent = ""
+    for key, value in metadata:
+        if key == REQUEST_ID_KEY and isinstance(value, str):
+            call_id = value
+        elif key == TRACE_PARENT_KEY and isinstance(value, str):
+            trace_parent = value
+    if not call_id or len(call_id) > MAX_REQUEST_ID or not call_id.isprintable():
+        call_id = secrets.token_hex(8)
+    parent = parse_traceparent(trace_parent)
+    call = Call(method, call_id, caller, trace_parent if parent else "", parent)
+    _current.set(call)
+    return call

@@ -1,0 +1,104 @@
+"""Turns what the service answers (runs, steps, approvals, catalogue entries) into messages."""
+
+from __future__ import annotations
+
+import json
+
+from perdure.v1 import agent_catalog_service_pb2, agent_run_pb2, agent_run_service_pb2, approval_pb2
+
+from perdure_service.domain.agents import AgentSpec
+from perdure_service.domain.approvals import Approval
+from perdure_service.domain.events import Step
+from perdure_service.domain.runs import Progress, Run
+from perdure_service.rpc import enums, fields
+
+
+def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
+    """Returns a run as a message; with input and output only when `full`."""
+    message = agent_run_pb2.AgentRun(
+        namespace=fields.text(run.key.namespace),
+        run_id=fields.text(run.key.run_id),
+        agent=fields.text(run.agent),
+        agent_version=fields.text(run.agent_version),
+        input_sha256=run.input_sha256,
+        state=enums.RUN_STATES[run.state],
+        state_reason=fields.text(run.state_reason),
+        create_time=fields.timestamp(run.create_time),
+        start_time=fields.timestamp(run.start_time),
+        end_time=fields.timestamp(run.end_time),
+        deadline_time=fields.timestamp(run.deadline_time),
+        execution=fields.int32(run.execution),
+        executor_id=fields.text(run.executor_id),
+        progress=_progress(run.progress),
+        pending_approvals=fields.int32(run.pending_approvals),
+        failure=fields.failure(run.failure),
+        labels={fields.text(key): fields.text(value) for key, value in run.labels.items()},
+        context_id=fields.text(run.context_id),
+        parent_run_id=fields.text(run.parent_run_id),
+        trace_id=fields.text(run.trace_id),
+        last_sequence=fields.int64(run.last_sequence),
+    )
+    if full:
+        message.input_json = fields.text(run.input_json)
+        message.output_json = fields.text(run.output_json)
+    return message
+
+
+def step(value: Step) -> agent_run_service_pb2.Step:
+    """Returns a step as a message."""
+    return agent_run_service_pb2.Step(
+        step_id=fields.int32(value.step_id),
+        step_name=fields.text(value.step_name),
+        state=enums.STEP_STATES[value.state],
+        attempts=fields.int32(value.attempts),
+        execution=fields.int32(value.execution),
+        start_time=fields.timestamp_of_ms(value.start_ms),
+        end_time=fields.timestamp_of_ms(value.end_ms),
+        error=fields.failure_of_json(value.error),
+        output_preview=fields.text(value.output_preview),
+        child_run_id=fields.text(value.child_run_id),
+    )
+
+
+def approval(value: Approval) -> approval_pb2.Approval:
+    """Returns an approval as a message."""
+    return approval_pb2.Approval(
+        approval_id=fields.text(value.approval_id),
+        namespace=fields.text(value.key.namespace),
+        run_id=fields.text(value.key.run_id),
+        agent=fields.text(value.agent),
+        step_id=fields.int32(value.step_id),
+        title=fields.text(value.title),
+        payload_json=fields.text(value.payload_json),
+        answer_schema_json=fields.text(value.answer_schema_json),
+        assignees=[fields.text(assignee) for assignee in value.assignees],
+        create_time=fields.timestamp(value.create_time),
+        deadline_time=fields.timestamp(value.deadline_time),
+        on_timeout=enums.TIMEOUT_OUTCOMES[value.on_timeout],
+        state=enums.APPROVAL_STATES[value.state],
+        decided_by=fields.text(value.decided_by),
+        decide_time=fields.timestamp(value.decide_time),
+        comment=fields.text(value.comment),
+        answer_json=fields.text(value.answer_json),
+        revision=fields.int64(value.revision),
+    )
+
+
+def agent(spec: AgentSpec) -> agent_catalog_service_pb2.Agent:
+    """Returns a catalogue entry as a message."""
+    return agent_catalog_service_pb2.Agent(
+        agent=fields.text(spec.name),
+        agent_version=fields.text(spec.version),
+        description=fields.text(spec.description),
+        input_schema_json=json.dumps(dict(spec.input_schema)),
+        output_schema_json="" if spec.output_schema is None else json.dumps(dict(spec.output_schema)),
+        current=spec.current,
+    )
+
+
+def _progress(value: Progress | None) -> agent_run_pb2.RunProgress | None:
+    if value is None:
+        return None
+    return agent_run_pb2.RunProgress(
+        message=fields.text(value.message), completed=fields.int64(value.completed), total=fields.int64(value.total)
+    )

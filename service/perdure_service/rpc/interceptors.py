@@ -1,0 +1,236 @@
+"""Stands around every call: who and in which trace, how long it may stay, and what the caller learns when it fails.
+
+gRPC would send any exception's text to the client, so nothing may pass here but what errors.py says a caller may see.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import secrets
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import grpc
+import grpc.aio
+import structlog
+
+from perdure_service import telemetry
+from perdure_service.errors import ConfigurationError, Draining, InvalidArgument, PerdureError
+from perdure_service.rpc.calls import ANONYMOUS, Call, enter_call
+from perdure_service.rpc.status import DETAILS_KEY, WireError, internal_error, wire_error
+from perdure_service.rpc.streams import Streams
+
+T = TypeVar("T")
+RpcContext = grpc.aio.ServicerContext[Any, Any]
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
+    Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+
+OUR_METHODS = "/perdure."
+"""Methods that have spans and count as streams; the others are health and reflection."""
+SERVER_FAULTS = frozenset({"INTERNAL", "UNAVAILABLE"})
+"""Status codes that make a server's span one that failed (OpenTelemetry's conventions for gRPC)."""
+MAX_CAUSE = 300
+"""Characters of a cause in the log."""
+
+_log = structlog.get_logger(__name__)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every unary and server-streaming handler; methods that nobody serves stay UNIMPLEMENTED."""
+
+    def __init__(
+        self,
+        *,
+        streams: Streams,
+        infrastructure: Streams,
+        tracer: telemetry.RunTracer | None = None,
+        caller: str = ANONYMOUS,
+    ) -> None:
+        """Makes an interceptor.
+
+        Args:
+            streams: Where our streams are counted and ended.
+            infrastructure: The same for the streams of health.
+            tracer: Makes the server spans; None makes none.
+            caller: Who everybody is, while there is no authentication.
+        """
+        self._streams = streams
+        self._infrastructure = infrastructure
+        self._tracer = tracer or telemetry.RunTracer()
+        self._caller = caller
+        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
+
+    async def intercept_service(
+        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
+    ) -> Handler | None:
+        """Returns the method's handler, wrapped; None when there is none."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_streaming:
+            return handler
+        method = handler_call_details.method
+        known = self._wrapped.get(method)
+        if known is None or known[0] is not handler:
+            known = self._wrapped[method] = (handler, self._wrap(handler, method))
+        return known[1]
+
+    def _wrap(self, handler: Handler, method: str) -> Handler:
+        """Returns a handler that takes bytes: gRPC would send the text of a decoding error to the client."""
+        if handler.response_streaming:
+            return grpc.unary_stream_rpc_method_handler(
+                self._streaming(handler, method),
+                request_deserializer=None,
+                response_serializer=handler.response_serializer,
+            )
+        return grpc.unary_unary_rpc_method_handler(
+            self._unary(handler, method), request_deserializer=None, response_serializer=handler.response_serializer
+        )
+
+    def _unary(self, handler: Handler, method: str) -> Callable[[bytes, RpcContext], Any]:
+        serve: Any = handler.unary_unary
+
+        async def call(data: bytes, context: RpcContext) -> Any:
+            return await self._guarded(method, context, lambda: serve(_decoded(handler, data), context))
+
+        return call
+
+    def _streaming(self, handler: Handler, method: str) -> Callable[[bytes, RpcContext], Any]:
+        serve: Any = handler.unary_stream
+        streams = self._streams if method.startswith(OUR_METHODS) else self._infrastructure
+
+        # A coroutine that writes, not a generator: so a cancellation while a slow reader is written to passes
+        # through here, and what serves the stream is closed at once instead of when the garbage is collected.
+        async def write_all(data: bytes, context: RpcContext) -> None:
+            request = _decoded(handler, data)
+            with streams.stream():
+                if not inspect.isasyncgenfunction(serve):
+                    await serve(request, context)
+                    return
+                async with aclosing(serve(request, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
+
+        async def call(data: bytes, context: RpcContext) -> None:
+            await self._guarded(method, context, lambda: write_all(data, context))
+
+        return call
+
+    async def _guarded(self, path: str, context: RpcContext, serve: Callable[[], Awaitable[T]]) -> T:
+        """Serves a call and maps what it raises."""
+        began = time.monotonic()
+        call = enter_call(path.removeprefix("/"), context.invocation_metadata() or (), self._caller)
+        structlog.contextvars.bind_contextvars(call_id=call.call_id, rpc=call.method)
+        span = self._open_span(path, call)
+        try:
+            result = await serve()
+        except BaseException as error:
+            if _passes(error):
+                span.set_attribute(telemetry.RPC_STATUS, "CANCELLED")
+                span.end()
+                raise
+            failure, reason = _described(error, call, time.monotonic() - began)
+            span.set_attribute(telemetry.RPC_STATUS, failure.code.name)
+            faulty = failure.code.name in SERVER_FAULTS and reason != Draining.reason
+            span.end("error" if faulty else "unset", reason)
+            await context.abort(failure.code, failure.text, ((DETAILS_KEY, failure.details),))
+        span.set_attribute(telemetry.RPC_STATUS, "OK")
+        span.end()
+        return result
+
+    def _open_span(self, path: str, call: Call) -> telemetry.RunSpan:
+        if not self._tracer.enabled or not path.startswith(OUR_METHODS):
+            return telemetry.RunSpan(None)
+        attributes = {telemetry.RPC_SYSTEM: "grpc", telemetry.RPC_METHOD: call.method, telemetry.CALL_ID: call.call_id}
+        return self._tracer.server_span(call.method, caller=call.parent, attributes=attributes)
+
+
+def _passes(error: BaseException) -> bool:
+    """Returns whether an exception is gRPC's or Python's own business."""
+    if isinstance(error, asyncio.CancelledError):
+        # The client went away, which is how most streams end, or the server stops. When nobody cancelled this task,
+        # something that the call waited for was cancelled, and gRPC would leave the client without an answer.
+        task = asyncio.current_task()
+        return task is None or task.cancelling() > 0
+    # AbortError: a servicer of gRPC's own (health) has answered.
+    return isinstance(error, (grpc.aio.AbortError, GeneratorExit, KeyboardInterrupt, SystemExit))
+
+
+def _decoded(handler: Handler, data: bytes) -> Any:
+    if handler.request_deserializer is None:
+        return data
+    try:
+        return handler.request_deserializer(data)
+    except Exception as error:
+        text = "the request is not a message of this method's type, or nested deeper than Protobuf reads"
+        raise InvalidArgument("", text) from error
+
+
+def _described(error: BaseException, call: Call, duration_s: float) -> tuple[WireError, str]:
+    """Returns what the caller learns and the reason, and writes the one line of log that a failed call gets."""
+    public = _public(error)
+    facts: dict[str, Any] = {"caller": call.caller, "duration_ms": round(duration_s * 1_000)}
+    if public is None:
+        error_id = secrets.token_hex(8)
+        _hide_parameters(error)
+        # As text, not as exc_info: a renderer may print local variables, and with them what users wrote.
+        facts["exception"] = "".join(traceback.format_exception(error))
+        _log.error("rpc.failed", code="INTERNAL", reason="INTERNAL", error_id=error_id, **facts)
+        return internal_error(error_id), "INTERNAL"
+    cause = public.__cause__ or (None if public is error else error)
+    if cause is not None:
+        facts["cause"] = f"{type(cause).__qualname__}: {getattr(cause, 'orig', None) or cause}"[:MAX_CAUSE]
+    if isinstance(public, InvalidArgument):  # what a violation says may quote the input; its path does not
+        facts["fields"] = [path for path, _ in public.violations]
+    else:
+        facts["error"] = public.message[:MAX_CAUSE]
+    getattr(_log, _level(public))("rpc.failed", code=public.status, reason=public.reason, **facts)
+    return wire_error(public), public.reason
+
+
+def _level(error: PerdureError) -> str:
+    if isinstance(error, Draining):  # by design, and of every open stream at once
+        return "debug"
+    return "warning" if error.status in SERVER_FAULTS else "info"
+
+
+def _public(error: BaseException) -> PerdureError | None:
+    """Returns the error that the caller may see; None when the caller may see none."""
+    if not isinstance(error, PerdureError):
+        translated = _translated(error)
+        if translated is None:
+            return None
+        error = translated
+    if isinstance(error, ConfigurationError) or error.status == "INTERNAL":
+        return None
+    return error
+
+
+def _translated(error: BaseException) -> PerdureError | None:
+    """Returns what an error of the database that nobody translated means, if it is one."""
+    if not isinstance(error, Exception):
+        return None
+    from perdure_service.store.sqlstates import translate  # only now: it brings the whole of SQLAlchemy
+
+    try:
+        return translate(error)
+    except Exception:  # noqa: BLE001 - whatever is wrong with the translation, the call still gets an answer
+        _log.exception("rpc.untranslatable", error_type=type(error).__qualname__)
+        return None
+
+
+def _hide_parameters(error: BaseException) -> None:
+    """Keeps what users wrote out of the log: SQLAlchemy's errors print the statement's parameters unless told."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        current = todo.pop()
+        if current is None or id(current) in seen:
+            continue
+        seen.add(id(current))
+        if hasattr(current, "hide_parameters"):
+            current.hide_parameters = True
+        todo += [current.__cause__, current.__context__]

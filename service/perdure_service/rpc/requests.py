@@ -1,0 +1,283 @@
+"""Turns the requests of AgentRunService into what the domain understands, or says what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+from perdure.v1 import agent_run_service_pb2 as pb
+
+from perdure_service.domain.events import EventKind
+from perdure_service.domain.runs import DEFAULT_NAMESPACE, SIGNAL_NAME
+from perdure_service.durable.service import RunFilter, StartCommand
+from perdure_service.errors import InvalidArgument
+from perdure_service.rpc import enums
+from perdure_service.rpc.json_values import read_struct, read_text, read_value
+from perdure_service.rpc.validation import MAX_AHEAD, Violations
+
+MAX_CANCEL_REASON = 1_000
+"""Characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunLookup:
+    """Which run, and whether with its input and output."""
+
+    namespace: str
+    run_id: str
+    full: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunPage:
+    """Which page of which runs."""
+
+    namespace: str
+    run_filter: RunFilter
+    page_size: int
+    page_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogPage:
+    """Which page of a run's events or steps; empty `kinds` means all."""
+
+    namespace: str
+    run_id: str
+    page_size: int
+    page_token: str
+    kinds: frozenset[EventKind] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Where a stream begins and what it carries; empty `kinds` means all."""
+
+    namespace: str
+    run_id: str
+    cursor: str | None = None
+    after_sequence: int | None = None
+    from_now: bool = False
+    kinds: frozenset[EventKind] = frozenset()
+    heartbeat_s: float = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """A named input to a run; `payload` is a JSON value."""
+
+    namespace: str
+    run_id: str
+    name: str
+    request_id: str
+    payload: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Which run to cancel, and why."""
+
+    namespace: str
+    run_id: str
+    reason: str
+
+
+def namespace_of(found: Violations, value: str) -> str:
+    """Returns the namespace a request means; whether it exists is for others to say."""
+    return found.name("namespace", value) or DEFAULT_NAMESPACE
+
+
+def start_command(
+    request: pb.StartAgentRequest, *, caller: str, trace_parent: str, now: datetime, max_input_bytes: int
+) -> StartCommand:
+    """Returns the start that a request asks for. The shape of a new run's id is left to the service.
+
+    Args:
+        request: As it came.
+        caller: Who asks.
+        trace_parent: The caller's W3C `traceparent`, or empty.
+        now: The time, with a zone.
+        max_input_bytes: The most an input may take.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+        PayloadTooLarge: The input is over the limit.
+    """
+    found = Violations()
+    start_at, delay_s = _schedule(found, request, now)
+    deadline_at = None
+    if request.HasField("deadline_time"):
+        deadline_at = found.timestamp("deadline_time", request.deadline_time, now)
+    if deadline_at is not None and deadline_at <= now:
+        found.add("deadline_time", "is in the past")
+    elif deadline_at is not None and start_at is not None and deadline_at <= start_at:
+        found.add("deadline_time", "must be after start_time")
+    command = StartCommand(
+        namespace=namespace_of(found, request.namespace),
+        agent=found.name("agent", request.agent, required=True),
+        agent_version=found.name("agent_version", request.agent_version),
+        run_id=request.run_id,
+        request_id=found.request_id(request.request_id),
+        run_input=None,
+        caller=caller,
+        refuse_existing=found.enum("conflict_policy", request.conflict_policy, enums.REFUSES_EXISTING, False),
+        start_at=start_at,
+        delay_s=delay_s,
+        deadline_at=deadline_at,
+        labels=found.labels(request.labels),
+        context_id=found.name("context_id", request.context_id),
+        validate_only=request.validate_only,
+        trace_parent=trace_parent,
+    )
+    found.raise_any()
+    return replace(command, run_input=_read_input(request, max_input_bytes))
+
+
+def get_run(request: pb.GetRunRequest | pb.WaitRunRequest) -> RunLookup:
+    """Returns which run is asked for.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+    """
+    found = Violations()
+    lookup = RunLookup(
+        namespace_of(found, request.namespace),
+        found.run_id(request.run_id),
+        found.enum("view", request.view, enums.IS_FULL_VIEW, False),
+    )
+    found.raise_any()
+    return lookup
+
+
+def list_runs(request: pb.ListRunsRequest) -> RunPage:
+    """Returns which runs are asked for.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+    """
+    found = Violations()
+    run_filter = RunFilter(
+        states=found.enums("states", request.states, enums.RUN_STATE_OF),
+        agent=found.name("agent", request.agent),
+        labels=found.labels(request.labels),
+        context_id=found.name("context_id", request.context_id),
+    )
+    page = RunPage(
+        namespace_of(found, request.namespace),
+        run_filter,
+        found.page_size(request.page_size),
+        found.token("page_token", request.page_token),
+    )
+    found.raise_any()
+    return page
+
+
+def list_log(request: pb.ListRunEventsRequest | pb.ListStepsRequest) -> LogPage:
+    """Returns which part of a run's log, or which of its steps, are asked for.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+    """
+    found = Violations()
+    kinds = request.kinds if isinstance(request, pb.ListRunEventsRequest) else ()
+    page = LogPage(
+        namespace_of(found, request.namespace),
+        found.run_id(request.run_id),
+        found.page_size(request.page_size),
+        found.token("page_token", request.page_token),
+        found.enums("kinds", kinds, enums.EVENT_KIND_OF),
+    )
+    found.raise_any()
+    return page
+
+
+def watch_run(request: pb.WatchRunRequest) -> Watch:
+    """Returns the stream that is asked for. Whether a cursor is one of ours is for the log to say.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+    """
+    found = Violations()
+    position = request.WhichOneof("position")
+    after_sequence = request.after_sequence if position == "after_sequence" else None
+    if after_sequence is not None and after_sequence < 0:
+        found.add("after_sequence", "must not be negative")
+    watch = Watch(
+        namespace=namespace_of(found, request.namespace),
+        run_id=found.run_id(request.run_id),
+        # An empty cursor is what a client has that saw nothing yet: from the first event.
+        cursor=found.token("cursor", request.cursor) or None,
+        after_sequence=after_sequence,
+        from_now=request.from_now,
+        kinds=found.enums("kinds", request.kinds, enums.EVENT_KIND_OF),
+        heartbeat_s=found.heartbeat_s(request.heartbeat_interval if request.HasField("heartbeat_interval") else None),
+    )
+    found.raise_any()
+    return watch
+
+
+def signal_run(request: pb.SignalRunRequest, *, max_bytes: int) -> Signal:
+    """Returns the signal that is sent.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+        PayloadTooLarge: The payload takes more than `max_bytes`.
+    """
+    found = Violations()
+    if not request.name:
+        found.add("name", "is required")
+    elif not SIGNAL_NAME.fullmatch(request.name):
+        found.add("name", f"must match {SIGNAL_NAME.pattern}")
+    namespace = namespace_of(found, request.namespace)
+    run_id = found.run_id(request.run_id)
+    request_id = found.request_id(request.request_id, required=True)
+    found.raise_any()
+    payload: Any = {}
+    if request.WhichOneof("payload_format") == "payload":
+        payload = read_value(request.payload, root="payload", max_bytes=max_bytes)
+    elif request.payload_json:
+        payload = read_text(request.payload_json, field="payload_json", root="payload", max_bytes=max_bytes)
+    return Signal(namespace, run_id, request.name, request_id, payload)
+
+
+def cancel_run(request: pb.CancelRunRequest) -> Cancel:
+    """Returns what is to be cancelled.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+    """
+    found = Violations()
+    cancel = Cancel(
+        namespace_of(found, request.namespace),
+        found.run_id(request.run_id),
+        found.prose("reason", request.reason, MAX_CANCEL_REASON),
+    )
+    found.raise_any()
+    return cancel
+
+
+def _schedule(found: Violations, request: pb.StartAgentRequest, now: datetime) -> tuple[datetime | None, float | None]:
+    """Returns when to start: a time, or a delay in seconds, or neither. A time in the past means now."""
+    match request.WhichOneof("schedule"):
+        case "start_time":
+            return found.timestamp("start_time", request.start_time, now), None
+        case "delay":
+            delay_s = found.duration_s("delay", request.delay)
+            if delay_s is not None and not 0 <= delay_s <= MAX_AHEAD.total_seconds():
+                found.add("delay", "must not be negative, nor more than a century")
+            return None, delay_s
+        case _:
+            return None, None
+
+
+def _read_input(request: pb.StartAgentRequest, max_bytes: int) -> Mapping[str, Any]:
+    if request.WhichOneof("input_format") == "input":
+        return read_struct(request.input, root="input", max_bytes=max_bytes)
+    if not request.input_json:
+        return {}
+    value = read_text(request.input_json, field="input_json", root="input", max_bytes=max_bytes)
+    if not isinstance(value, dict):
+        raise InvalidArgument("input", "must be an object")
+    return value

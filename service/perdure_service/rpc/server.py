@@ -1,0 +1,237 @@
+"""Builds, starts, drains and stops the gRPC server, and decides where it may listen and how connections live."""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import re
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from perdure.v1 import agent_catalog_service_pb2, agent_run_service_pb2, approval_service_pb2
+from perdure.v1.agent_catalog_service_pb2_grpc import add_AgentCatalogServiceServicer_to_server
+from perdure.v1.agent_run_service_pb2_grpc import add_AgentRunServiceServicer_to_server
+from perdure.v1.approval_service_pb2_grpc import add_ApprovalServiceServicer_to_server
+
+from perdure_service.durable.service import RunService
+from perdure_service.errors import ConfigurationError
+from perdure_service.rpc.agent_runs import AgentRuns
+from perdure_service.rpc.approvals import Approvals
+from perdure_service.rpc.calls import ANONYMOUS
+from perdure_service.rpc.catalog import Catalog
+from perdure_service.rpc.interceptors import CallInterceptor
+from perdure_service.rpc.streams import Streams
+from perdure_service.settings import Settings
+from perdure_service.telemetry import RunTracer
+
+SERVICES = tuple(
+    file.services_by_name[name].full_name
+    for file, name in (
+        (agent_run_service_pb2.DESCRIPTOR, "AgentRunService"),
+        (approval_service_pb2.DESCRIPTOR, "ApprovalService"),
+        (agent_catalog_service_pb2.DESCRIPTOR, "AgentCatalogService"),
+    )
+)
+MIN_PING_INTERVAL = timedelta(seconds=10)
+"""Clients may send keepalive pings this often, so that one every 30 s is safe. gRPC's default is five minutes, and a
+client that pings more often than it may is thrown out (GOAWAY, too_many_pings)."""
+KEEPALIVE_TIME = timedelta(seconds=60)
+KEEPALIVE_TIMEOUT = timedelta(seconds=20)
+"""A connection that was silent for the first and does not answer a ping within the second is dead, and its streams
+end. gRPC's default for the first is two hours."""
+MAX_HEALTH_STREAMS = 1_000
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:/\s]*):(?P<port>\d{1,5})")
+
+
+def server_options(settings: Settings) -> list[tuple[str, int]]:
+    """Returns the options of the gRPC server (https://grpc.github.io/grpc/core/group__grpc__arg__keys.html)."""
+    max_age_ms = _ms(settings.max_connection_age)
+    table = {
+        # Two servers on one port would each get half of the calls; a port in use is to be noticed.
+        "grpc.so_reuseport": 0,
+        "grpc.max_receive_message_length": settings.max_message_bytes,
+        "grpc.max_send_message_length": settings.max_message_bytes,
+        # Old connections are asked to go (GOAWAY), so that load spreads; what is open on them may end in peace.
+        "grpc.max_connection_age_ms": max_age_ms,
+        "grpc.max_connection_age_grace_ms": max_age_ms,
+        # A watcher of a quiet run has a connection without data: it may ping, and so do we.
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.min_ping_interval_without_data_ms": _ms(MIN_PING_INTERVAL),
+        "grpc.keepalive_time_ms": _ms(KEEPALIVE_TIME),
+        "grpc.keepalive_timeout_ms": _ms(KEEPALIVE_TIMEOUT),
+    }
+    return list(table.items())
+
+
+@dataclass(frozen=True, slots=True)
+class BoundPorts:
+    """Where a server listens. `health` is None when health has no port of its own."""
+
+    rpc: int
+    health: int | None = None
+
+
+class RpcServer:
+    """The gRPC server of one process: `start`, then `drain`, then `stop`, all on one event loop."""
+
+    def __init__(
+        self, service: RunService, settings: Settings, *, tracer: RunTracer | None = None, caller: str = ANONYMOUS
+    ) -> None:
+        """Makes a server; nothing listens yet.
+
+        Args:
+            service: What is served.
+            settings: Addresses, limits, reflection.
+            tracer: Makes the spans of calls; None makes none.
+            caller: Who everybody is, while there is no authentication: `dev` in `dev`.
+        """
+        self._service = service
+        self._settings = settings
+        self._health = health.aio.HealthServicer()
+        self._streams = Streams(settings.max_watches, settings.max_connection_age.total_seconds())
+        self._health_streams = Streams(MAX_HEALTH_STREAMS)
+        self._interceptor = CallInterceptor(
+            streams=self._streams, infrastructure=self._health_streams, tracer=tracer, caller=caller
+        )
+        self._server: grpc.aio.Server | None = None
+        self._health_server: grpc.aio.Server | None = None
+
+    @property
+    def streams(self) -> Streams:
+        """The streams that are open."""
+        return self._streams
+
+    async def start(self) -> BoundPorts:
+        """Begins to serve, and says so in health.
+
+        Returns:
+            The ports it listens on; those of the settings unless they are 0.
+
+        Raises:
+            ConfigurationError: An address is malformed, in use, or not loopback although anyone may call.
+        """
+        settings = self._settings
+        check_address(settings.address, insecure=settings.insecure)
+        server = self._make_server()
+        ports = BoundPorts(_bind(server, settings.address, "PERDURE_ADDRESS"))
+        health_server: grpc.aio.Server | None = None
+        if settings.health_address is not None:
+            check_address(settings.health_address, insecure=True, variable="PERDURE_HEALTH_ADDRESS")
+            health_server = grpc.aio.server(interceptors=[self._interceptor], options=server_options(settings))
+            health_pb2_grpc.add_HealthServicer_to_server(self._health, health_server)
+            ports = BoundPorts(ports.rpc, _bind(health_server, settings.health_address, "PERDURE_HEALTH_ADDRESS"))
+        await server.start()
+        self._server = server
+        if health_server is not None:
+            await health_server.start()
+            self._health_server = health_server
+        for name in ("", *SERVICES):
+            await self._health.set(name, _SERVING)
+        return ports
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING, ends all streams and waits with UNAVAILABLE and RetryInfo, and takes no new ones.
+
+        Other calls are answered as before, until `stop`.
+        """
+        await self._health.enter_graceful_shutdown()
+        self._streams.drain()
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Takes no more calls, lets those that are open finish for `grace_s`, cancels the rest, and closes the ports.
+
+        Args:
+            grace_s: Seconds; None means the setting `drain_timeout`.
+        """
+        await self.drain()
+        self._health_streams.drain()
+        grace_s = self._settings.drain_timeout.total_seconds() if grace_s is None else grace_s
+        server, self._server = self._server, None
+        if server is not None:
+            await server.stop(grace_s)
+        health_server, self._health_server = self._health_server, None
+        if health_server is not None:  # last: probes are answered to the end
+            await health_server.stop(0)
+
+    def _make_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(interceptors=[self._interceptor], options=server_options(self._settings))
+        add_AgentRunServiceServicer_to_server(AgentRuns(self._service, self._settings, self._streams), server)
+        add_ApprovalServiceServicer_to_server(Approvals(self._service, self._settings), server)
+        add_AgentCatalogServiceServicer_to_server(Catalog(self._service), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        if self._settings.reflection:
+            reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        return server
+
+
+def check_address(address: str, *, insecure: bool, variable: str = "PERDURE_ADDRESS") -> None:
+    """Refuses an address that is malformed, or that others than this host can reach unless `insecure`.
+
+    Raises:
+        ConfigurationError: With the way out.
+    """
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match["port"]) > 65_535:
+        raise ConfigurationError(
+            f"{variable} is {address!r}; it must be HOST:PORT, e.g. 127.0.0.1:50051 or [::1]:50051"
+        )
+    if not insecure and not _is_loopback(match["host"]):
+        raise ConfigurationError(
+            f"{variable} is {address}, which others can reach, and there is no authentication: "
+            f"listen on 127.0.0.1:{match['port']}, or set PERDURE_INSECURE=1 if the network keeps others out"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # another name, whatever it resolves to today; or empty, which means every interface
+        return False
+
+
+def _bind(server: grpc.aio.Server, address: str, variable: str) -> int:
+    """Takes an address for a server and returns its port."""
+    try:
+        _check_free(address)
+        return server.add_insecure_port(address)
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "gRPC cannot bind it"
+        raise ConfigurationError(f"cannot listen on {address} ({why}); choose another in {variable}") from error
+
+
+def _check_free(address: str) -> None:
+    """Tries an address: gRPC is content with one of the addresses of a name, and says the rest to stderr only.
+
+    Raises:
+        OSError: Somebody else listens on one of its addresses, or this host has none of them.
+    """
+    host, _, port = address.rpartition(":")
+    if int(port) == 0:
+        return
+    missing: OSError | None = None
+    found = False
+    for family, kind, protocol, _, target in socket.getaddrinfo(
+        host.strip("[]") or None, int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    ):
+        try:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(target)
+                found = True
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise
+            missing = error  # e.g. no IPv6 here, which is no trouble if there is IPv4
+    if not found and missing is not None:
+        raise missing
+
+
+def _ms(duration: timedelta) -> int:
+    return int(duration / timedelta(milliseconds=1))

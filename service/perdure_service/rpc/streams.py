@@ -1,0 +1,140 @@
+"""Knows the calls that stay open, so that they are bounded in number and age, and all end when the server drains."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import TypeVar
+
+from perdure_service.errors import Draining, TooManyStreams
+
+T = TypeVar("T")
+
+DRAIN_TEXT = "this server is stopping; call again, and another one will answer"
+AGE_TEXT = "this stream is as old as it may get; open it again after its last cursor"
+
+
+class Streams:
+    """The open calls of one server. Used from the server's event loop only."""
+
+    def __init__(self, limit: int, max_age_s: float | None = None) -> None:
+        """Makes a registry.
+
+        Args:
+            limit: How many streams may be open at once.
+            max_age_s: After about this long a stream is ended with UNAVAILABLE and RetryInfo. It must be less than the
+                time after which gRPC closes an old connection, which would end the stream without saying what to do.
+        """
+        self._limit = limit
+        self._max_age_s = max_age_s
+        self._open: set[Stay] = set()
+        self._streams = 0
+        self._draining = False
+
+    @property
+    def draining(self) -> bool:
+        """Whether the server is stopping."""
+        return self._draining
+
+    @property
+    def count(self) -> int:
+        """How many calls are open here, streams and waits."""
+        return len(self._open)
+
+    def stream(self) -> Stay:
+        """Returns a context for the life of a stream, which counts and ages.
+
+        Raises, when it is entered or while it is open:
+            TooManyStreams: There are as many as may be.
+            Draining: The server is stopping, or the stream has reached its age.
+        """
+        # Not all at once: streams that were opened together shall not come back together.
+        age_s = None if self._max_age_s is None else self._max_age_s * random.uniform(0.8, 0.9)
+        return Stay(self, counts=True, max_age_s=age_s)
+
+    def wait(self) -> Stay:
+        """Returns a context for a unary call that waits for long: it ends when the server drains.
+
+        Raises, when it is entered or while it is open:
+            Draining: The server is stopping.
+        """
+        return Stay(self, counts=False)
+
+    def drain(self) -> None:
+        """Ends every open call, and every later one at once. Cannot be undone."""
+        self._draining = True
+        for stay in tuple(self._open):
+            stay.end(DRAIN_TEXT)
+
+    def _enter(self, stay: Stay) -> None:
+        if self._draining:
+            raise Draining(DRAIN_TEXT)
+        if stay.counts and self._streams >= self._limit:
+            raise TooManyStreams(
+                f"this server has {self._limit} open streams and takes no more; close some, or call again later",
+                limit=str(self._limit),
+            )
+        self._open.add(stay)
+        self._streams += stay.counts
+
+    def _leave(self, stay: Stay) -> None:
+        self._open.discard(stay)
+        self._streams -= stay.counts
+
+
+class Stay:
+    """The time in which a call is open: cancels its task to end it, and turns that cancellation into Draining.
+
+    The way of asyncio.timeout(): a cancellation from elsewhere (the client went away) stays what it is.
+    """
+
+    def __init__(self, streams: Streams, *, counts: bool, max_age_s: float | None = None) -> None:
+        self.counts = counts
+        self._streams = streams
+        self._max_age_s = max_age_s
+        self._task: asyncio.Task[object] | None = None
+        self._cancelling = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._ended = ""
+
+    def end(self, text: str) -> None:
+        """Ends the call; `text` tells the client why. The first one counts."""
+        if self._task is not None and not self._ended:
+            self._ended = text
+            self._task.cancel()
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("a stay belongs to a task")
+        self._streams._enter(self)
+        self._task = task
+        self._cancelling = task.cancelling()
+        if self._max_age_s is not None:
+            self._timer = asyncio.get_running_loop().call_later(self._max_age_s, self.end, AGE_TEXT)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._streams._leave(self)
+        if self._timer is not None:
+            self._timer.cancel()
+        task, self._task = self._task, None
+        if self._ended and task is not None:
+            others = task.uncancel() > self._cancelling
+            if kind is asyncio.CancelledError and not others:
+                raise Draining(self._ended) from None
+
+
+@asynccontextmanager
+async def closing(items: AsyncIterator[T]) -> AsyncIterator[AsyncIterator[T]]:
+    """Closes what yields `items` at the end, as soon as nobody reads on, if it can be closed."""
+    try:
+        yield items
+    finally:
+        close = getattr(items, "aclose", None)
+        if close is not None:
+            await close()

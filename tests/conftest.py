@@ -1,0 +1,119 @@
+"""Fixtures for all tests: databases, seeds, and the rule that no folder may be skipped as a whole."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.databases import FORMS, DatabaseServer, given_server, url_in_form
+
+HERE = Path(__file__).parent
+SEED = int(os.environ.get("PERDURE_TEST_SEED") or random.SystemRandom().randrange(2**32))
+_outcomes: dict[str, Counter[str]] = {}
+
+
+def pytest_report_header() -> list[str]:
+    """The seed stands at the top of every report, so that a failure can be repeated."""
+    return [f"PERDURE_TEST_SEED={SEED}"]
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> random.Random:
+    """Randomness that depends on the session's seed and the test's name only."""
+    return random.Random(f"{SEED}:{request.node.nodeid}")
+
+
+@pytest.fixture(scope="session")
+def database_server() -> Iterator[DatabaseServer]:
+    """A real server: the one that the environment names, else an embedded PostgreSQL with data of its own."""
+    server = given_server()
+    if server is not None:
+        yield server
+        server.drop_all()
+        return
+    from perdure_service.store import embedded
+
+    data_dir = Path(tempfile.mkdtemp(prefix="perdure-test-"))
+    try:
+        with embedded.start(data_dir) as postgres:
+            yield DatabaseServer(postgres.url("postgres"), cockroach=False)
+    finally:
+        shutil.rmtree(data_dir, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def database_url(database_server: DatabaseServer, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A migrated database, DBOS's tables and ours, of this module's own (but see `DatabaseServer.migrated`)."""
+    url = database_server.migrated(Path(request.node.nodeid).stem, _migrate)
+    yield url
+    database_server.drop_of(url)
+
+
+@pytest.fixture(scope="module", params=FORMS)
+def dialect_url(database_url: str, database_server: DatabaseServer, request: pytest.FixtureRequest) -> str:
+    """The module's migrated database through each dialect and driver that the store must work with."""
+    if request.param not in database_server.forms:
+        pytest.skip(f"CockroachDB is not reached by {request.param}")
+    return url_in_form(database_url, request.param)
+
+
+@pytest.fixture
+def empty_database_url(database_server: DatabaseServer, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A database with nothing in it, of this test's own."""
+    database = database_server.empty(request.node.name)
+    yield database_server.url_of(database)
+    database_server.drop(database)
+
+
+def _migrate(url: str) -> None:
+    # Late, as most of the unit tests can do without DBOS.
+    from perdure_service.durable.migrate import migrate_all
+
+    migrate_all(url, lambda _line: None)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Counts, by folder, what ran and what was skipped."""
+    if report.when == "call" or report.skipped:
+        _count(report.nodeid, "skipped" if report.skipped else "ran")
+    elif report.failed:
+        _count(report.nodeid, "ran")
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Counts modules that were skipped while they were collected."""
+    if report.skipped:
+        _count(report.nodeid, "skipped")
+
+
+def _count(node_id: str, outcome: str) -> None:
+    parts = Path(node_id.partition("::")[0]).parts
+    if len(parts) > 2 and parts[0] == HERE.name:
+        _outcomes.setdefault(parts[1], Counter())[outcome] += 1
+
+
+def _skipped_folders(config: pytest.Config) -> list[str]:
+    """Returns the folders of which every test was skipped; of a choice of tests that may be so."""
+    if any("::" in argument for argument in config.args) or config.option.keyword or config.option.markexpr:
+        return []
+    return sorted(folder for folder, counted in _outcomes.items() if counted["skipped"] and not counted["ran"])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A folder that was skipped as a whole is a failure: nothing was shown."""
+    if _skipped_folders(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Names the folders that were skipped."""
+    for folder in _skipped_folders(config):
+        terminalreporter.write_line(f"ERROR: every test in tests/{folder} was skipped", red=True)

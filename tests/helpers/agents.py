@@ -1,0 +1,201 @@
+"""Agents for tests: what their steps do is counted in the table `public.test_effect`, so that nothing can be hidden."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import timedelta
+from typing import Any, Literal
+
+import sqlalchemy as sa
+from dbos import DBOS
+from perdure_service.agents import agent, expose, run
+from perdure_service.agents.resources import resources
+from pydantic import BaseModel
+
+
+def effect(what: str) -> None:
+    """Leaves a trace, in a transaction of its own, as a side effect in another system would."""
+    with resources().engine.begin() as conn:
+        conn.execute(
+            sa.text("INSERT INTO public.test_effect (run_id, what) VALUES (:run_id, :what)"),
+            {"run_id": run.id, "what": what},
+        )
+
+
+class Count(BaseModel):
+    """How far to count."""
+
+    steps: int = 3
+    delay_s: float = 0.0
+    text: str = ""
+
+
+@DBOS.step()
+async def count_one(number: int, delay_s: float, text: str) -> int:
+    await asyncio.to_thread(effect, f"count {number}")
+    if text:
+        run.output("text").write(text)
+    if delay_s:
+        await asyncio.sleep(delay_s)
+    return number
+
+
+@agent(name="counter")
+async def counter(request: Count) -> dict[str, int]:
+    """Counts, a step a number."""
+    total = 0
+    for number in range(request.steps):
+        run.progress("counting", number, request.steps)
+        total += await count_one(number, request.delay_s, request.text)
+    return {"total": total}
+
+
+@DBOS.step()
+def sync_step(number: int) -> int:
+    effect(f"sync {number}")
+    return number * 2
+
+
+@agent(name="sync-counter")
+def sync_counter(steps: int = 3) -> int:
+    """Counts in blocking code."""
+    return sum(sync_step(number) for number in range(steps))
+
+
+class FlakyError(Exception):
+    """What a flaky step raises."""
+
+
+@DBOS.step(retries_allowed=True, max_attempts=4, interval_seconds=0.01, backoff_rate=1.0)
+async def flaky_step(failures: int) -> str:
+    status = DBOS.step_status
+    attempt = (status.current_attempt if status and status.current_attempt is not None else 0) + 1
+    run.output("text").write(f"attempt {attempt}")
+    await asyncio.to_thread(effect, f"flaky {attempt}")
+    if attempt <= failures:
+        raise FlakyError(f"attempt {attempt} of the flaky step failed")
+    return f"after {attempt}"
+
+
+@agent(name="flaky")
+async def flaky(failures: int = 1) -> str:
+    """Has a step that fails some times."""
+    return await flaky_step(failures)
+
+
+@agent(name="asker")
+async def asker(
+    timeout_s: float | None = None,
+    on_timeout: Literal["REJECT", "APPROVE", "FAIL_RUN"] = "REJECT",
+    answer_schema: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Works, asks, works."""
+    await count_one(0, 0, "")
+    result = await run.approval(
+        "Go on?",
+        payload={"why": "test"},
+        timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
+        on_timeout=on_timeout,
+        assignees=["ann"],
+        answer_schema=answer_schema,
+    )
+    await count_one(1, 0, "")
+    return {
+        "approved": result.approved,
+        "state": result.state,
+        "by": result.decided_by,
+        "comment": result.comment,
+        "answer": result.answer,
+    }
+
+
+@agent(name="listener")
+async def listener(timeout_s: float | None = None, signals: int = 1) -> list[Any]:
+    """Waits for signals `more`."""
+    timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+    return [await run.signal("more", timeout=timeout) for _ in range(signals)]
+
+
+@agent(name="sleeper")
+async def sleeper(seconds: float = 0.2) -> str:
+    """Sleeps durably."""
+    await count_one(0, 0, "")
+    await DBOS.sleep_async(seconds)
+    await count_one(1, 0, "")
+    return "slept"
+
+
+@agent(name="parent")
+async def parent(children: int = 2, seconds: float = 0.0) -> list[str]:
+    """Has child runs."""
+    handles = [await DBOS.start_workflow_async(plain_child, number, seconds) for number in range(children)]
+    return [await handle.get_result() for handle in handles]
+
+
+@DBOS.workflow()
+async def plain_child(number: int, seconds: float) -> str:
+    if seconds:
+        await DBOS.sleep_async(seconds)
+    return f"child {number}"
+
+
+@agent(name="failing")
+async def failing(message: str = "no way") -> None:
+    """Fails."""
+    raise FlakyError(message)
+
+
+@agent(name="talker")
+async def talker(pieces: int = 50, size: int = 100, pause_s: float = 0.0) -> int:
+    """Streams text from a step."""
+    return await talk(pieces, size, pause_s)
+
+
+@DBOS.step()
+async def talk(pieces: int, size: int, pause_s: float) -> int:
+    out = run.output("text")
+    for number in range(pieces):
+        out.write(f"{number:08d}".ljust(size, "."))
+        if pause_s:
+            await asyncio.sleep(pause_s)
+    return pieces
+
+
+# ---- ordinary DBOS code that knows nothing of the product ------------------------------------------------------------
+
+
+@DBOS.step()
+def plain_step(number: int) -> int:
+    return number + 1
+
+
+@DBOS.workflow()
+def plain_sync_child(number: int) -> int:
+    return plain_step(number)
+
+
+@DBOS.workflow()
+def plain_workflow(name: str, count: int = 2, wait: bool = False) -> dict[str, Any]:
+    """Uses all of DBOS."""
+    DBOS.set_event("status", {"name": name})
+    value = plain_step(count)
+    value = plain_sync_child(value)
+    DBOS.sleep(0.05)
+    DBOS.write_stream("log", "a line")
+    handle = DBOS.start_workflow(plain_sync_child, 10)
+    message = DBOS.recv("topic", timeout_seconds=30) if wait else None
+    return {"value": value, "child": handle.get_result(), "message": message}
+
+
+expose(plain_workflow, name="plain")
+
+
+@DBOS.workflow()
+def blocking_workflow(seconds: float = 1.0) -> str:
+    """Blocks its thread, as real code does."""
+    time.sleep(seconds)
+    return "done"
+
+
+expose(blocking_workflow, name="blocking")

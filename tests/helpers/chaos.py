@@ -1,0 +1,72 @@
+"""Breaks a server from the inside; loaded into it by `--agents tests.helpers.chaos`, steered by the environment.
+
+`PERDURE_CHAOS_KILL_AT=n`       dies, as by kill -9, at the nth point: each commit of the seam has two, "everything is
+                                written but nothing committed" and "committed, but nobody knows it yet".
+`PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam happens, and its reply is lost, once.
+`PERDURE_CHAOS_SQLSTATE=40001`  every third transaction of the seam fails with this SQLSTATE, raised by the database.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import sqlalchemy as sa
+from perdure_service.durable import operation as seam
+
+from tests.helpers import agents
+
+KILL_AT = int(os.environ.get("PERDURE_CHAOS_KILL_AT", "0"))
+AMBIGUOUS = bool(os.environ.get("PERDURE_CHAOS_AMBIGUOUS"))
+SQLSTATE = os.environ.get("PERDURE_CHAOS_SQLSTATE", "")
+
+KILLED = 137
+"""The exit status of a server that killed itself."""
+
+_points = itertools.count(1)
+_transactions = itertools.count(1)
+_write = seam.Operation.write
+_run = seam.Operations._run
+
+
+def _point(name: str) -> None:
+    number = next(_points)
+    if number == KILL_AT:
+        print(f"chaos: dies at point {number}, {name}", file=sys.stderr, flush=True)
+        os._exit(KILLED)
+
+
+def _broken_write(operation: seam.Operation, conn: sa.Connection) -> None:
+    if SQLSTATE and next(_transactions) % 3 == 0:
+        conn.execute(sa.text("SELECT public.test_raise(:code)"), {"code": SQLSTATE})
+    _write(operation, conn)
+    if operation._events:
+        _point(f"written {sorted(operation._events)}")
+
+
+@contextmanager
+def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: Any) -> Iterator[sa.Connection]:
+    @contextmanager
+    def begin_and_lose() -> Iterator[sa.Connection]:
+        with begin() as conn:
+            yield conn
+        if operation._events:
+            _point(f"committed {sorted(operation._events)}")
+            if AMBIGUOUS and operation.attempts == 1:
+                lost = psycopg.OperationalError("server closed the connection unexpectedly")
+                raise sa.exc.OperationalError("COMMIT", None, lost, connection_invalidated=True)
+
+    with _run(operations, operation, begin_and_lose) as conn:
+        yield conn
+
+
+seam.Operation.write = _broken_write  # type: ignore[method-assign]
+seam.Operations._run = _broken_run  # type: ignore[method-assign]
+
+counter = agents.counter
+"""So that this module, too, declares an agent."""

@@ -1,0 +1,98 @@
+"""Judges a run from behind the scenes: whether its log, its checkpoints and its side effects agree."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+from perdure_service.domain.events import Event, EventKind, decode_events
+
+from tests.helpers.server import effects, sql
+
+DONE = {EventKind.STEP_SUCCEEDED, EventKind.STEP_FAILED, EventKind.PUBLISHED, EventKind.CHILD_STARTED}
+
+
+def log_of(database_url: str, workflow_id: str) -> list[Event]:
+    """Returns a run's whole log, and fails unless the packs follow each other without a gap."""
+    with sql(database_url) as connection:
+        rows = connection.execute(
+            "SELECT first_sequence, event_count, previous_first, events FROM perdure.run_event "
+            "WHERE workflow_id = %s ORDER BY first_sequence",
+            (workflow_id,),
+        ).fetchall()
+    log: list[Event] = []
+    previous: int | None = None
+    for first, count, previous_first, text in rows:
+        events = decode_events(text, first)
+        assert first == len(log) + 1, f"a gap before {first}"
+        assert len(events) == count
+        assert previous_first == previous
+        previous = first
+        log += events
+    return log
+
+
+def checkpoints_of(database_url: str, workflow_id: str) -> dict[int, str]:
+    """Returns DBOS's recorded operations of a run: number and name."""
+    with sql(database_url) as connection:
+        rows = connection.execute(
+            "SELECT function_id, function_name FROM dbos.operation_outputs WHERE workflow_uuid = %s", (workflow_id,)
+        ).fetchall()
+    return dict(rows)
+
+
+def assert_consistent(database_url: str, workflow_id: str, end: str = "SUCCEEDED") -> list[Event]:
+    """Fails unless log and checkpoints tell the same story, which ends once, with `end`. Returns the log."""
+    log = log_of(database_url, workflow_id)
+    ends = [
+        e
+        for e in log
+        if e.kind is EventKind.STATE_CHANGED and e.data["to"] in ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED")
+    ]
+    assert [e.data["to"] for e in ends] == [end]
+    assert log[-1] is ends[0], "the terminal event is the last"
+    told = Counter(e.step_id for e in log if e.kind in DONE)
+    assert set(told.values()) <= {1}, f"a step was told of twice: {told}"
+    recorded = {n: name for n, name in checkpoints_of(database_url, workflow_id).items() if name != "DBOS.sleep"}
+    told_names = {e.step_id: e.step_name for e in log if e.kind in DONE and e.step_name != "DBOS.sleep"}
+    streamed = {
+        e.step_id: e.step_name for e in log if e.kind is EventKind.OUTPUT_DELTA and e.step_name == "DBOS.writeStream"
+    }
+    assert recorded == told_names | streamed
+    _assert_states_follow(log)
+    return log
+
+
+def _assert_states_follow(log: list[Event]) -> None:
+    state: str | None = None
+    for event in log:
+        if event.kind is EventKind.STATE_CHANGED:
+            assert event.data.get("from") in (state, None) or state is None, (state, dict(event.data))
+            state = event.data["to"]
+
+
+def assert_effects(database_url: str, run_id: str, log: list[Event], *expected: str, deaths: int) -> None:
+    """Fails unless each effect happened, in order, and only steps in progress at a death were done again."""
+    done = effects(database_url, run_id)
+    assert list(dict.fromkeys(done)) == list(expected)
+    repeated = len(done) - len(expected)
+    assert 0 <= repeated <= deaths, f"{repeated} effects repeated by {deaths} deaths: {done}"
+
+
+def text_of(log: list[Event], stream: str = "text") -> str:
+    """Returns what a client has of a stream in the end: the deltas that no `attempt_reset` made void."""
+    pieces: list[tuple[int, str]] = []
+    for event in log:
+        if event.kind is EventKind.ATTEMPT_RESET:
+            pieces = [piece for piece in pieces if piece[0] != event.step_id]
+        elif event.kind is EventKind.OUTPUT_DELTA and event.data["stream"] == stream:
+            pieces.append((event.step_id, event.data["text"]))
+    return "".join(text for _, text in pieces)
+
+
+def output_of(database_url: str, workflow_id: str) -> Any:
+    """Returns a run's output."""
+    with sql(database_url) as connection:
+        row = connection.execute("SELECT output FROM perdure.run WHERE workflow_id = %s", (workflow_id,)).fetchone()
+    return None if row is None or row[0] is None else json.loads(row[0])

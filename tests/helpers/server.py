@@ -1,0 +1,140 @@
+"""A real server in a process of its own, which tests start, kill and start again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psycopg
+from perdure_service.store.engine import parse_url
+
+from tests.helpers.waiting import eventually, free_port, scaled
+
+ROOT = Path(__file__).parents[2]
+READY = "perdure serves on"
+
+
+class ServerProcess:
+    """`perdure-server dev` (or `serve`) on a database, with the agents of some modules.
+
+    `dev` owns its database, so a start takes back at once what a killed one left.
+    """
+
+    def __init__(self, database_url: str, *agents: str, command: str = "dev", **environment: str) -> None:
+        self.database_url = database_url
+        self.agents = agents or ("tests.helpers.agents",)
+        self.command = command
+        self.environment = environment
+        self.port = free_port()
+        self.log_path = Path(tempfile.mkstemp(prefix="perdure-server-", suffix=".log")[1])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        """What all of its processes have printed."""
+        return self.log_path.read_text(errors="replace")
+
+    def start(self, **environment: str) -> ServerProcess:
+        """Starts it and waits until it serves; `environment` is for this start only."""
+        assert self._process is None or self._process.poll() is not None, "it runs"
+        seen = len(self.log)
+        arguments = [sys.executable, "-m", "perdure_service", self.command, "--address", self.address]
+        for module in self.agents:
+            arguments += ["--agents", module]
+        with self.log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                arguments,
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={
+                    **{name: value for name, value in os.environ.items() if not name.startswith("OTEL_")},
+                    "PERDURE_DATABASE_URL": self.database_url,
+                    "PERDURE_QUEUE_POLL_INTERVAL": "0.1",
+                    "PERDURE_WATCH_POLL_INTERVAL": "0.3",
+                    "GRPC_VERBOSITY": "ERROR",
+                    **self.environment,
+                    **environment,
+                },
+            )
+
+        def ready() -> bool:
+            process = self._process
+            assert process is not None
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with {process.returncode}:\n{self.log[-4000:]}")
+            return READY in self.log[seen:]
+
+        eventually(ready, 30, what="the server serves")
+        return self
+
+    def kill(self) -> None:
+        """kill -9."""
+        process = self._process
+        assert process is not None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def wait_for_end(self, timeout: float = 30) -> int:
+        """Waits until it has ended by itself; returns its exit status."""
+        assert self._process is not None
+        return self._process.wait(scaled(timeout))
+
+    def stop(self) -> int:
+        """SIGTERM; returns its exit status."""
+        process = self._process
+        if process is None or process.poll() is not None:
+            return 0 if process is None else process.returncode
+        process.terminate()
+        try:
+            return process.wait(scaled(30))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+    def __enter__(self) -> ServerProcess:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.kill()
+            process.wait()
+        self.log_path.unlink(missing_ok=True)
+
+
+@contextmanager
+def sql(database_url: str) -> Iterator[psycopg.Connection]:
+    """A connection for looking behind the scenes, committed at the end."""
+    url = parse_url(database_url).set(drivername="postgresql")
+    with psycopg.connect(url.render_as_string(hide_password=False)) as connection:
+        yield connection
+
+
+def effects(database_url: str, run_id: str) -> list[str]:
+    """Returns what the test agents' steps have done for a run, in order: one line for every time a body ran."""
+    with sql(database_url) as connection:
+        rows = connection.execute(
+            "SELECT what FROM public.test_effect WHERE run_id = %s ORDER BY number", (run_id,)
+        ).fetchall()
+    return [row[0] for row in rows]
+
+
+def create_effects_table(database_url: str) -> None:
+    """Makes the table in which the test agents' steps leave their traces."""
+    with sql(database_url) as connection:
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS public.test_effect (number BIGSERIAL PRIMARY KEY, run_id TEXT, what TEXT)"
+        )

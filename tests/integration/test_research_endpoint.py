@@ -1,0 +1,216 @@
+"""Asking a model and an embedder: an OpenAI-compatible endpoint on the loopback interface that counts its calls."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from perdure_service.agents import models
+from perdure_service.agents.embedder import embedder_of
+from perdure_service.settings import EmbedderSettings, ModelSettings
+from perdure_service.store.documents import Passage
+from pydantic import SecretStr
+from pydantic_ai import Agent
+from pydantic_ai.models.test import TestModel
+
+PIECES = ("Leases expire ", "after fifteen ", "seconds [2].")
+PASSAGES = [
+    Passage("c1", "approvals.md", "Approvals", "Approvals", "Approvals expire after two days.", 0.4),
+    Passage("c2", "leases.md", "Leases", "Leases > Expiry", "A lease expires after fifteen seconds.", 0.9),
+]
+
+
+class ModelEndpoint:
+    """What a test sees of the endpoint.
+
+    Attributes:
+        calls: (path, headers, body) of every request.
+        script: What the next requests get: a status, `cut` for a stream that ends too early; then all goes well.
+        pause_s: Between the pieces of an answer.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, str], dict[str, Any]]] = []
+        self.script: deque[int | str] = deque()
+        self.pause_s = 0.0
+        self.url = ""
+
+    def settings(self, **more: Any) -> ModelSettings:
+        return ModelSettings(base_url=self.url, name="small", timeout_s=10, **more)
+
+
+@contextmanager
+def serving() -> Iterator[ModelEndpoint]:
+    """Serves an endpoint until the end of the `with`."""
+    endpoint = ModelEndpoint()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            headers = {name.lower(): value for name, value in self.headers.items()}
+            endpoint.calls.append((self.path, headers, body))
+            order = endpoint.script.popleft() if endpoint.script else "well"
+            if isinstance(order, int):
+                self.answer(order, {"error": {"message": "as ordered"}})
+            elif self.path.endswith("/embeddings"):
+                vectors = [
+                    {"object": "embedding", "index": index, "embedding": [float(len(text)), 1.0]}
+                    for index, text in enumerate(body["input"])
+                ]
+                self.answer(200, {"object": "list", "model": "e", "data": vectors[::-1], "usage": {}})
+            else:
+                self.stream(order)
+
+        def answer(self, status: int, body: dict[str, Any]) -> None:
+            text = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("content-type", "application/json")
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def stream(self, order: str) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/event-stream")
+            self.end_headers()
+            for piece in PIECES[:-1] if order == "cut" else PIECES:
+                self.chunk({"index": 0, "delta": {"content": piece}, "finish_reason": None})
+                time.sleep(endpoint.pause_s)
+            if order != "cut":
+                self.chunk({"index": 0, "delta": {}, "finish_reason": "stop"})
+                self.wfile.write(b"data: [DONE]\n\n")
+
+        def chunk(self, choice: dict[str, Any]) -> None:
+            data = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "small-2", "choices": [choice]}
+            self.wfile.write(f"data: {json.dumps(data)}\n\n".encode())
+            self.wfile.flush()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    endpoint.url = f"http://127.0.0.1:{server.server_port}/v1"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield endpoint
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[ModelEndpoint]:
+    with serving() as endpoint:
+        yield endpoint
+
+
+async def ask(settings: ModelSettings) -> tuple[models.Answer, list[str]]:
+    pieces: list[str] = []
+    return await models.answer("When do leases expire?", PASSAGES, settings, pieces.append), pieces
+
+
+async def test_a_models_answer_is_streamed_with_its_name_and_sources(endpoint: ModelEndpoint) -> None:
+    answer, pieces = await ask(endpoint.settings(api_key=SecretStr("sk-1")))
+    assert pieces == list(PIECES)
+    assert answer == models.Answer("".join(PIECES), "small-2", (1,))
+    path, headers, body = endpoint.calls[0]
+    assert (path, headers["authorization"]) == ("/v1/chat/completions", "Bearer sk-1")
+    assert body["model"] == "small"
+    assert body["stream"] is True
+    system, user = (message["content"] for message in body["messages"])
+    assert "numbered passages" in system
+    assert "[2] Leases > Expiry\nA lease expires after fifteen seconds." in user
+    assert user.endswith("Question: When do leases expire?")
+
+
+async def test_the_text_comes_while_the_model_writes(endpoint: ModelEndpoint) -> None:
+    endpoint.pause_s = 0.1
+    times: list[float] = []
+    await models.answer("q", PASSAGES, endpoint.settings(), lambda _: times.append(time.monotonic()))
+    assert times[-1] - times[0] > 0.1
+
+
+async def test_without_a_key_none_is_sent(endpoint: ModelEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "somebody-elses")
+    await ask(endpoint.settings())
+    embedder = embedder_of(EmbedderSettings(base_url=endpoint.url))
+    assert embedder is not None
+    embedder.question("x")
+    assert len(endpoint.calls) == 2
+    assert all("authorization" not in headers for _, headers, _ in endpoint.calls)
+
+
+@pytest.mark.parametrize(("order", "again"), [(401, False), (400, False), (429, True), (503, True), ("cut", True)])
+async def test_a_failed_call_is_made_once_and_says_whether_to_repeat_it(
+    endpoint: ModelEndpoint, order: int | str, again: bool
+) -> None:
+    endpoint.script.append(order)
+    with pytest.raises(Exception, match=r"status_code|broke off") as caught:
+        await ask(endpoint.settings())
+    assert len(endpoint.calls) == 1, "retries are the step's"
+    assert models.is_transient(caught.value) is again
+
+
+async def test_an_endpoint_that_is_not_there_is_tried_again() -> None:
+    with pytest.raises(Exception, match="onnection") as caught:
+        await ask(ModelSettings(base_url="http://127.0.0.1:9/v1"))
+    assert models.is_transient(caught.value)
+
+
+async def test_model_spans_have_no_content(endpoint: ModelEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("pydantic_ai.models.instrumented.get_tracer_provider", lambda: provider)
+    await ask(endpoint.settings())
+    spans = {span.name: dict(span.attributes or {}) for span in exporter.get_finished_spans()}
+    chat = spans["chat small"]
+    assert chat["gen_ai.operation.name"] == "chat"
+    assert chat["gen_ai.response.model"] == "small-2"
+    assert "invoke_agent writer" in spans
+    text = json.dumps(list(spans.values()), default=str)
+    assert "expire" not in text
+    assert "passages" not in text
+
+
+async def test_prepare_has_every_pydantic_ai_agent_traced_without_content(
+    endpoint: ModelEndpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("pydantic_ai.models.instrumented.get_tracer_provider", lambda: provider)
+    try:
+        models.prepare(endpoint.settings())
+        await Agent(TestModel(custom_output_text="private"), name="somebodys").run("secret")
+    finally:
+        Agent.instrument_all(False)
+    spans = {span.name: dict(span.attributes or {}) for span in exporter.get_finished_spans()}
+    assert "invoke_agent somebodys" in spans
+    text = json.dumps(list(spans.values()), default=str)
+    assert "private" not in text
+    assert "secret" not in text
+
+
+def test_an_embedders_vectors_come_in_the_order_of_the_texts(endpoint: ModelEndpoint) -> None:
+    settings = EmbedderSettings(base_url=endpoint.url, api_key=SecretStr("sk-2"), name="e5", dimensions=2)
+    embedder = embedder_of(settings)
+    assert embedder is not None
+    assert embedder.passages(["a", "bbb", "cc"]) == [[1.0, 1.0], [3.0, 1.0], [2.0, 1.0]]
+    assert embedder.question("four") == [4.0, 1.0]
+    path, headers, body = endpoint.calls[0]
+    assert (path, headers["authorization"], body["model"]) == ("/v1/embeddings", "Bearer sk-2", "e5")
+    assert len(endpoint.calls) == 2

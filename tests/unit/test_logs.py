@@ -1,0 +1,136 @@
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import structlog
+from perdure_service.errors import ConfigurationError
+from perdure_service.logs import censor_text, configure_logs
+
+
+@pytest.fixture
+def stream() -> Iterator[io.StringIO]:
+    """Where the logs go; logging is as before in the end."""
+    root, dbos = logging.getLogger(), logging.getLogger("dbos")
+    before = (root.handlers[:], root.level, dbos.handlers[:], dbos.level, dbos.propagate)
+    yield io.StringIO()
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
+    root.handlers[:], root.level, dbos.handlers[:], dbos.level, dbos.propagate = before
+    logging.captureWarnings(False)
+
+
+def lines(stream: io.StringIO) -> list[dict[str, object]]:
+    return [json.loads(line) for line in stream.getvalue().splitlines()]
+
+
+def test_events_and_records_come_out_alike_with_what_is_bound(stream: io.StringIO) -> None:
+    configure_logs("json", "info", stream)
+    structlog.contextvars.bind_contextvars(run_id="r1", step_name="ask", attempt=2, executor_id="e", trace_id="t")
+    structlog.get_logger("perdure_service.x").info("step.ended", duration_ms=3)
+    logging.getLogger("dbos").warning("Database %s failed", "connection")
+    logging.getLogger("grpc._server").error("broken")
+    event, dbos, grpc = lines(stream)
+    for line in (event, dbos, grpc):
+        assert line["run_id"] == "r1"
+        assert (line["step_name"], line["attempt"], line["executor_id"], line["trace_id"]) == ("ask", 2, "e", "t")
+        assert str(line["timestamp"]).endswith("Z")
+    assert (event["event"], event["duration_ms"], event["level"]) == ("step.ended", 3, "info")
+    assert (dbos["event"], dbos["logger"], dbos["level"]) == ("Database connection failed", "dbos", "warning")
+    assert grpc["logger"] == "grpc._server"
+
+
+def test_what_is_less_severe_is_left_out(stream: io.StringIO) -> None:
+    configure_logs("json", "warning", stream)
+    structlog.get_logger().info("quiet")
+    logging.getLogger("dbos").info("quiet")
+    logging.getLogger("httpx").info("quiet")
+    assert lines(stream) == []
+
+
+def test_dbos_does_not_log_twice_after_it_set_up_its_own_logging(stream: io.StringIO) -> None:
+    from dbos._logger import init_logger
+
+    configure_logs("json", "info", stream)
+    init_logger()
+    logging.getLogger("dbos").info("once")
+    assert [line["event"] for line in lines(stream)] == ["once"]
+
+
+def test_secrets_and_payloads_are_left_out_however_deep(stream: io.StringIO) -> None:
+    configure_logs("json", "info", stream)
+    structlog.get_logger().info(
+        "connecting to postgresql+psycopg://u:hush@h/d",
+        password="hush",
+        api_key="hush",
+        Authorization="Bearer hushhushhush",
+        payload={"text": "hush"},
+        output="hush",
+        headers={"x-api-key": "hush", "accept": "json", "more": [{"refresh_token": "hush"}]},
+        said="authorization: Bearer hushhushhush and password=hush",
+        input_tokens=12,
+    )
+    assert "hush" not in stream.getvalue()
+    (line,) = lines(stream)
+    assert line["event"] == "connecting to postgresql+psycopg://u:***@h/d"
+    assert line["input_tokens"] == 12
+    assert line["headers"] == {"x-api-key": "***", "accept": "json", "more": [{"refresh_token": "***"}]}
+
+
+def test_a_traceback_is_kept_but_not_its_secrets(stream: io.StringIO) -> None:
+    configure_logs("json", "info", stream)
+    try:
+        raise ValueError("cannot reach postgresql://u:hu@sh@h/d")
+    except ValueError:
+        structlog.get_logger().exception("failed")
+        logging.getLogger("dbos").exception("failed too")
+    assert "sh@" not in stream.getvalue()
+    for line in lines(stream):
+        assert "ValueError: cannot reach postgresql://u:***@h/d" in str(line["exception"])
+
+
+def test_a_person_reads_one_line_an_event(stream: io.StringIO) -> None:
+    configure_logs("console", "info", stream)
+    structlog.get_logger().info("run.started", run_id="r1", token="hush")
+    (line,) = stream.getvalue().splitlines()
+    assert "run.started" in line
+    assert "run_id=r1" in line
+    assert "hush" not in line
+
+
+def test_auto_is_json_where_nobody_watches(stream: io.StringIO) -> None:
+    configure_logs("auto", "info", stream)
+    structlog.get_logger().info("x")
+    assert lines(stream)[0]["event"] == "x"
+
+
+def test_warnings_are_logged(stream: io.StringIO) -> None:
+    configure_logs("json", "info", stream)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        logging.captureWarnings(True)
+        warnings.warn("old way", stacklevel=1)
+    assert "old way" in str(lines(stream)[0]["event"])
+
+
+@pytest.mark.parametrize(("log_format", "level"), [("xml", "info"), ("json", "loud")])
+def test_another_format_or_level_is_refused(log_format: str, level: str) -> None:
+    with pytest.raises(ConfigurationError):
+        configure_logs(log_format, level)
+
+
+@pytest.mark.parametrize(
+    ("text", "censored"),
+    [
+        ("postgresql://user:pw@host:5432/db?x=y", "postgresql://user:***@host:5432/db?x=y"),
+        ("postgresql://user@host:5432/db", "postgresql://user@host:5432/db"),
+        ("https://host/path", "https://host/path"),
+        ("redis://:pw@host", "redis://:***@host"),
+        ("dsn password=abc host=h", "dsn password=*** host=h"),
+        ("nothing here", "nothing here"),
+    ],
+)
+def test_text_keeps_everything_but_passwords(text: str, censored: str) -> None:
+    assert censor_text(text) == censored
