@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,10 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = 1
     except KeyboardInterrupt:
         status = 130
+    except Exception as error:  # noqa: BLE001 - the end of the process, whatever it was
+        status = _report_failure(error)
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: a synchronous agent that still waits would hold its thread, and so the process, for days.
     os._exit(status)
+
+
+def _report_failure(error: Exception) -> int:
+    """Says what went wrong in one sentence when it is the database, else shows the traceback; returns 1."""
+    from perdure_service.store.sqlstates import translate
+
+    told = translate(error)
+    if told is None:
+        traceback.print_exception(error)
+    else:
+        print(f"perdure-server: {told.message}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -310,14 +310,12 @@ def _activate(span: Span) -> Token[Context]:
 class Telemetry:
     """The process's tracer provider, if there is one, and the tracer that uses it."""
 
-    def __init__(self, provider: TracerProvider | None = None, ids: ForcedIds | None = None) -> None:
+    def __init__(
+        self, provider: TracerProvider | None = None, exporter: SpanExporter | None = None, ids: ForcedIds | None = None
+    ) -> None:
         self._provider = provider
+        self._exporter = exporter
         self.tracer = RunTracer(provider, ids)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether spans go anywhere."""
-        return self._provider is not None
 
     def install(self) -> None:
         """Makes it the provider that libraries (pydantic-ai, openai) find. Once per process; OpenTelemetry's rule."""
@@ -330,7 +328,7 @@ class Telemetry:
         if provider is None:
             return
 
-        # The provider's own shutdown waits up to 30 s for an exporter that repeats itself; a daemon thread may.
+        # The provider's own shutdown waits up to 30 s for an exporter that repeats itself.
         def shut_down() -> None:
             with suppress(Exception):
                 provider.shutdown()
@@ -338,6 +336,9 @@ class Telemetry:
         thread = threading.Thread(target=shut_down, name="perdure-telemetry-shutdown", daemon=True)
         thread.start()
         thread.join(timeout_s)
+        if thread.is_alive() and self._exporter is not None:
+            with suppress(Exception):
+                self._exporter.shutdown()
 
 
 def start_telemetry(*, instance_id: str = "", version: str = "") -> Telemetry:
@@ -357,27 +358,26 @@ def start_telemetry(*, instance_id: str = "", version: str = "") -> Telemetry:
     disabled = os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
     if not endpoint or disabled or os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
         return Telemetry()
-    ids = ForcedIds()
+    queue_size = None if os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE") else QUEUE_SIZE
     try:
-        queue_size = None if os.environ.get("OTEL_BSP_MAX_QUEUE_SIZE") else QUEUE_SIZE
-        processor = BatchSpanProcessor(_exporter(), max_queue_size=queue_size)
+        exporter = _exporter()
+        processor = BatchSpanProcessor(exporter, max_queue_size=queue_size)
     except ValueError as error:
         raise ConfigurationError(f"an OTEL_* variable is malformed: {error}") from error
-    # ParentBased: everything is recorded, unless a caller's `traceparent` says that nobody looks.
+    ids = ForcedIds()
     provider = TracerProvider(
-        sampler=ParentBased(ALWAYS_ON),
+        sampler=ParentBased(ALWAYS_ON),  # everything, unless a caller's `traceparent` says that nobody looks
         resource=_resource(instance_id, version),
         id_generator=ids,
         shutdown_on_exit=False,  # `Telemetry.shutdown` is bounded, OpenTelemetry's exit hook is not
     )
     provider.add_span_processor(processor)
-    return Telemetry(provider, ids)
+    return Telemetry(provider, exporter, ids)
 
 
 def _exporter() -> SpanExporter:
     variable = "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL"
-    if not os.environ.get(variable):
-        variable = "OTEL_EXPORTER_OTLP_PROTOCOL"
+    variable = variable if os.environ.get(variable) else "OTEL_EXPORTER_OTLP_PROTOCOL"
     protocol = os.environ.get(variable, "").strip() or "grpc"
     # Imported here: each takes a tenth of a second, and most processes need none.
     if protocol == "grpc":

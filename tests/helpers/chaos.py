@@ -3,7 +3,8 @@
 `PERDURE_CHAOS_KILL_AT=n`       dies, as by kill -9, at the nth point: each commit of the seam has two, "everything is
                                 written but nothing committed" and "committed, but nobody knows it yet".
 `PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam happens, and its reply is lost, once.
-`PERDURE_CHAOS_SQLSTATE=40001`  every third transaction of the seam fails with this SQLSTATE, raised by the database.
+`PERDURE_CHAOS_SQLSTATE=40001`  every third transaction that writes events fails with this SQLSTATE, raised
+                                by the database.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ def _point(name: str) -> None:
 
 
 def _broken_write(operation: seam.Operation, conn: sa.Connection) -> None:
-    if SQLSTATE and next(_transactions) % 3 == 0:
-        conn.execute(sa.text("SELECT public.test_raise(:code)"), {"code": SQLSTATE})
     _write(operation, conn)
+    if SQLSTATE and operation._events and next(_transactions) % 3 == 0:
+        conn.execute(sa.text("SELECT public.test_raise(:code)"), {"code": SQLSTATE})
     if operation._events:
         _point(f"written {sorted(operation._events)}")
 

@@ -58,7 +58,8 @@ DEADLINE_PASSED = "DEADLINE_PASSED"
 
 WAITING_SLEEP = "sleep"
 WAITING_SIGNAL = "signal"
-"""`run.waiting_for` holds `sleep`, or `signal:<name>`."""
+WAITING_APPROVAL = "approval"
+"""`run.waiting_for` holds `sleep`, `approval` or `signal:<name>`: what the last state_changed of the log says."""
 
 
 def derive_state(
@@ -93,6 +94,22 @@ def derive_state(
             return RunState.EXPIRED if end_reason == DEADLINE_PASSED else RunState.CANCELLED
         case _:
             raise ValueError(f"unknown DBOS status {status!r}")
+
+
+def logged_state(status: str, *, waiting_for: str | None, execution: int) -> RunState:
+    """Returns the state that the last state_changed event in the log of a run that has not ended tells of.
+
+    It differs from the derived one between the change of a fact and the event about it: an approval that was asked
+    before a recovery is open while the new execution has not come to it yet.
+    """
+    waits_for_people = (waiting_for or "").startswith((WAITING_SIGNAL, WAITING_APPROVAL))
+    return derive_state(
+        status,
+        waiting_for=waiting_for,
+        open_approvals=int(waits_for_people),
+        end_reason=None,
+        execution=execution,
+    )
 
 
 @dataclass(frozen=True, slots=True)

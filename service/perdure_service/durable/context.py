@@ -27,13 +27,13 @@ from dbos._utils import LoopAwareEvent
 from perdure_service.domain.approvals import ApprovalResult, ApprovalState, TimeoutOutcome
 from perdure_service.domain.authoring import ApprovalTimeout, OutputStream, SignalTimeout
 from perdure_service.domain.events import Event, EventKind
-from perdure_service.domain.runs import RunState
+from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.steps import CurrentStep, current_step
 from perdure_service.durable.system_database import PerdureSystemDatabase
-from perdure_service.store import approvals
+from perdure_service.store import approvals, runs
 from perdure_service.store.dbos_tables import NOTIFICATIONS
 
 APPROVAL_STEP = "perdure.approval"
@@ -201,23 +201,25 @@ class BoundRun:
             self._db._check_owner_txn(conn, question.key.workflow_id, execution.owner_xid)
             asked = approvals.ask(conn, question)
             if asked is False:
-                return
-            data: dict[str, Any] = {"approval_id": question.approval_id, "title": question.title}
-            if isinstance(asked, datetime):
-                data["deadline_ms"] = int(asked.timestamp() * 1000)
-            event = Event(
-                EventKind.APPROVAL_REQUESTED, now_ms(), data, question.step_id, APPROVAL_STEP, 0, execution.number
-            )
-            operation.add(question.key.workflow_id, event)
+                # An earlier execution has asked. If that is still open, the wait goes on; the state follows.
+                standing = approvals.stand(conn, question.key.workflow_id, question.step_id, lock=True)
+                if standing is None or standing.approval.state is not ApprovalState.PENDING:
+                    return
+            else:
+                data: dict[str, Any] = {"approval_id": question.approval_id, "title": question.title}
+                if isinstance(asked, datetime):
+                    data["deadline_ms"] = int(asked.timestamp() * 1000)
+                event = Event(
+                    EventKind.APPROVAL_REQUESTED, now_ms(), data, question.step_id, APPROVAL_STEP, 0, execution.number
+                )
+                operation.add(question.key.workflow_id, event)
             if execution.state is not RunState.AWAITING_INPUT:
-                moved = execution.moved(RunState.AWAITING_INPUT, reason=f"asks: {question.title}")
+                why = f"asks: {question.title}"
+                moved = execution.moved(RunState.AWAITING_INPUT, reason=why, waiting_for=WAITING_APPROVAL)
                 operation.add(question.key.workflow_id, moved)
 
         operation.finish = finish
         self._db.run_operation(operation)
-        if execution.state is RunState.RUNNING:
-            # Asked by an earlier execution: the wait goes on.
-            execution.note(execution.moved(RunState.AWAITING_INPUT, reason=f"asks: {question.title}"))
 
     def _answer(self, question: approvals.Question, started_ms: int) -> dict[str, Any] | float | None:
         """Records the checkpoint when the approval is closed; else returns the seconds to its deadline (None: none).
@@ -238,12 +240,12 @@ class BoundRun:
         def events(_execution: Execution) -> list[Event]:
             data = {"duration_ms": max(0, now_ms() - started_ms), "preview": str(result["state"]).lower()}
             done = Event(EventKind.STEP_SUCCEEDED, now_ms(), data, step_id, APPROVAL_STEP, 0, execution.number)
-            return [*operation.facts.pop("expired", []), done]
+            return [*operation.facts.pop("before", []), done]
 
         operation = Operation(execution, events=events)
 
         def finish(conn: sa.Connection) -> None:
-            operation.facts.pop("expired", None)
+            operation.facts.pop("before", None)
             self._db._check_owner_txn(conn, workflow_id, execution.owner_xid)
             locked = approvals.stand(conn, workflow_id, step_id, lock=True)
             assert locked is not None, "approvals are not deleted while their run lives"
@@ -255,13 +257,14 @@ class BoundRun:
                     return
                 approval = approvals.close(conn, workflow_id, step_id, ApprovalState.EXPIRED)
                 data = {"approval_id": approval.approval_id, "state": ApprovalState.EXPIRED.value}
-                operation.facts["expired"] = [
+                operation.facts["before"] = [
                     Event(EventKind.APPROVAL_DECIDED, now_ms(), data, step_id, APPROVAL_STEP, 0, execution.number)
                 ]
             if approvals.count_open(conn, workflow_id) == 0 and execution.state is RunState.AWAITING_INPUT:
                 back = execution.moved(RunState.RUNNING)
-                if "expired" in operation.facts:
-                    operation.facts["expired"].append(back)  # a decision has told of it itself
+                if runs.waits_for(conn, workflow_id) == WAITING_APPROVAL:
+                    # Else whoever decided has told of it.
+                    operation.facts.setdefault("before", []).append(back)
             expired = approval.state is ApprovalState.EXPIRED
             result.update(
                 approved=approval.on_timeout is TimeoutOutcome.APPROVE

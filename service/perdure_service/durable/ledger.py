@@ -18,7 +18,15 @@ from dbos._serialization import Serializer
 from perdure_service.agents.catalogue import by_workflow
 from perdure_service.domain.approvals import ApprovalState
 from perdure_service.domain.events import Event, EventKind, Pack, half_written
-from perdure_service.domain.runs import TERMINAL_STATUSES, Failure, RunKey, RunStart, RunState, derive_state
+from perdure_service.domain.runs import (
+    TERMINAL_STATUSES,
+    Failure,
+    RunKey,
+    RunStart,
+    RunState,
+    derive_state,
+    logged_state,
+)
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.spans import Spans
@@ -307,9 +315,7 @@ class Ledger:
         """Returns those of the runs whose status is terminal and whose log is open, in order of ids."""
         rows = conn.execute(
             sa.text(
-                "SELECT r.workflow_id, r.namespace, r.run_id, s.status, s.serialization, r.waiting_for, r.execution, "
-                "(SELECT count(*) FROM perdure.approval AS a WHERE a.workflow_id = r.workflow_id "
-                "AND a.state = 'PENDING') AS approvals "
+                "SELECT r.workflow_id, r.namespace, r.run_id, s.status, s.serialization, r.waiting_for, r.execution "
                 f"FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id "
                 "WHERE r.workflow_id = ANY(:ids) AND r.ended_at IS NULL AND s.status = ANY(:terminal) "
                 "ORDER BY r.workflow_id"
@@ -319,13 +325,8 @@ class Ledger:
         found = []
         for row in rows:
             # What it was before it ended, as far as that can still be told.
-            state = derive_state(
-                "PENDING" if row.execution else "ENQUEUED",
-                waiting_for=row.waiting_for,
-                open_approvals=row.approvals,
-                end_reason=None,
-                execution=row.execution,
-            )
+            waited = "PENDING" if row.execution else "ENQUEUED"
+            state = logged_state(waited, waiting_for=row.waiting_for, execution=row.execution)
             found.append(
                 Ended(RunKey(row.namespace, row.run_id, row.workflow_id), row.status, row.serialization, state)
             )

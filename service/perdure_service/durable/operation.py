@@ -74,10 +74,13 @@ class Operation:
         """Is called in each new transaction."""
         self.attempts += 1
         if self.execution is not None:
-            # Events made in a transaction that failed have moved the execution's state; a repeat starts where it was.
+            # Events made in a transaction that failed have moved the execution's state; a repeat starts where it was,
+            # unless that transaction was committed after all.
+            pack = self._packs.get(self.execution.key.workflow_id)
             if self.attempts == 1:
                 self._state = self.execution.state
-            self.execution.state = self._state
+            elif pack is None or not event_log.is_committed(conn, pack):
+                self.execution.state = self._state
         self._events.clear()
         self._after.clear()
         if self.begin is not None:

@@ -13,13 +13,13 @@ from dbos._serialization import DBOSPortableJSON
 
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision, must_decide
 from perdure_service.domain.events import Event, EventKind
-from perdure_service.domain.runs import TERMINAL_STATUSES, RunKey, RunState
+from perdure_service.domain.runs import TERMINAL_STATUSES, WAITING_APPROVAL, RunKey, RunState
 from perdure_service.durable.context import APPROVAL_STEP, approval_topic
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.runtime import Runtime
 from perdure_service.errors import ApprovalClosed, ApprovalNotFound, RunFinished, RunNotFound
-from perdure_service.store import approvals
+from perdure_service.store import approvals, runs
 from perdure_service.store.dbos_tables import NOTIFICATIONS, STATUS
 
 _SEND = sa.text(
@@ -126,7 +126,7 @@ def decide(runtime: Runtime, approval: Approval, decision: Decision) -> Approval
         }
         number = _execution_number(conn, workflow_id)
         operation.add(workflow_id, Event(EventKind.APPROVAL_DECIDED, now_ms(), data, step_id, APPROVAL_STEP, 0, number))
-        if approvals.count_open(conn, workflow_id) == 0:
+        if runs.waits_for(conn, workflow_id) == WAITING_APPROVAL and approvals.count_open(conn, workflow_id) == 0:
             # The state follows the open approvals, so whoever closes the last one tells of it, not who owns the run.
             moved = {"from": RunState.AWAITING_INPUT.value, "to": RunState.RUNNING.value}
             operation.add(workflow_id, Event(EventKind.STATE_CHANGED, now_ms(), moved, execution=number))

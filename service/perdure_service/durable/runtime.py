@@ -7,6 +7,7 @@ code stops neither health nor streams nor renewal. DBOS is a process singleton, 
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -37,6 +38,9 @@ log = structlog.get_logger()
 
 INTERNAL_QUEUE = "_dbos_internal_queue"
 """Where DBOS puts what foreign clients resume and fork; DBOS always serves it (dbos/_utils.py)."""
+
+QUEUE_ATTEMPTS = 5
+"""How often writing the queue's row is tried: many executors that start at once write the same one."""
 
 LISTENER_POLL_S = 0.25
 """How often waits for signals are looked at where there is no LISTEN/NOTIFY (CockroachDB)."""
@@ -130,13 +134,25 @@ class Runtime:
         )
         DBOS.listen_queues([QUEUE])
         DBOS.launch()
-        DBOS.register_queue(
-            QUEUE,
-            worker_concurrency=self._max_running,
-            polling_interval_sec=self._queue_poll.total_seconds(),
-            on_conflict="always_update",
-        )
+        self._register_queue()
         return taken_back
+
+    def _register_queue(self) -> None:
+        """Writes the queue's row. DBOS does not repeat this one by itself."""
+        for attempt in range(1, QUEUE_ATTEMPTS + 1):
+            try:
+                DBOS.register_queue(
+                    QUEUE,
+                    worker_concurrency=self._max_running,
+                    polling_interval_sec=self._queue_poll.total_seconds(),
+                    on_conflict="always_update",
+                )
+                return
+            except sa.exc.DBAPIError as error:
+                if attempt == QUEUE_ATTEMPTS:
+                    raise
+                log.warning("queue.register_repeated", attempt=attempt, error=type(error.orig).__name__)
+                time.sleep(0.2 * attempt)
 
     def stop(self, timeout: timedelta) -> None:
         """Takes no more runs, lets those that are at it finish for up to `timeout`, and gives the lease back.

@@ -43,6 +43,7 @@ from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, Executions, now_ms
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
+from perdure_service.store import runs
 from perdure_service.store.dbos_tables import STATUS
 
 QUEUE = "perdure"
@@ -477,6 +478,7 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
             self._lock(conn, workflow_ids)
             self.ledger.adopt(conn, workflow_ids)
             operation.facts["before"] = self.ledger.states(conn, workflow_ids)
+            operation.facts["logged"] = runs.logged_states(conn, workflow_ids)
 
         def finish(conn: sa.Connection) -> None:
             before = operation.facts["before"]
@@ -486,13 +488,14 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
                 if old is None or old == (status, state):
                     continue
                 changed.append(workflow_id)
+                told = operation.facts["logged"].get(workflow_id, (old[1], 0))[0]
                 if status in TERMINAL_STATUSES:
                     for ended in self.ledger.ended(conn, [workflow_id]):
-                        events, after = self.ledger.close(conn, ended, old[1], reason=reason, end_reason=end_reason)
+                        events, after = self.ledger.close(conn, ended, told, reason=reason, end_reason=end_reason)
                         operation.add(workflow_id, *events)
                         operation.after(after)
                 else:
-                    data = {"from": old[1], "to": state, "reason": reason}
+                    data = {"from": told, "to": state, "reason": reason}
                     operation.add(workflow_id, Event(EventKind.STATE_CHANGED, now_ms(), data))
             operation.facts["changed"] = changed
 

@@ -23,8 +23,8 @@ MAX_RUN_ID = 512
 """Characters of an id in a lookup: children's and foreign workflows' ids are longer than those a client may give."""
 MAX_APPROVAL_ID = MAX_RUN_ID + 32
 MAX_REQUEST_ID = 128
-MAX_TOKEN = 4_096
-"""Characters of a cursor or page token. Ours are shorter."""
+MAX_TOKEN = 16_384
+"""Characters of a cursor or page token. Ours are shorter: an id of 512 characters takes up to 8,200."""
 MAX_LABELS = 32
 MAX_LABEL_KEY = 63
 MAX_LABEL_VALUE = 256

@@ -70,12 +70,8 @@ def append(conn: sa.Connection, pack: Pack) -> bool:
     Returns:
         False when the pack had been committed before.
     """
-    if pack.first_sequence is not None:
-        found = conn.execute(
-            _PACK_AT, {"workflow_id": pack.workflow_id, "first_sequence": pack.first_sequence}
-        ).scalar()
-        if found == pack.pack_id:
-            return False
+    if is_committed(conn, pack):
+        return False
     pack.first_sequence = conn.execute(
         _APPEND,
         {
@@ -86,6 +82,14 @@ def append(conn: sa.Connection, pack: Pack) -> bool:
         },
     ).scalar_one()
     return True
+
+
+def is_committed(conn: sa.Connection, pack: Pack) -> bool:
+    """Returns whether a pack that was presented before lies in the log; asks nothing about a new one."""
+    if pack.first_sequence is None:
+        return False
+    place = {"workflow_id": pack.workflow_id, "first_sequence": pack.first_sequence}
+    return bool(conn.execute(_PACK_AT, place).scalar() == pack.pack_id)
 
 
 def read(conn: sa.Connection, workflow_id: str, after_sequence: int, packs: int = PAGE_PACKS) -> list[Event]:

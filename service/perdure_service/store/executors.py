@@ -125,7 +125,7 @@ def requeue_orphans(
         return []
     ids = [row[0] for row in found]
     adopt(conn, ids)
-    before = {workflow_id: runs.get(conn, workflow_id) for workflow_id in ids}
+    before = runs.logged_states(conn, ids)
     conn.execute(
         sa.text(f"""
             UPDATE {STATUS} SET status = 'ENQUEUED', owner_xid = NULL, started_at_epoch_ms = NULL,
@@ -136,8 +136,7 @@ def requeue_orphans(
     )
     for workflow_id, executor_id, seen, now in found:
         gap_ms = 0 if seen is None else max(0, int((now - seen).total_seconds() * 1000))
-        run = before[workflow_id]
-        execution = run.execution if run else 0
+        state, execution = before[workflow_id]
         events = [
             Event(
                 EventKind.RECOVERED, now_ms, {"from_executor_id": executor_id or "", "gap_ms": gap_ms},
@@ -145,11 +144,7 @@ def requeue_orphans(
             ),
             Event(
                 EventKind.STATE_CHANGED, now_ms,
-                {
-                    "from": run.state if run else RunState.RUNNING,
-                    "to": RunState.QUEUED,
-                    "reason": "its executor is gone",
-                },
+                {"from": state, "to": RunState.QUEUED, "reason": "its executor is gone"},
                 execution=execution,
             ),
         ]  # fmt: skip

@@ -24,6 +24,7 @@ from perdure_service.domain.runs import (
     RunStart,
     RunState,
     derive_state,
+    logged_state,
 )
 from perdure_service.errors import InvalidArgument
 from perdure_service.store.dbos_tables import INPUT, STATUS
@@ -188,6 +189,32 @@ _STATE_SQL: dict[RunState, str] = {
     RunState.CANCELLED: "(s.status = 'CANCELLED' AND coalesce(r.end_reason, '') <> :deadline_passed)",
     RunState.EXPIRED: "(s.status = 'CANCELLED' AND r.end_reason = :deadline_passed)",
 }
+
+
+def waits_for(conn: sa.Connection, workflow_id: str) -> str | None:
+    """Returns what a run waits for, as its log last said; None when it does not wait."""
+    found = conn.execute(
+        sa.text("SELECT waiting_for FROM perdure.run WHERE workflow_id = :id"), {"id": workflow_id}
+    ).scalar()
+    return None if found is None else str(found)
+
+
+def logged_states(conn: sa.Connection, workflow_ids: Sequence[str]) -> dict[str, tuple[RunState, int]]:
+    """Returns the state that the log of each run last told of, and its execution; of runs that have not ended."""
+    rows = conn.execute(
+        sa.text(
+            f"SELECT r.workflow_id, s.status, r.waiting_for, r.execution {_FROM} "
+            "WHERE r.workflow_id = ANY(:ids) AND NOT s.status = ANY(:terminal)"
+        ),
+        {"ids": list(workflow_ids), "terminal": sorted(TERMINAL_STATUSES)},
+    )
+    return {
+        row.workflow_id: (
+            logged_state(row.status, waiting_for=row.waiting_for, execution=row.execution),
+            row.execution,
+        )
+        for row in rows
+    }
 
 
 def apply_events(conn: sa.Connection, workflow_id: str, events: Sequence[Event]) -> None:

@@ -1,0 +1,196 @@
+"""kill -9 at every point of the seam, and commits whose reply is lost: nothing is lost, nothing done is done twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+
+import grpc
+import pytest
+from perdure.v1.agent_run_pb2 import AGENT_RUN_STATE_SUCCEEDED
+from perdure.v1.agent_run_service_pb2 import StartAgentRequest, WaitRunRequest
+from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceStub
+from perdure.v1.approval_service_pb2 import DECISION_APPROVE, DecideApprovalRequest, ListApprovalsRequest
+from perdure.v1.approval_service_pb2_grpc import ApprovalServiceStub
+from perdure_client import Client
+
+from tests.helpers import chaos, judge
+from tests.helpers.server import ServerProcess, create_effects_table, sql
+from tests.helpers.waiting import eventually
+
+MAX_POINTS = 40
+"""More points than any of the runs here has."""
+
+PLAIN_POINTS = 24
+"""Points of the workflow that uses all of DBOS; some more lie behind its end."""
+
+ALL_POINTS = bool(os.environ.get("PERDURE_TEST_ALL_POINTS"))
+"""Whether to die at all of them (`make chaos`), not at some that the seed chooses."""
+
+
+@pytest.fixture(scope="module")
+def url(database_url: str) -> str:
+    create_effects_table(database_url)
+    return database_url
+
+
+@pytest.fixture
+def server(url: str) -> Iterator[ServerProcess]:
+    server = ServerProcess(url, "tests.helpers.chaos")
+    try:
+        yield server
+    finally:
+        server.__exit__()
+
+
+class Victim:
+    """Calls a server that may die in any of them, without the patience of the client library."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self._channel = grpc.insecure_channel(server.address)
+        self._runs = AgentRunServiceStub(self._channel)
+        self._approvals = ApprovalServiceStub(self._channel)
+
+    def start(self, agent: str, run_input: dict[str, object], run_id: str) -> None:
+        text = json.dumps(run_input)
+        self._runs.StartAgent(StartAgentRequest(agent=agent, run_id=run_id, request_id=run_id, input_json=text))
+
+    def wait(self, run_id: str) -> bool:
+        """Returns whether the run has ended well; raises when the server has died."""
+        return self._runs.WaitRun(WaitRunRequest(run_id=run_id), timeout=15).run.state == AGENT_RUN_STATE_SUCCEEDED
+
+    def decide(self, run_id: str) -> None:
+        request = ListApprovalsRequest(run_id=run_id)
+        asked = eventually(lambda: self._approvals.ListApprovals(request).approvals)
+        decision = DecideApprovalRequest(approval_id=asked[0].approval_id, decision=DECISION_APPROVE, comment="yes")
+        self._approvals.DecideApproval(decision)
+
+    def __enter__(self) -> Victim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+
+def _survives(server: ServerProcess, point: int, agent: str, run_input: dict[str, object], run_id: str) -> bool:
+    """Runs an agent on a server that dies at a point; returns whether the run ended before that."""
+    server.start(PERDURE_CHAOS_KILL_AT=str(point))
+    with Victim(server) as victim, suppress(grpc.RpcError):
+        victim.start(agent, run_input, run_id)
+        if agent == "asker":
+            victim.decide(run_id)
+        return victim.wait(run_id)
+    return False
+
+
+def _finish(server: ServerProcess, agent: str, run_input: dict[str, object], run_id: str) -> None:
+    """Repeats the start on a server that lives, decides what is asked, and waits for the end."""
+    with Client(server.address) as client:
+        client.start(agent, run_input, run_id=run_id)
+        if agent == "asker":
+
+            def open_or_over() -> object:
+                return list(client.approvals(run=run_id)) or client.get(run_id).state == "SUCCEEDED"
+
+            pending = eventually(open_or_over)
+            if isinstance(pending, list):
+                client.approve(pending[0], comment="yes")
+        run = client.wait(run_id, timeout=30)
+        assert run.state == "SUCCEEDED", run
+
+
+@pytest.mark.timeout(300)
+def test_a_run_survives_a_kill_at_every_point(server: ServerProcess, url: str) -> None:
+    run_input: dict[str, object] = {"steps": 2, "text": "words "}
+    for point in range(1, MAX_POINTS):
+        run_id = f"kill-counter-{point}"
+        if _survives(server, point, "counter", run_input, run_id):
+            # The points are used up by the run itself: the next ones lie behind its end.
+            break
+        assert server.wait_for_end() == chaos.KILLED, server.log[-3000:]
+        server.start()
+        _finish(server, "counter", run_input, run_id)
+        server.kill()
+        log = judge.assert_consistent(url, f"default.{run_id}.r")
+        judge.assert_effects(url, run_id, log, "count 0", "count 1", deaths=1)
+        assert judge.output_of(url, f"default.{run_id}.r") == {"total": 1}
+        assert judge.text_of(log) == "words words "
+    else:
+        raise AssertionError(f"the run has more than {MAX_POINTS} points")
+    assert point > 4
+
+
+@pytest.mark.timeout(300)
+def test_a_plain_workflow_that_uses_all_of_dbos_survives_a_kill(
+    server: ServerProcess, url: str, rng: random.Random
+) -> None:
+    run_input: dict[str, object] = {"name": "x"}
+    points = range(1, PLAIN_POINTS + 1)
+    for point in points if ALL_POINTS else sorted(rng.sample(points, 5)):
+        run_id = f"kill-plain-{point}"
+        assert not _survives(server, point, "plain", run_input, run_id)
+        assert server.wait_for_end() == chaos.KILLED, server.log[-3000:]
+        server.start()
+        _finish(server, "plain", run_input, run_id)
+        server.kill()
+        judge.assert_consistent(url, f"default.{run_id}.r")
+        assert judge.output_of(url, f"default.{run_id}.r") == {"value": 4, "child": 11, "message": None}
+
+
+@pytest.mark.timeout(300)
+def test_an_approval_survives_a_kill_at_every_point_of_asking_and_deciding(server: ServerProcess, url: str) -> None:
+    for point in range(1, MAX_POINTS):
+        run_id = f"kill-asker-{point}"
+        ended = _survives(server, point, "asker", {}, run_id)
+        if not ended:
+            assert server.wait_for_end() == chaos.KILLED, server.log[-3000:]
+            server.start()
+            _finish(server, "asker", {}, run_id)
+        server.kill()
+        log = judge.assert_consistent(url, f"default.{run_id}.r")
+        judge.assert_effects(url, run_id, log, "count 0", "count 1", deaths=0 if ended else 1)
+        kinds = [event.kind for event in log]
+        assert kinds.count("approval_requested") == 1
+        assert kinds.count("approval_decided") == 1
+        assert judge.output_of(url, f"default.{run_id}.r")["comment"] == "yes"
+        if ended:
+            break
+    else:
+        raise AssertionError(f"the run has more than {MAX_POINTS} points")
+    assert point > 6
+
+
+def test_a_commit_whose_reply_is_lost_is_written_once(server: ServerProcess, url: str) -> None:
+    server.start(PERDURE_CHAOS_AMBIGUOUS="1")
+    with Client(server.address, timeout=30) as client:
+        client.start("counter", {"steps": 2, "text": "words "}, run_id="ambiguous")
+        assert client.wait("ambiguous", timeout=60).state == "SUCCEEDED"
+        client.start("listener", {}, run_id="ambiguous-signal")
+        assert client.signal("ambiguous-signal", "more", {"x": 1})
+        assert client.wait("ambiguous-signal", timeout=60).output == [{"x": 1}]
+    log = judge.assert_consistent(url, "default.ambiguous.r")
+    judge.assert_effects(url, "ambiguous", log, "count 0", "count 1", deaths=0)
+    assert judge.text_of(log) == "words words "
+    log = judge.assert_consistent(url, "default.ambiguous-signal.r")
+    assert [event.kind for event in log].count("signal_received") == 1
+
+
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01", "57P01"])
+def test_transactions_that_the_database_refuses_are_repeated(server: ServerProcess, url: str, sqlstate: str) -> None:
+    with sql(url) as connection:
+        connection.execute(
+            "CREATE OR REPLACE FUNCTION public.test_raise(code TEXT) RETURNS VOID LANGUAGE plpgsql AS "
+            "$$ BEGIN RAISE EXCEPTION 'injected' USING ERRCODE = code; END $$"
+        )
+    server.start(PERDURE_CHAOS_SQLSTATE=sqlstate)
+    with Client(server.address, timeout=30) as client:
+        for number in range(3):
+            run_id = f"refused-{sqlstate.lower()}-{number}"
+            client.start("counter", {"steps": 2, "text": "words "}, run_id=run_id)
+            assert client.wait(run_id, timeout=60).state == "SUCCEEDED"
+            log = judge.assert_consistent(url, f"default.{run_id}.r")
+            judge.assert_effects(url, run_id, log, "count 0", "count 1", deaths=0)
+            assert judge.text_of(log) == "words words "
