@@ -25,6 +25,10 @@ Settings are PERDURE_… variables (see `check`); traces go where OTEL_EXPORTER_
 """
 
 
+# gRPC's core prints connections that go away, as if that were news.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process: 0 is good, 1 says on standard error what is wrong, 2 is wrong usage."""
     try:

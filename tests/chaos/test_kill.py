@@ -178,7 +178,7 @@ def test_a_commit_whose_reply_is_lost_is_written_once(server: ServerProcess, url
     assert [event.kind for event in log].count("signal_received") == 1
 
 
-@pytest.mark.parametrize("sqlstate", ["40001", "40P01", "57P01"])
+@pytest.mark.parametrize("sqlstate", ["40001", "40P01", "57014", "57P01"])
 def test_transactions_that_the_database_refuses_are_repeated(server: ServerProcess, url: str, sqlstate: str) -> None:
     with sql(url) as connection:
         connection.execute(

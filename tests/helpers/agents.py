@@ -199,3 +199,12 @@ def blocking_workflow(seconds: float = 1.0) -> str:
 
 
 expose(blocking_workflow, name="blocking")
+
+
+@agent(name="catcher")
+async def catcher() -> None:
+    """Catches the failure of a step, and fails of something else."""
+    try:
+        await flaky_step(9)
+    except Exception:  # noqa: BLE001 - whatever DBOS makes of it
+        raise ValueError("of its own") from None

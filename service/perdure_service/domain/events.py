@@ -86,6 +86,27 @@ def decode_events(text: str, first_sequence: int) -> list[Event]:
     ]
 
 
+MAX_CURSOR_CHARS = 4_096
+"""Longer than any cursor: a workflow id is at most 512 characters."""
+
+MAX_TEXT_CHARS = 16_384
+"""The longest text of one event (a delta, a log line). Longer deltas become several events."""
+
+MAX_VALUE_CHARS = 256 * 1024
+"""The longest published value that an event carries; of longer ones it tells the size. A pack must stay below the
+1 MiB that CockroachDB asks of a row, and a message below 4 MiB, gRPC's default for clients."""
+
+
+def text_pieces(text: str) -> list[str]:
+    """Returns a text in pieces that fit into an event; one, perhaps empty, at least."""
+    return [text[start : start + MAX_TEXT_CHARS] for start in range(0, len(text), MAX_TEXT_CHARS)] or [""]
+
+
+def event_chars(event: Event) -> int:
+    """Returns about how many characters an event takes in a message."""
+    return 100 + sum(len(value) for value in event.data.values() if isinstance(value, str))
+
+
 # ---- cursors ---------------------------------------------------------------------------------------------------------
 
 
@@ -100,9 +121,11 @@ def decode_cursor(cursor: str, workflow_id: str) -> int:
     Raises:
         InvalidArgument: It is not a cursor, or one of another run.
     """
+    if len(cursor) > MAX_CURSOR_CHARS:
+        raise InvalidArgument("cursor", "is not a cursor of this service")
     try:
         version, cursor_workflow, sequence = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise InvalidArgument("cursor", "is not a cursor of this service") from None
     if version != 1 or not isinstance(sequence, int) or isinstance(sequence, bool) or sequence < 0:
         raise InvalidArgument("cursor", "is not a cursor of this service")

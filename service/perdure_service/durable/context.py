@@ -26,7 +26,7 @@ from dbos._utils import LoopAwareEvent
 
 from perdure_service.domain.approvals import ApprovalResult, ApprovalState, TimeoutOutcome
 from perdure_service.domain.authoring import ApprovalTimeout, OutputStream, SignalTimeout
-from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind, text_pieces
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, now_ms
@@ -70,11 +70,12 @@ class _Output:
         progress = self._execution.steps.get(step_id)
         if progress is not None:
             progress.wrote_output = True
-        data = {"stream": self._stream, "text": str(text)}
-        event = self._execution.event(
-            EventKind.OUTPUT_DELTA, data, step_id=step_id, attempt=step.attempt if step else 0
-        )
-        self._execution.note(event)
+        for piece in text_pieces(str(text)):
+            data = {"stream": self._stream, "text": piece}
+            event = self._execution.event(
+                EventKind.OUTPUT_DELTA, data, step_id=step_id, attempt=step.attempt if step else 0
+            )
+            self._execution.note(event)
 
 
 class BoundRun:
@@ -96,7 +97,7 @@ class BoundRun:
 
     def progress(self, message: str, completed: int = 0, total: int = 0) -> None:
         """See `RunContext`."""
-        data = {"message": str(message), "completed": int(completed), "total": int(total)}
+        data = {"message": str(message)[:MAX_TEXT_CHARS], "completed": int(completed), "total": int(total)}
         self._note(EventKind.PROGRESS, data)
 
     def output(self, stream: str = "output") -> OutputStream:
@@ -105,7 +106,7 @@ class BoundRun:
 
     def log(self, message: str, level: Literal["debug", "info", "warning", "error"] = "info") -> None:
         """See `RunContext`."""
-        self._note(EventKind.LOG, {"message": str(message), "level": level})
+        self._note(EventKind.LOG, {"message": str(message)[:MAX_TEXT_CHARS], "level": level})
 
     def _note(self, kind: EventKind, data: dict[str, Any]) -> None:
         step = current_step.get()

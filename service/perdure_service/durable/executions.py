@@ -17,11 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
 from perdure_service.domain.runs import RunKey, RunState
-
-MAX_DELTA_CHARS = 16_384
-"""A delta longer than this is not extended; the next text begins another."""
 
 MAX_BUFFERED_EVENTS = 10_000
 """An execution that writes more than this between two commits waits for the log to catch up."""
@@ -128,7 +125,7 @@ def _continues(last: Event, event: Event) -> bool:
         event.kind is EventKind.OUTPUT_DELTA
         and last.kind is EventKind.OUTPUT_DELTA
         and (last.step_id, last.attempt, last.data["stream"]) == (event.step_id, event.attempt, event.data["stream"])
-        and len(last.data["text"]) < MAX_DELTA_CHARS
+        and len(last.data["text"]) + len(event.data["text"]) <= MAX_TEXT_CHARS
     )
 
 

@@ -17,7 +17,7 @@ from dbos._serialization import Serializer
 
 from perdure_service.agents.catalogue import by_workflow
 from perdure_service.domain.approvals import ApprovalState
-from perdure_service.domain.events import Event, EventKind, Pack, half_written
+from perdure_service.domain.events import MAX_VALUE_CHARS, Event, EventKind, Pack, half_written, text_pieces
 from perdure_service.domain.runs import (
     TERMINAL_STATUSES,
     Failure,
@@ -281,7 +281,8 @@ class Ledger:
         """Returns what makes the event of a published value."""
 
         def events(execution: Execution) -> list[Event]:
-            data = {"key": key, "value_json": values.to_json(value)}
+            text = values.to_json(value)
+            data = {"key": key, "value_bytes": len(text), "value_json": text if len(text) <= MAX_VALUE_CHARS else ""}
             return [Event(EventKind.PUBLISHED, now_ms(), data, function_id, "DBOS.setEvent", 0, execution.number)]
 
         return events
@@ -292,8 +293,13 @@ class Ledger:
 
         def events(execution: Execution) -> list[Event]:
             text = value if isinstance(value, str) else values.to_json(value)
-            data = {"stream": key, "text": text}
-            return [Event(EventKind.OUTPUT_DELTA, now_ms(), data, function_id, "DBOS.writeStream", 1, execution.number)]
+            return [
+                Event(
+                    EventKind.OUTPUT_DELTA, now_ms(), {"stream": key, "text": piece}, function_id, "DBOS.writeStream", 1,
+                    execution.number,
+                )
+                for piece in text_pieces(text)
+            ]  # fmt: skip
 
         return events
 

@@ -20,6 +20,8 @@ from perdure_service.domain.events import Event, Pack
 from perdure_service.domain.runs import RunState
 from perdure_service.durable.executions import Execution, slot_of
 from perdure_service.store import event_log, runs
+from perdure_service.store.engine import CheckpointTooSlow
+from perdure_service.store.sqlstates import QUERY_CANCELED, sqlstate_of
 
 Hook = Callable[[sa.Connection], None]
 
@@ -171,10 +173,16 @@ class Operations:
     @contextmanager
     def _run(self, operation: Operation, begin: Callable[[], Any]) -> Iterator[sa.Connection]:
         with slot_of(operation.execution):
-            with begin() as conn:
-                operation.begun(conn)
-                yield conn
-                operation.write(conn)
+            try:
+                with begin() as conn:
+                    operation.begun(conn)
+                    yield conn
+                    operation.write(conn)
+            except sa.exc.DBAPIError as error:
+                if operation.execution is None or sqlstate_of(error) != QUERY_CANCELED:
+                    raise
+                slow = CheckpointTooSlow(str(error.orig))
+                raise sa.exc.OperationalError(error.statement, None, slow, hide_parameters=True) from error
             written = operation.workflow_ids
         if written:
             self._committed(written)

@@ -26,6 +26,7 @@ from perdure_service.domain.events import (
     Step,
     decode_cursor,
     encode_cursor,
+    event_chars,
     fold_steps,
     of_kinds,
 )
@@ -69,6 +70,9 @@ MAX_EVENTS_PER_BATCH = 500
 
 MAX_BATCH_CHARS = 512 * 1024
 """Text in one piece of a stream, for the same reason."""
+
+MAX_PAGE_CHARS = 1024 * 1024
+"""Text in one page of a list, so that a message stays below what clients take (4 MiB by default)."""
 
 WAIT_RECHECK_S = 5.0
 """How often a wait looks at the run although nothing woke it."""
@@ -314,16 +318,23 @@ class RunService:
         filter_key = ["events", run.key.workflow_id, sorted(kinds)]
         after = runs.decode_token(page_token, filter_key)[0] if page_token else 0
         chosen: list[Event] = []
-        while len(chosen) <= page_size:
+        chars = 0
+        more = True
+        while more and len(chosen) <= page_size and chars <= MAX_PAGE_CHARS:
             events = await self._read(
                 "events.read", partial(event_log.read, workflow_id=run.key.workflow_id, after_sequence=after)
             )
-            if not events:
-                break
-            chosen.extend(event for event in events if not kinds or event.kind in kinds)
-            after = events[-1].sequence
-        token = runs.encode_token([chosen[page_size - 1].sequence], filter_key) if len(chosen) > page_size else ""
-        return Page(chosen[:page_size], token)
+            more = bool(events)
+            for event in events:
+                after = event.sequence
+                if not kinds or event.kind in kinds:
+                    chosen.append(event)
+                    chars += event_chars(event)
+                if len(chosen) > page_size or chars > MAX_PAGE_CHARS:
+                    break
+        page = chosen[:page_size]
+        token = runs.encode_token([page[-1].sequence], filter_key) if more and page else ""
+        return Page(page, token)
 
     async def list_steps(self, namespace: str, run_id: str, *, page_size: int, page_token: str) -> Page[Step]:
         """Returns a page of a run's steps."""
@@ -331,9 +342,15 @@ class RunService:
         filter_key = ["steps", run.key.workflow_id]
         skip = runs.decode_token(page_token, filter_key)[0] if page_token else 0
         steps = fold_steps(await self._all_events(run.key.workflow_id))
-        page = steps[skip : skip + page_size]
-        more = skip + page_size < len(steps)
-        return Page(page, runs.encode_token([skip + page_size], filter_key) if more else "")
+        page: list[Step] = []
+        chars = 0
+        for step in steps[skip : skip + page_size]:
+            page.append(step)
+            chars += 200 + len(step.output_preview) + len(json.dumps(dict(step.error or {})))
+            if chars > MAX_PAGE_CHARS:
+                break
+        end = skip + len(page)
+        return Page(page, runs.encode_token([end], filter_key) if end < len(steps) else "")
 
     async def _all_events(self, workflow_id: str) -> Sequence[Event]:
         """Returns all events of a run but its streamed text."""
@@ -619,7 +636,7 @@ def _pieces(events: Sequence[Event]) -> Sequence[Sequence[Event]]:
     pieces: list[list[Event]] = [[]]
     size = 0
     for event in events:
-        chars = sum(len(value) for value in event.data.values() if isinstance(value, str)) + 100
+        chars = event_chars(event)
         if pieces[-1] and (len(pieces[-1]) >= MAX_EVENTS_PER_BATCH or size + chars > MAX_BATCH_CHARS):
             pieces.append([])
             size = 0

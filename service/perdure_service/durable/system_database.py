@@ -564,10 +564,10 @@ class PerdureSystemDatabase(PostgresSystemDatabase):
 
     # ---- claims ------------------------------------------------------------------------------------------------------
 
-    def _claim_gate(self, queue_name: str, queue_partition_key: str | None) -> list[Any]:
+    def _claim_gate(self, queue_name: str, partition_key: str | None) -> list[Any]:
         """Only what is registered here is taken: DBOS would take a run and then find that it has no code for it."""
         return [
-            *super()._claim_gate(queue_name, queue_partition_key),
+            *super()._claim_gate(queue_name, partition_key),
             self.tables.workflow_status.c.name.in_(self._registered()),
         ]
 

@@ -35,9 +35,7 @@ def run_event(event: Event, run_id: str) -> pb.RunEvent:
         attempt=fields.int32(event.attempt),
         execution=fields.int32(event.execution),
     )
-    member = getattr(message, event.kind.value)
-    member.CopyFrom(_MEMBERS[event.kind](event.data))
-    member.SetInParent()  # CopyFrom an empty message does not say that it is there
+    getattr(message, event.kind.value).CopyFrom(_MEMBERS[event.kind](event.data))
     return message
 
 
@@ -136,7 +134,11 @@ def _progress(data: Data) -> Message:
 
 
 def _published(data: Data) -> Message:
-    return pb.Published(key=fields.text(data.get("key")), value_json=fields.text(data.get("value_json")))
+    return pb.Published(
+        key=fields.text(data.get("key")),
+        value_json=fields.text(data.get("value_json")),
+        value_bytes=fields.int64(data.get("value_bytes")),
+    )
 
 
 def _approval_requested(data: Data) -> Message:

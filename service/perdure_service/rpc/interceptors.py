@@ -132,7 +132,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 span.set_attribute(telemetry.RPC_STATUS, "CANCELLED")
                 span.end()
                 raise
-            failure, reason = _described(error, call, time.monotonic() - began)
+            try:
+                failure, reason = _described(error, call, time.monotonic() - began)
+            except Exception:  # noqa: BLE001 - an error that cannot even be described or logged is still answered
+                failure, reason = internal_error(call.call_id), "INTERNAL"
             span.set_attribute(telemetry.RPC_STATUS, failure.code.name)
             faulty = failure.code.name in SERVER_FAULTS and reason != Draining.reason
             span.end("error" if faulty else "unset", reason)
@@ -233,4 +236,4 @@ def _hide_parameters(error: BaseException) -> None:
         seen.add(id(current))
         if hasattr(current, "hide_parameters"):
             current.hide_parameters = True
-        todo += [current.__cause__, current.__context__]
+        todo += [current.__cause__, current.__context__, *getattr(current, "exceptions", ())]

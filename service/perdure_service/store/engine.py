@@ -56,6 +56,12 @@ class AmbiguousResult(psycopg.errors.DeadlockDetected, psycopg.errors.StatementC
     original_sqlstate: ClassVar[str] = sqlstates.STATEMENT_COMPLETION_UNKNOWN
 
 
+class CheckpointTooSlow(psycopg.errors.DeadlockDetected):
+    """57014 at a checkpoint, for DBOS's `db_retry`: a stalled database must delay a run, never fail it."""
+
+    original_sqlstate: ClassVar[str] = sqlstates.QUERY_CANCELED
+
+
 class DataOutOfReach(psycopg.errors.ConnectionFailure):
     """A CockroachDB range without quorum, or a node that cannot reach another: like a lost connection, wait."""
 

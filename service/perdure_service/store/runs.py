@@ -334,6 +334,10 @@ def _input_json(row: sa.RowMapping) -> str | None:
 # ---- page tokens -----------------------------------------------------------------------------------------------------
 
 
+MAX_TOKEN_CHARS = 32_768
+"""Longer than any token: its filter holds at most 32 labels of 63 and 256 characters."""
+
+
 def encode_token(position: Sequence[Any], filter_key: Any) -> str:
     """Returns an opaque page token: a position, bound to the list (its filter) it was made for."""
     return base64.urlsafe_b64encode(json.dumps([1, list(position), filter_key]).encode()).decode().rstrip("=")
@@ -345,9 +349,11 @@ def decode_token(token: str, filter_key: Any) -> list[Any]:
     Raises:
         InvalidArgument: It is not a token, or one of another list.
     """
+    if len(token) > MAX_TOKEN_CHARS:
+        raise InvalidArgument("page_token", "is not a token of this service")
     try:
         version, position, made_for = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise InvalidArgument("page_token", "is not a token of this service") from None
     if version != 1 or not isinstance(position, list) or made_for != json.loads(json.dumps(filter_key)):
         raise InvalidArgument("page_token", "belongs to another list; keep the other fields as they were")

@@ -1,0 +1,136 @@
+"""What we rely on in DBOS 3.4 and its documentation does not promise: fails when an upgrade changes it."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from pathlib import Path
+
+import dbos
+import pytest
+from dbos import _core, _sys_db, _sys_db_postgres
+from dbos._schemas.system_database import SystemSchema
+from perdure_service.domain.runs import TERMINAL_STATUSES
+from perdure_service.durable import runtime, steps
+from perdure_service.durable.system_database import PerdureSystemDatabase
+from perdure_service.store import dbos_tables
+
+HANDLED = {
+    # starts: the hook `_insert_workflow_status` sees them all, but for the batch and the fork
+    "_insert_workflow_status",
+    "init_workflows",
+    "fork_workflow",
+    # the end
+    "update_workflow_outcome",
+    "_update_workflow_outcome_in_transaction",
+    # changes from outside, inside `_changing`
+    "cancel_workflows",
+    "resume_workflows",
+    "dead_letter_workflows",
+    "reenqueue_for_recovery",
+    "rewind_workflow",
+    # sweeps, which are ours
+    "transition_delayed_workflows",
+    "cancel_timed_out_workflows",
+    # claims, inside `_begin`
+    "start_queued_workflows",
+    "start_queued_partitioned_workflows",
+}
+"""DBOS's methods that write a status; each is covered by `PerdureSystemDatabase`."""
+
+
+def _writers_of_status() -> set[str]:
+    """Returns the methods of DBOS's system database that put a value into the column `status`."""
+    tree = ast.parse(Path(inspect.getfile(_sys_db)).read_text())
+    cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "SystemDatabase")
+    writers = set()
+    for method in cls.body:
+        if not isinstance(method, ast.FunctionDef) or "schedule" in method.name:  # schedules have a status, too
+            continue
+        for call in (n for n in ast.walk(method) if isinstance(n, ast.Call)):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            keywords = {keyword.arg for keyword in call.keywords}
+            if "status" in keywords and (name == "values" or (name == "dict" and "workflow_uuid" in keywords)):
+                writers.add(method.name)
+        for literal in (n for n in ast.walk(method) if isinstance(n, ast.Dict)):
+            keys = {key.value for key in literal.keys if isinstance(key, ast.Constant)}
+            if {"workflow_uuid", "status", "queue_name", "creator_xid"} <= keys:
+                writers.add(method.name)
+    return writers
+
+
+def test_every_writer_of_a_status_is_covered() -> None:
+    assert _writers_of_status() == HANDLED
+    overridden = set(vars(PerdureSystemDatabase))
+    assert HANDLED - {"_update_workflow_outcome_in_transaction"} <= overridden
+
+
+@pytest.mark.parametrize(
+    "name",
+    sorted(
+        name
+        for name, member in vars(PerdureSystemDatabase).items()
+        if inspect.isfunction(member) and name != "__init__" and hasattr(_sys_db_postgres.PostgresSystemDatabase, name)
+    ),
+)
+def test_what_is_overridden_still_takes_the_same_arguments(name: str) -> None:
+    theirs = inspect.signature(getattr(_sys_db_postgres.PostgresSystemDatabase, name))
+    ours = inspect.signature(getattr(PerdureSystemDatabase, name))
+    takes_anything = any(p.kind is p.VAR_KEYWORD for p in ours.parameters.values())
+    missing = set(theirs.parameters) - set(ours.parameters)
+    assert takes_anything or not missing, f"{name} has new parameters: {missing}"
+    for parameter in ours.parameters.values():
+        if parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        if parameter.name in theirs.parameters:
+            continue
+        assert parameter.default is not parameter.empty, f"DBOS does not pass {parameter.name} to {name}"
+
+
+def test_every_transaction_goes_through_the_engine_or_begin() -> None:
+    """`engine.connect()` is a transaction that we do not see; DBOS uses it where nothing of a run is written."""
+    tree = ast.parse(Path(inspect.getfile(_sys_db)).read_text())
+    cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "SystemDatabase")
+    users = {
+        method.name
+        for method in cls.body
+        if isinstance(method, ast.FunctionDef)
+        for call in ast.walk(method)
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "self.engine.connect"
+    }
+    assert users == {"update_workflow_outcome", "_begin"}
+
+
+def test_the_tables_we_name_have_the_columns_we_use() -> None:
+    tables = {table.name: table for table in SystemSchema.metadata_obj.tables.values()}
+    for name, columns in dbos_tables.COLUMNS_USED.items():
+        assert set(columns) <= set(tables[name].columns.keys())
+
+
+def test_the_statuses_are_the_ones_we_know() -> None:
+    known = {status.value for status in _sys_db.WorkflowStatusString}
+    assert known == TERMINAL_STATUSES | {"PENDING", "ENQUEUED", "DELAYED"}
+
+
+def test_steps_and_workflows_are_run_by_the_functions_we_replace() -> None:
+    source = Path(inspect.getfile(_core)).read_text()
+    assert source.count("invoke_step(") >= 3  # its definition, the decorator, run_step
+    parameters = inspect.signature(steps._dbos_invoke_step).parameters
+    assert {"step_name", "retries_allowed", "interval_seconds", "max_attempts", "backoff_rate", "should_retry"} <= set(
+        parameters
+    )
+    assert list(inspect.signature(runtime._plain_execute_async).parameters)[:4] == ["dbos", "status", "func", "ctx"]
+    assert list(inspect.signature(runtime._plain_execute_thread).parameters)[:4] == ["dbos", "status", "func", "ctx"]
+    assert list(inspect.signature(_core.execute_dequeued_workflow).parameters) == ["dbos", "status", "owner_xid"]
+
+
+def test_dbos_creates_its_system_database_by_the_one_factory_with_keywords() -> None:
+    folder = Path(inspect.getfile(dbos)).parent
+    calls = [
+        (path.name, call)
+        for path in (folder / "_dbos.py", folder / "_client.py")
+        for call in ast.walk(ast.parse(path.read_text()))
+        if isinstance(call, ast.Call) and ast.unparse(call.func) == "SystemDatabase.create"
+    ]
+    assert len(calls) == 3
+    assert all(not call.args for _, call in calls)
