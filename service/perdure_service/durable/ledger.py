@@ -293,13 +293,11 @@ class Ledger:
 
         def events(execution: Execution) -> list[Event]:
             text = value if isinstance(value, str) else values.to_json(value)
+            kind, at, name = EventKind.OUTPUT_DELTA, now_ms(), "DBOS.writeStream"
             return [
-                Event(
-                    EventKind.OUTPUT_DELTA, now_ms(), {"stream": key, "text": piece}, function_id, "DBOS.writeStream", 1,
-                    execution.number,
-                )
+                Event(kind, at, {"stream": key, "text": piece}, function_id, name, 1, execution.number)
                 for piece in text_pieces(text)
-            ]  # fmt: skip
+            ]
 
         return events
 
