@@ -176,7 +176,6 @@ class BoundRun:
         payload, components = self._db._waiter(workflow_id, approval_topic(step_id))
         woken = LoopAwareEvent()
         self._db.notifications_map.add(payload, woken, components)
-        self._execution.on_death.append(woken.set)
         started_ms = now_ms()
         try:
             await asyncio.to_thread(self._ask, question)
@@ -191,7 +190,6 @@ class BoundRun:
                 woken.clear()
         finally:
             self._db.notifications_map.pop(payload, woken)
-            self._execution.on_death.remove(woken.set)
 
     def _ask(self, question: approvals.Question) -> None:
         """Asks, unless an earlier execution has; one owner-fenced transaction."""

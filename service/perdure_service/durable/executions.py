@@ -67,7 +67,6 @@ class Execution:
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
     slot: threading.RLock = field(default_factory=threading.RLock)
-    on_death: list[Callable[[], None]] = field(default_factory=list)
     _buffer: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _wake_writer: Callable[[Execution], None] | None = None
@@ -136,6 +135,8 @@ class Executions:
         self._by_key: dict[tuple[str, str], Execution] = {}
         self._lock = threading.Lock()
         self._wake_writer = wake_writer
+        self.wake_waits: Callable[[str], None] = lambda _workflow_id: None
+        """Wakes what waits in a run, so that it finds itself dead; set by the system database, which knows them."""
 
     def add(self, execution: Execution) -> Execution:
         """Adds an execution, and marks older ones of the same run dead."""
@@ -173,8 +174,7 @@ class Executions:
             return
         execution.dead = reason
         execution.take()
-        for callback in list(execution.on_death):
-            callback()
+        self.wake_waits(execution.key.workflow_id)
         loop, task = execution.loop, execution.task
         if loop is not None and task is not None:
 

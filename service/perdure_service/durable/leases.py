@@ -21,7 +21,7 @@ import structlog
 
 from perdure_service.durable.executions import Executions, now_ms
 from perdure_service.durable.ledger import Ledger
-from perdure_service.durable.system_database import QUEUE
+from perdure_service.durable.transactions import QUEUE
 from perdure_service.store import executors
 from perdure_service.store.sqlstates import retrying
 

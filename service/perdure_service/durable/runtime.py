@@ -28,7 +28,8 @@ from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
 from perdure_service.durable.spans import Spans
-from perdure_service.durable.system_database import QUEUE, PerdureSystemDatabase, RequestRepeated
+from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
+from perdure_service.durable.transactions import QUEUE
 from perdure_service.durable.writer import EventWriter
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach

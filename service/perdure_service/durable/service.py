@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 import structlog
@@ -24,11 +23,8 @@ from perdure_service.domain.events import (
     Event,
     EventKind,
     Step,
-    decode_cursor,
-    encode_cursor,
     event_chars,
     fold_steps,
-    of_kinds,
 )
 from perdure_service.domain.runs import (
     SIGNAL_NAME,
@@ -42,11 +38,12 @@ from perdure_service.domain.runs import (
 )
 from perdure_service.durable import outside
 from perdure_service.durable.inbox import Inbox
+from perdure_service.durable.requests import Page, RunFilter, StartCommand, WatchBatch
 from perdure_service.durable.runtime import Runtime
+from perdure_service.durable.watching import Watching
 from perdure_service.errors import (
     AgentNotFound,
     ApprovalNotFound,
-    CursorOutOfRange,
     InvalidArgument,
     NamespaceNotFound,
     RunConflict,
@@ -65,12 +62,6 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-MAX_EVENTS_PER_BATCH = 500
-"""Events in one piece of a stream, so that a message stays far below the size limit."""
-
-MAX_BATCH_CHARS = 512 * 1024
-"""Text in one piece of a stream, for the same reason."""
-
 MAX_PAGE_CHARS = 1024 * 1024
 """Text in one page of a list, so that a message stays below what clients take (4 MiB by default)."""
 
@@ -79,63 +70,6 @@ WAIT_RECHECK_S = 5.0
 
 APPROVALS_OVERLAP_S = 30.0
 """How far back the inbox's shared poll looks for decisions: longer than a commit can take to become visible."""
-
-
-@dataclass(frozen=True, slots=True)
-class StartCommand:
-    """A start as a caller asks for it; shapes of single fields are checked, nothing is decided yet.
-
-    Attributes:
-        run_input: The input as parsed JSON, exactly as sent.
-        trace_parent: The caller's W3C `traceparent`, or empty.
-    """
-
-    namespace: str
-    agent: str
-    agent_version: str
-    run_id: str
-    request_id: str
-    run_input: Any
-    caller: str
-    refuse_existing: bool = False
-    start_at: datetime | None = None
-    delay_s: float | None = None
-    deadline_at: datetime | None = None
-    labels: Mapping[str, str] | None = None
-    context_id: str = ""
-    validate_only: bool = False
-    trace_parent: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Page(Generic[T]):
-    """A page of a list. `next_token` is empty at the end, and only there."""
-
-    items: Sequence[T]
-    next_token: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunFilter:
-    """Which runs a list returns; empty members mean all."""
-
-    states: frozenset[RunState] = frozenset()
-    agent: str = ""
-    labels: Mapping[str, str] | None = None
-    context_id: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class WatchBatch:
-    """A piece of a watch, as WatchRunResponse has it."""
-
-    key: RunKey
-    events: Sequence[Event]
-    last_sequence: int
-    cursor: str
-    snapshot: Run | None = None
-    caught_up: bool = False
-    end_of_run: bool = False
 
 
 class RunService:
@@ -160,6 +94,7 @@ class RunService:
         self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="rpc-db-")
         self._poll_s = poll_s
         self._inbox = Inbox(self._read_inbox, poll_s)
+        self._watching = Watching(self._read, partial(self.get, full=False), tailer)
 
     def close(self) -> None:
         """Ends the threads."""
@@ -365,7 +300,7 @@ class RunService:
 
     # ---- watching ----------------------------------------------------------------------------------------------------
 
-    async def watch(
+    def watch(
         self,
         namespace: str,
         run_id: str,
@@ -377,108 +312,15 @@ class RunService:
         heartbeat_s: float = 15.0,
     ) -> AsyncIterator[WatchBatch]:
         """Yields a run's stream as WatchRun's contract says, heartbeats included, and ends with the run."""
-        # Register, then read, then wait: what is committed after the read wakes us.
-        snapshot = await self.get(namespace, run_id, full=False)
-        workflow_id = snapshot.key.workflow_id
-        subscription = self._tailer.subscribe(workflow_id)
-        try:
-            snapshot = await self.get(namespace, run_id, full=False)
-            position = await self._position(snapshot, cursor, after_sequence, from_now)
-            key = snapshot.key
-            caught_up_at = snapshot.last_sequence
-
-            def batch(events: Sequence[Event], last: int, **flags: Any) -> WatchBatch:
-                return WatchBatch(key, list(of_kinds(events, kinds)), last, encode_cursor(workflow_id, last), **flags)
-
-            first: Run | None = snapshot
-            ended = snapshot.state.terminal and position >= caught_up_at
-            yield batch([], position, snapshot=first, caught_up=position >= caught_up_at, end_of_run=ended)
-            if ended:
-                return
-            while True:
-                events, behind = await self._next(subscription, workflow_id, position, heartbeat_s)
-                if not events:
-                    run_over = behind and await self._over(workflow_id, position)
-                    yield batch([], position, caught_up=True, end_of_run=run_over)
-                    if run_over:
-                        return
-                    continue
-                pieces = list(_pieces(events))
-                for index, piece in enumerate(pieces):
-                    position = piece[-1].sequence
-                    last_piece = index == len(pieces) - 1
-                    over = last_piece and _ends(piece[-1]) and await self._over(workflow_id, position)
-                    yield batch(piece, position, caught_up=last_piece and not behind, end_of_run=over)
-                    if over:
-                        return
-        finally:
-            self._tailer.unsubscribe(subscription)
-
-    async def _position(self, snapshot: Run, cursor: str | None, after_sequence: int | None, from_now: bool) -> int:
-        """Returns the sequence after which a watch begins.
-
-        Raises:
-            InvalidArgument: It is from the future, or not of this run.
-            CursorOutOfRange: What follows it is no longer kept.
-        """
-        if from_now:
-            return snapshot.last_sequence
-        field = "cursor" if cursor is not None else "after_sequence"
-        position = decode_cursor(cursor, snapshot.key.workflow_id) if cursor is not None else after_sequence or 0
-        if position < 0:
-            raise InvalidArgument(field, "must not be negative")
-        if position > snapshot.last_sequence:
-            raise InvalidArgument(field, f"is from the future: the run has {snapshot.last_sequence} events")
-        earliest = await self._read(
-            "events.earliest", lambda conn: event_log.earliest_sequence(conn, snapshot.key.workflow_id)
+        return self._watching.watch(
+            namespace,
+            run_id,
+            cursor=cursor,
+            after_sequence=after_sequence,
+            from_now=from_now,
+            kinds=kinds,
+            heartbeat_s=heartbeat_s,
         )
-        if position + 1 < earliest:
-            raise CursorOutOfRange(
-                f"events before {earliest} are no longer kept; watch again after {earliest - 1}",
-                earliest_sequence=str(earliest),
-            )
-        return position
-
-    async def _next(
-        self, subscription: Any, workflow_id: str, position: int, heartbeat_s: float
-    ) -> tuple[Sequence[Event], bool]:
-        """Returns the next events after `position` and whether they were read from the log; none for a heartbeat."""
-        deadline = time.monotonic() + heartbeat_s
-        while True:
-            if subscription.behind:
-                subscription.changed.clear()
-                events = await self._read("events.read", lambda conn: event_log.read(conn, workflow_id, position))
-                if events:
-                    return events, True
-                self._tailer.caught_up(subscription, position)
-                if subscription.behind:
-                    continue
-                return [], True
-            while subscription.packs:
-                pack = subscription.packs.popleft()
-                fresh = [event for event in pack.events if event.sequence > position]
-                if fresh and fresh[0].sequence != position + 1:
-                    subscription.behind = True
-                    break
-                if fresh:
-                    return fresh, bool(subscription.packs)
-            if subscription.behind:
-                continue
-            subscription.changed.clear()
-            if subscription.packs:
-                continue
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return [], False
-            try:
-                await asyncio.wait_for(subscription.changed.wait(), timeout=left)
-            except TimeoutError:
-                return [], False
-
-    async def _over(self, workflow_id: str, position: int) -> bool:
-        """Returns whether the run has ended and its log ends at `position`: a terminal event may be revived upon."""
-        run = await self._read("runs.get", lambda conn: runs.get(conn, workflow_id))
-        return run is not None and run.state.terminal and run.end_time is not None and run.last_sequence <= position
 
     # ---- steering ----------------------------------------------------------------------------------------------------
 
@@ -631,24 +473,9 @@ def _not_created(start: RunStart) -> Run:
     )
 
 
-def _pieces(events: Sequence[Event]) -> Sequence[Sequence[Event]]:
-    """Returns the events in pieces that fit into a message."""
-    pieces: list[list[Event]] = [[]]
-    size = 0
-    for event in events:
-        chars = event_chars(event)
-        if pieces[-1] and (len(pieces[-1]) >= MAX_EVENTS_PER_BATCH or size + chars > MAX_BATCH_CHARS):
-            pieces.append([])
-            size = 0
-        pieces[-1].append(event)
-        size += chars
-    return pieces
-
-
-def _ends(event: Event) -> bool:
-    return event.kind is EventKind.STATE_CHANGED and RunState(event.data["to"]).terminal
-
-
 def _recent(approval: Approval) -> bool:
     """Whether an approval was asked so lately that a watcher may have missed that it was pending."""
     return datetime.now(UTC) - approval.create_time < timedelta(seconds=APPROVALS_OVERLAP_S)
+
+
+__all__ = ["Page", "RunFilter", "RunService", "StartCommand", "WatchBatch"]

@@ -1,0 +1,70 @@
+"""What the RPC layer asks for and gets, as values: starts, filters, pages and pieces of a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from perdure_service.domain.events import Event
+from perdure_service.domain.runs import Run, RunKey, RunState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StartCommand:
+    """A start as a caller asks for it; shapes of single fields are checked, nothing is decided yet.
+
+    Attributes:
+        run_input: The input as parsed JSON, exactly as sent.
+        trace_parent: The caller's W3C `traceparent`, or empty.
+    """
+
+    namespace: str
+    agent: str
+    agent_version: str
+    run_id: str
+    request_id: str
+    run_input: Any
+    caller: str
+    refuse_existing: bool = False
+    start_at: datetime | None = None
+    delay_s: float | None = None
+    deadline_at: datetime | None = None
+    labels: Mapping[str, str] | None = None
+    context_id: str = ""
+    validate_only: bool = False
+    trace_parent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """A page of a list. `next_token` is empty at the end, and only there."""
+
+    items: Sequence[T]
+    next_token: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunFilter:
+    """Which runs a list returns; empty members mean all."""
+
+    states: frozenset[RunState] = frozenset()
+    agent: str = ""
+    labels: Mapping[str, str] | None = None
+    context_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchBatch:
+    """A piece of a watch, as WatchRunResponse has it."""
+
+    key: RunKey
+    events: Sequence[Event]
+    last_sequence: int
+    cursor: str
+    snapshot: Run | None = None
+    caught_up: bool = False
+    end_of_run: bool = False

@@ -1,0 +1,102 @@
+"""DBOS's system database on our transactions: each is an `Operation` with the run's events in it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import sqlalchemy as sa
+from dbos._context import current_owner_xid, get_local_dbos_context
+from dbos._sys_db import db_retry
+from dbos._sys_db_postgres import PostgresSystemDatabase
+
+from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.ledger import Ledger
+from perdure_service.durable.operation import Operation, Operations
+from perdure_service.store.dbos_tables import STATUS
+
+QUEUE = "perdure"
+"""The queue of every agent: each executor takes from it what it has registered, up to its slots."""
+
+
+@dataclass
+class Claim:
+    """A claim under way: its ownership token, and the rows it may take."""
+
+    owner_xid: str
+    workflow_ids: set[str] = field(default_factory=set)
+
+
+class TransactionalDatabase(PostgresSystemDatabase):
+    """See the module. `StatusDatabase` and `PerdureSystemDatabase` add what is written in the transactions."""
+
+    def __init__(
+        self,
+        *,
+        executions: Executions,
+        operations: Operations,
+        ledger: Ledger,
+        registered: Callable[[], list[str]],
+        **arguments: Any,
+    ) -> None:
+        super().__init__(**arguments)
+        self.executions = executions
+        self.operations = operations
+        self.ledger = ledger
+        self._registered = registered
+        self._plain_begin = self.engine.begin
+        self._local = threading.local()
+        # Every transaction of DBOS's goes through this one method of its engine.
+        self.engine.begin = self._begin_operation  # type: ignore[method-assign]
+        executions.wake_waits = self._wake_waits
+
+    # ---- transactions ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _begin_operation(self) -> Iterator[sa.Connection]:
+        with self.operations.transaction(self._plain_begin, self._execution_here) as conn:
+            yield conn
+
+    def _wake_waits(self, workflow_id: str) -> None:
+        """Wakes every recv and approval of a run that waits in this process."""
+        for _, components, signal in self.notifications_map.snapshot():
+            if components[0] == workflow_id:
+                signal.set()
+
+    def _execution_here(self) -> Execution | None:
+        """Returns the execution on whose behalf this thread works, if it does."""
+        context = get_local_dbos_context()
+        if context is None or not context.workflow_id:
+            return None
+        return self.executions.find(context.workflow_id, context.owner_xid)
+
+    def _own(self, workflow_id: str, **hooks: Any) -> Any:
+        """Opens an operation of the run's owner."""
+        execution = self._execution_here()
+        if execution is not None and execution.key.workflow_id != workflow_id:
+            execution = self.executions.find(workflow_id, current_owner_xid(workflow_id))
+        return self.operations.open(Operation(execution, **hooks))
+
+    def run_operation(self, operation: Operation) -> None:
+        """Runs an operation whose hooks are all its transaction does, repeated as DBOS repeats its own."""
+        with self.operations.open(operation):
+            self._empty_transaction()
+
+    @db_retry()
+    def _empty_transaction(self) -> None:
+        with self.engine.begin():
+            pass
+
+    def _lock(self, conn: sa.Connection, workflow_ids: Sequence[str]) -> list[str]:
+        """Locks status rows in order of their ids; returns those that exist."""
+        rows = conn.execute(
+            sa.text(
+                f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
+                "ORDER BY workflow_uuid FOR NO KEY UPDATE"
+            ),
+            {"ids": list(workflow_ids)},
+        )
+        return [row[0] for row in rows]
