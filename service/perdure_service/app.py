@@ -147,7 +147,10 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(
-        retrying, engine, "agents.publish", lambda conn: agent_store.publish(conn, [agent.spec for agent in agents])
+        retrying,
+        engine,
+        "agents.publish",
+        lambda conn: agent_store.publish(conn, [agent.spec for agent in agents], alone=dev),
     )
     taken_back = await asyncio.to_thread(runtime.launch)
     agents_context.bind(lambda: current_run(runtime.database))

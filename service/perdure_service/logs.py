@@ -107,7 +107,8 @@ def _take_over_dbos(handler: logging.Handler, level: int) -> None:
         dbos.removeHandler(old)
     dbos.addHandler(handler)
     dbos.propagate = False
-    dbos.setLevel(level)
+    # DBOS tells at INFO what it is configured with, at every start and every migration.
+    dbos.setLevel(logging.WARNING if level == logging.INFO else level)
 
 
 def censor(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

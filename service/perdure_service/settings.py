@@ -161,7 +161,7 @@ def configured_database_url(settings: Settings, directory: Path = Path()) -> str
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+        raise ConfigurationError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     url = content.get("system_database_url") if isinstance(content, dict) else None
     if not isinstance(url, str) or not url:
         raise ConfigurationError(f"{path} has no system_database_url; add it, or set PERDURE_DATABASE_URL")

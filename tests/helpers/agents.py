@@ -206,5 +206,5 @@ async def catcher() -> None:
     """Catches the failure of a step, and fails of something else."""
     try:
         await flaky_step(9)
-    except Exception:  # noqa: BLE001 - whatever DBOS makes of it
+    except Exception:
         raise ValueError("of its own") from None

@@ -55,7 +55,8 @@ def test_dbos_does_not_log_twice_after_it_set_up_its_own_logging(stream: io.Stri
 
     configure_logs("json", "info", stream)
     init_logger()
-    logging.getLogger("dbos").info("once")
+    logging.getLogger("dbos").info("not at all: DBOS tells its configuration at every start")
+    logging.getLogger("dbos").warning("once")
     assert [line["event"] for line in lines(stream)] == ["once"]
 
 

@@ -137,6 +137,10 @@ def decode_cursor(cursor: str, workflow_id: str) -> int:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
+STREAM_STEP = "DBOS.writeStream"
+"""The name of the operation that writes an entry of one of DBOS's streams."""
+
+
 class StepState(StrEnum):
     """Where a step stands; names as in the API without their prefix."""
 
@@ -210,6 +214,8 @@ def _apply(steps: dict[int, Step], event: Event) -> None:
                 step, state=StepState.FAILED, attempts=attempts, execution=event.execution, end_ms=event.time_ms,
                 error=event.data.get("error"),
             )  # fmt: skip
+        case EventKind.OUTPUT_DELTA if event.step_name == STREAM_STEP:
+            step = replace(step, state=StepState.SUCCEEDED, execution=event.execution, end_ms=event.time_ms)
         case EventKind.PUBLISHED | EventKind.CHILD_STARTED:
             step = replace(
                 step, state=StepState.SUCCEEDED, execution=event.execution, end_ms=event.time_ms,

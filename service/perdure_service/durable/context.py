@@ -29,7 +29,7 @@ from perdure_service.domain.authoring import ApprovalTimeout, OutputStream, Sign
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind, text_pieces
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import values
-from perdure_service.durable.executions import Execution, now_ms
+from perdure_service.durable.executions import Execution, StepProgress, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.steps import CurrentStep, current_step
 from perdure_service.durable.system_database import PerdureSystemDatabase
@@ -177,6 +177,7 @@ class BoundRun:
         woken = LoopAwareEvent()
         self._db.notifications_map.add(payload, woken, components)
         started_ms = now_ms()
+        self._execution.steps[step_id] = StepProgress(APPROVAL_STEP, time.time_ns())
         try:
             await asyncio.to_thread(self._ask, question)
             while True:

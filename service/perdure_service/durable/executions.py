@@ -18,10 +18,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
-from perdure_service.domain.runs import RunKey, RunState
+from perdure_service.domain.runs import Failure, RunKey, RunState
 
 MAX_BUFFERED_EVENTS = 10_000
 """An execution that writes more than this between two commits waits for the log to catch up."""
+
+
+REPLAYED_KINDS = frozenset({EventKind.PROGRESS, EventKind.LOG})
+"""What a replay must not say again. Text of the workflow's own code is void after a recovery, and is written again."""
 
 
 def now_ms() -> int:
@@ -58,15 +62,20 @@ class Execution:
     state: RunState = RunState.RUNNING
     dead: str = ""
     """Why it is dead; empty while it lives."""
+    retiring: bool = False
+    """Whether it may finish the step bodies it is in, and begin nothing more: this executor stops."""
     bodies: int = 0
     """Step bodies in progress."""
-    last_failed_step: str = ""
-    """The name of the step that failed last, to say where a failed run failed."""
+    last_failure: Failure | None = None
+    """The failure of the step that failed last, to say where a failed run failed."""
     steps: dict[int, StepProgress] = field(default_factory=dict)
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
     slot: threading.RLock = field(default_factory=threading.RLock)
+    replaying: bool = False
+    """Whether its code has not yet come to an operation that is not recorded."""
+    _replayed_notes: list[Event] = field(default_factory=list)
     _buffer: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _wake_writer: Callable[[Execution], None] | None = None
@@ -77,6 +86,9 @@ class Execution:
         Text that continues the last delta of the same stream, step and attempt joins it.
         """
         if self.dead:
+            return
+        if self.replaying and event.step_id == 0 and event.kind in REPLAYED_KINDS:
+            self._replayed_notes.append(event)
             return
         with self._lock:
             if len(self._buffer) >= MAX_BUFFERED_EVENTS and event.kind is EventKind.LOG:
@@ -89,6 +101,20 @@ class Execution:
                 self._buffer.append(event)
         if self._wake_writer is not None:
             self._wake_writer(self)
+
+    def passed(self, *, recorded: bool) -> None:
+        """Is told of every operation that the workflow's code comes to, and whether it had been recorded before.
+
+        What the code says between operations that are recorded, an earlier execution has said. Only what it says
+        after the last of them may be new.
+        """
+        if not self.replaying:
+            return
+        notes, self._replayed_notes = self._replayed_notes, []
+        if not recorded:
+            self.replaying = False
+            for event in notes:
+                self.note(event)
 
     def event(self, kind: EventKind, data: dict[str, Any], *, step_id: int = 0, attempt: int = 0) -> Event:
         """Returns an event of this execution, now."""
@@ -112,6 +138,11 @@ class Execution:
         if events:
             with self._lock:
                 self._buffer = events + self._buffer
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether it may begin something."""
+        return not self.dead and not self.retiring
 
     @property
     def has_events(self) -> bool:
@@ -185,6 +216,11 @@ class Executions:
 
             loop.call_soon_threadsafe(cancel_if_waiting)
         self.remove(execution)
+
+    def retire_all(self) -> None:
+        """Lets every execution finish the step bodies it is in, and begin nothing more."""
+        for execution in list(self):
+            execution.retiring = True
 
     def kill_all(self, reason: str) -> None:
         """Marks every execution dead: this executor is over."""

@@ -109,14 +109,15 @@ class Lease:
         return requeued
 
     def stop(self) -> None:
-        """Ends the lease: what is left of this executor's runs is free for others at once."""
+        """Ends the lease and gives back what is left of this executor's runs, so that others go on at once."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
         try:
             retrying(self._engine, "lease.remove", lambda conn: executors.remove(conn, self._executor_id))
+            self.take_back()
         except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
-            log.warning("lease.remove_failed", error=type(error).__name__)
+            log.warning("lease.stop_failed", error=type(error).__name__)
 
     def gate(self) -> None:
         """Waits while this executor is past its time to live: it may be taken for dead, so it starts nothing."""

@@ -17,7 +17,15 @@ from dbos._serialization import Serializer
 
 from perdure_service.agents.catalogue import by_workflow
 from perdure_service.domain.approvals import ApprovalState
-from perdure_service.domain.events import MAX_VALUE_CHARS, Event, EventKind, Pack, half_written, text_pieces
+from perdure_service.domain.events import (
+    MAX_VALUE_CHARS,
+    STREAM_STEP,
+    Event,
+    EventKind,
+    Pack,
+    half_written,
+    text_pieces,
+)
 from perdure_service.domain.runs import (
     TERMINAL_STATUSES,
     Failure,
@@ -225,6 +233,7 @@ class Ledger:
                 trace_id=row["trace_id"],
                 sampled=_sampled(row["traceparent"]),
                 state=RunState.QUEUED,
+                replaying=row["execution"] > 1,
             )
             add(workflow_id, execution.moved(RunState.RUNNING, executor_id=executor_id))
             if execution.number > 1:
@@ -244,7 +253,7 @@ class Ledger:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def checkpoint_events(self, execution: Execution, result: Mapping[str, Any]) -> list[Event]:
+    def checkpoint_events(self, execution: Execution, result: Mapping[str, Any], serializer: Serializer) -> list[Event]:
         """Returns the events of a checkpoint: what the step's end looks like to a watcher."""
         function_id, name = result["function_id"], result["function_name"]
         if name == "DBOS.sleep":
@@ -262,12 +271,10 @@ class Ledger:
             if step and step.preview:
                 data["preview"] = step.preview
             return [Event(EventKind.STEP_SUCCEEDED, at, data, function_id, name, attempt, execution.number)]
-        failure = (
-            values.failure_of(step.error, name)
-            if step and step.error is not None
-            else Failure("Error", "see the run's failure", name)
+        failure = values.stored_failure(
+            result["error"], result["serialization"], serializer, name, step.error if step else None
         )
-        execution.last_failed_step = name
+        execution.last_failure = failure
         data["error"] = failure.to_json()
         return [Event(EventKind.STEP_FAILED, at, data, function_id, name, attempt, execution.number)]
 
@@ -293,7 +300,7 @@ class Ledger:
 
         def events(execution: Execution) -> list[Event]:
             text = value if isinstance(value, str) else values.to_json(value)
-            kind, at, name = EventKind.OUTPUT_DELTA, now_ms(), "DBOS.writeStream"
+            kind, at, name = EventKind.OUTPUT_DELTA, now_ms(), STREAM_STEP
             return [
                 Event(kind, at, {"stream": key, "text": piece}, function_id, name, 1, execution.number)
                 for piece in text_pieces(text)
@@ -348,8 +355,10 @@ class Ledger:
         """Closes the log of a run that this process has just ended; see `close`."""
         failure = None
         if error is not None:
-            step = execution.last_failed_step if execution else ""
-            failure = values.stored_failure(error, ended.serialization, serializer, step)
+            failure = values.stored_failure(error, ended.serialization, serializer)
+            last = execution.last_failure if execution else None
+            if last is not None and (last.type, last.message) == (failure.type, failure.message):
+                failure = last  # which knows the step, and the cause that the portable form has lost
         return self.close(
             conn,
             ended,

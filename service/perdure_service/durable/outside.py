@@ -89,7 +89,8 @@ def signal(runtime: Runtime, key: RunKey, *, name: str, payload: Any, request_id
         operation.add(key.workflow_id, Event(EventKind.SIGNAL_RECEIVED, now_ms(), data, execution=number))
 
     operation.finish = finish
-    runtime.database.run_operation(operation)
+    with runtime.database.bounded():
+        runtime.database.run_operation(operation)
     # Delivered by an attempt whose reply was lost is delivered by this call.
     return bool(operation.facts["created"]) or operation.attempts > 1
 
@@ -132,14 +133,16 @@ def decide(runtime: Runtime, approval: Approval, decision: Decision) -> Approval
             operation.add(workflow_id, Event(EventKind.STATE_CHANGED, now_ms(), moved, execution=number))
 
     operation.finish = finish
-    runtime.database.run_operation(operation)
+    with runtime.database.bounded():
+        runtime.database.run_operation(operation)
     result: Approval = operation.facts["approval"]
     return result
 
 
 def cancel(runtime: Runtime, key: RunKey, reason: str) -> None:
     """Cancels a run and its children. What has ended stays as it is."""
-    runtime.database.cancel_workflows([key.workflow_id], cancel_children=True, reason=reason)
+    with runtime.database.bounded():
+        runtime.database.cancel_workflows([key.workflow_id], cancel_children=True, reason=reason)
 
 
 def adopt_foreign(runtime: Runtime, namespace: str, run_id: str) -> bool:
@@ -156,5 +159,6 @@ def adopt_foreign(runtime: Runtime, namespace: str, run_id: str) -> bool:
         operation.facts["adopted"] = runtime.ledger.adopt(conn, [run_id], operation.add)
 
     operation.finish = finish
-    runtime.database.run_operation(operation)
+    with runtime.database.bounded():
+        runtime.database.run_operation(operation)
     return bool(operation.facts["adopted"])

@@ -17,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 from dbos import DBOS, _core
-from dbos._error import DBOSConflictingWorkflowError
+from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
 from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
 
 from perdure_service.agents.catalogue import RegisteredAgent
@@ -42,6 +42,9 @@ INTERNAL_QUEUE = "_dbos_internal_queue"
 
 QUEUE_ATTEMPTS = 5
 """How often writing the queue's row is tried: many executors that start at once write the same one."""
+
+STOP_POLL_S = 0.02
+"""How often a stopping executor looks whether its last step bodies are done."""
 
 LISTENER_POLL_S = 0.25
 """How often waits for signals are looked at where there is no LISTEN/NOTIFY (CockroachDB)."""
@@ -156,20 +159,21 @@ class Runtime:
                 time.sleep(0.2 * attempt)
 
     def stop(self, timeout: timedelta) -> None:
-        """Takes no more runs, lets those that are at it finish for up to `timeout`, and gives the lease back.
+        """Takes no more runs, lets step bodies in progress finish, and hands every run over. Blocks.
 
-        What has not finished is marked dead here and taken back by another executor at once, as the lease is gone.
-        Blocks.
+        A body that finishes within `timeout` is recorded, as ever; nothing new begins. What has not ended then goes
+        back to the queue at once: another executor, or the next start of this one, continues it.
         """
-        seconds = max(0, int(timeout.total_seconds()))
-        with suppress(Exception):
-            DBOS.destroy(workflow_completion_timeout_sec=seconds if self._busy() else 0)
-        self.executions.kill_all("this executor stops")
+        self.database.stopping = True
+        self.executions.retire_all()
+        deadline = time.monotonic() + timeout.total_seconds()
+        while any(one.bodies or one.has_events for one in self.executions) and time.monotonic() < deadline:
+            time.sleep(STOP_POLL_S)
         self._writer.stop()
+        self.executions.kill_all("this executor stops")
+        with suppress(Exception):
+            DBOS.destroy(workflow_completion_timeout_sec=0)
         self.lease.stop()
-
-    def _busy(self) -> bool:
-        return any(execution.bodies for execution in self.executions)
 
     def _build(self, **arguments: Any) -> PerdureSystemDatabase:
         database = PerdureSystemDatabase(
@@ -208,20 +212,21 @@ class Runtime:
         if begins_later:
             status["status"] = "DELAYED"
             status["delay_until_epoch_ms"] = self._begin_ms(start)
-        elif len(self.executions) < self._max_running:
+        elif len(self.executions) < self._max_running and not database.stopping:
             status["status"] = "PENDING"
         if start.deadline_at is not None:
             status["workflow_deadline_epoch_ms"] = int(start.deadline_at.timestamp() * 1000)
         owner_xid = str(uuid.uuid4())
         argument = agent.input_argument or None
         try:
-            mine = database.start_run(
-                status,
-                start,
-                creator_xid=owner_xid,
-                input_argument=argument,
-                unique_request_id=start.request_id if server_made_id and start.request_id else None,
-            )
+            with database.bounded():
+                mine = database.start_run(
+                    status,
+                    start,
+                    creator_xid=owner_xid,
+                    input_argument=argument,
+                    unique_request_id=start.request_id if server_made_id and start.request_id else None,
+                )
         except DBOSConflictingWorkflowError:
             return start.key.workflow_id
         except RequestRepeated:
@@ -275,6 +280,11 @@ def _observe_workflows(executions: Executions) -> None:
             _bind_log(execution)
         try:
             return await _plain_execute_async(dbos, status, func, ctx, args, kwargs)
+        except asyncio.CancelledError:
+            if execution is None or not execution.dead:
+                raise
+            # A parent waits for this very task: it must learn that its child ended, not that it was cancelled itself.
+            raise DBOSWorkflowCancelledError(execution.dead) from None
         finally:
             if execution is not None:
                 executions.remove(execution)

@@ -20,6 +20,7 @@ from perdure_service.agents import catalogue
 from perdure_service.domain.agents import AgentSpec, check_input
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision
 from perdure_service.domain.events import (
+    STREAM_STEP,
     Event,
     EventKind,
     Step,
@@ -189,7 +190,8 @@ class RunService:
         def look(conn: sa.Connection) -> Run | None:
             for key in (RunKey.of_api(namespace, run_id), RunKey.foreign(namespace, run_id)):
                 run = runs.get(conn, key.workflow_id, full=full)
-                if run is not None and run.key.namespace == namespace:
+                # Not by the workflow id that the engine has for a run with an id of its own.
+                if run is not None and (run.key.namespace, run.key.run_id) == (namespace, run_id):
                     return run
             return None
 
@@ -295,7 +297,8 @@ class RunService:
             "events.read", partial(event_log.read, workflow_id=workflow_id, after_sequence=after)
         ):
             after = events[-1].sequence
-            found.extend(event for event in events if event.kind is not EventKind.OUTPUT_DELTA)
+            # The text of steps may be long, and says nothing of them; an entry of DBOS's streams is a step of its own.
+            found.extend(e for e in events if e.kind is not EventKind.OUTPUT_DELTA or e.step_name == STREAM_STEP)
         return found
 
     # ---- watching ----------------------------------------------------------------------------------------------------
@@ -330,6 +333,8 @@ class RunService:
         """Delivers a signal; returns False when this request_id had delivered it before."""
         if not SIGNAL_NAME.fullmatch(name):
             raise InvalidArgument("name", "must match [A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+        if payload is None:
+            raise InvalidArgument("payload", "must not be null: an agent takes that for a signal that did not come")
         run = await self.get(namespace, run_id, full=False)
         return await self._call(
             lambda: outside.signal(
@@ -395,11 +400,9 @@ class RunService:
         self._check_namespace(namespace)
         seen: dict[str, int] = {}
         with self._inbox.watching(namespace) as changed:
-            pending = [
-                one for one in await self._call(self._read_inbox, [namespace]) if one.state is ApprovalState.PENDING
-            ]
-            seen = {one.approval_id: one.revision for one in pending}
-            yield pending, True
+            found = await self._call(self._read_inbox, [namespace])
+            seen = {one.approval_id: one.revision for one in found}
+            yield [one for one in found if one.state is ApprovalState.PENDING], True
             while True:
                 try:
                     batch = await asyncio.wait_for(changed.get(), timeout=heartbeat_s)

@@ -154,10 +154,14 @@ class StatusDatabase(TransactionalDatabase):
         ]
 
     def start_queued_workflows(self, *arguments: Any, **rest: Any) -> Any:
+        if self.stopping:
+            return [], "worker_concurrency"
         with self._claiming(rest.get("owner_xid")):
             return super().start_queued_workflows(*arguments, **rest)
 
     def start_queued_partitioned_workflows(self, *arguments: Any, **rest: Any) -> Any:
+        if self.stopping:
+            return []
         with self._claiming(rest.get("owner_xid")):
             return super().start_queued_partitioned_workflows(*arguments, **rest)
 

@@ -74,7 +74,7 @@ class StepObserver:
         """Surrounds a body: refuses to begin in a dead execution, and tells of the beginning."""
         execution, step_id = self._execution, self._step_id
         self._gate()
-        if execution.dead:
+        if not execution.may_go_on:
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
         step = execution.steps.get(step_id)
         if step is None:

@@ -165,18 +165,26 @@ class PerdureSystemDatabase(StatusDatabase):
         execution = self._execution_here()
         if execution is not None and execution.key.workflow_id == workflow_id:
             self.refuse_dead(execution)
-            if execution.state is RunState.SLEEPING:
-                execution.note(execution.moved(RunState.RUNNING))
+            self._move_on(execution)
         try:
             return super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
         except DBOSWorkflowCancelledError:
             self.close_ended([workflow_id])
             raise
 
+    def _check_operation_execution_txn(
+        self, workflow_id: str, function_id: int, function_name: str, conn: Any
+    ) -> RecordedResult | None:
+        recorded = super()._check_operation_execution_txn(workflow_id, function_id, function_name, conn)
+        execution = self._execution_here()
+        if execution is not None and execution.key.workflow_id == workflow_id:
+            execution.passed(recorded=recorded is not None)
+        return recorded
+
     @staticmethod
     def refuse_dead(execution: Execution) -> None:
         """Raises in an execution that must not go on; DBOS then waits for the owner's outcome."""
-        if execution.dead:
+        if not execution.may_go_on:
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
 
     def record_operation_result(self, result: OperationResultInternal, **rest: Any) -> None:
@@ -193,7 +201,7 @@ class PerdureSystemDatabase(StatusDatabase):
             return
         events = operation.facts.get("events")
         if events is None:
-            operation.add(execution.key.workflow_id, *self.ledger.checkpoint_events(execution, result))
+            operation.add(execution.key.workflow_id, *self.ledger.checkpoint_events(execution, result, self.serializer))
         else:
             operation.add(execution.key.workflow_id, *events(execution))
         function_id = result["function_id"]
@@ -337,6 +345,8 @@ class PerdureSystemDatabase(StatusDatabase):
         if owner_xid is None:
             owner_xid = current_owner_xid(workflow_id)
         execution = self.executions.find(workflow_id, owner_xid)
+        if execution is not None:
+            execution.passed(recorded=False)
         operation = Operation(execution)
 
         def finish(conn: sa.Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._sys_db import db_retry
 from dbos._sys_db_postgres import PostgresSystemDatabase
 
+from perdure_service.domain.runs import RunState
 from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
@@ -20,6 +22,10 @@ from perdure_service.store.dbos_tables import STATUS
 
 QUEUE = "perdure"
 """The queue of every agent: each executor takes from it what it has registered, up to its slots."""
+
+
+CALLER_PATIENCE_S = 5.0
+"""How long a caller's write goes on while the database is away; then the caller is told to repeat it."""
 
 
 @dataclass
@@ -42,13 +48,15 @@ class TransactionalDatabase(PostgresSystemDatabase):
         registered: Callable[[], list[str]],
         **arguments: Any,
     ) -> None:
+        self._local = threading.local()
         super().__init__(**arguments)
         self.executions = executions
         self.operations = operations
         self.ledger = ledger
         self._registered = registered
         self._plain_begin = self.engine.begin
-        self._local = threading.local()
+        self.stopping = False
+        """Whether this executor takes no more runs."""
         # Every transaction of DBOS's goes through this one method of its engine.
         self.engine.begin = self._begin_operation  # type: ignore[method-assign]
         executions.wake_waits = self._wake_waits
@@ -59,6 +67,30 @@ class TransactionalDatabase(PostgresSystemDatabase):
     def _begin_operation(self) -> Iterator[sa.Connection]:
         with self.operations.transaction(self._plain_begin, self._execution_here) as conn:
             yield conn
+
+    @property
+    def _retry_connection_errors(self) -> bool:
+        """Whether DBOS's `db_retry` goes on when the database is away: for a run always, for a caller not for long."""
+        until: float | None = getattr(self._local, "retry_until", None)
+        return until is None or time.monotonic() < until
+
+    @_retry_connection_errors.setter
+    def _retry_connection_errors(self, _value: bool) -> None:
+        """DBOS sets it once; what it sets is what we do for runs."""
+
+    @contextmanager
+    def bounded(self, seconds: float = CALLER_PATIENCE_S) -> Iterator[None]:
+        """Makes this thread's calls of DBOS give up after some seconds without a database: somebody waits for them."""
+        self._local.retry_until = time.monotonic() + seconds
+        try:
+            yield
+        finally:
+            self._local.retry_until = None
+
+    def _move_on(self, execution: Execution) -> None:
+        """Tells that a run which slept goes on."""
+        if execution.state is RunState.SLEEPING:
+            execution.note(execution.moved(RunState.RUNNING))
 
     def _wake_waits(self, workflow_id: str) -> None:
         """Wakes every recv and approval of a run that waits in this process."""
@@ -78,6 +110,8 @@ class TransactionalDatabase(PostgresSystemDatabase):
         execution = self._execution_here()
         if execution is not None and execution.key.workflow_id != workflow_id:
             execution = self.executions.find(workflow_id, current_owner_xid(workflow_id))
+        if execution is not None:
+            self._move_on(execution)
         return self.operations.open(Operation(execution, **hooks))
 
     def run_operation(self, operation: Operation) -> None:

@@ -61,11 +61,27 @@ def failure_of(error: BaseException, step_name: str = "") -> Failure:
     )
 
 
-def stored_failure(error: str, serialization: str | None, serializer: Serializer, step_name: str = "") -> Failure:
-    """Returns the failure of a run whose error this process has just serialized."""
+def stored_failure(
+    error: str,
+    serialization: str | None,
+    serializer: Serializer,
+    step_name: str = "",
+    seen: BaseException | None = None,
+) -> Failure:
+    """Returns the failure in an error that this process has just serialized.
+
+    Args:
+        error: As stored.
+        serialization: How.
+        serializer: DBOS's, for formats of its own.
+        step_name: The step that raised it.
+        seen: The exception itself, if it was seen: for classes that pickle cannot read back.
+    """
     try:
         return failure_of(deserialize_exception(error, serialization, serializer), step_name)
     except Exception as broken:  # noqa: BLE001 - an error that cannot be read back is still a failure
+        if seen is not None:
+            return failure_of(seen, step_name)
         return Failure(type=type(broken).__name__, message="the error cannot be read back", step_name=step_name)
 
 

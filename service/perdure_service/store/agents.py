@@ -13,8 +13,16 @@ from perdure_service.store.runs import decode_token, encode_token
 _COLUMNS = "name, version, description, input_schema, output_schema, is_current"
 
 
-def publish(conn: sa.Connection, specs: Iterable[AgentSpec]) -> None:
-    """Writes catalogue entries. What is current is what the executor that came last says."""
+def publish(conn: sa.Connection, specs: Iterable[AgentSpec], *, alone: bool = False) -> None:
+    """Writes catalogue entries. What is current is what the executor that came last says.
+
+    Args:
+        conn: A transaction.
+        specs: The agents that this executor has.
+        alone: Whether no other executor can have agents (`dev`): what is not among them is forgotten.
+    """
+    if alone:
+        conn.execute(sa.text("DELETE FROM perdure.agent"))
     for spec in sorted(specs, key=lambda one: (one.name, one.version)):
         if spec.current:
             conn.execute(

@@ -1,0 +1,442 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping
+from datetime import datetime, timedelta
+from types import TracebackType
+from typing import Any, Self
+
+from perdure_client import _requests
+from perdure_client._async_iterators import AsyncWatch, AsyncWatching, iterate
+from perdure_client._config import (
+    DEFAULT_CONNECT_TIMEOUT_S,
+    DEFAULT_RECONNECT_TIMEOUT_S,
+    DEFAULT_TIMEOUT_S,
+    make_config,
+)
+from perdure_client._core import Core
+from perdure_client._events import EventKind, RunEvent
+from perdure_client._transport_aio import AioTransport
+from perdure_client._types import (
+    AgentInfo,
+    Approval,
+    ApprovalState,
+    ConflictPolicy,
+    Decision,
+    JsonValue,
+    Run,
+    RunState,
+    StartedRun,
+    Step,
+)
+from perdure_client._watch import OnReconnect
+
+
+class AsyncClient:
+    """A client for asyncio. Use one per process and event loop, from any number of tasks; close it at the end.
+
+        async with AsyncClient() as client:
+            run = await client.start("research", {"question": "What survives a crash?"})
+            async for event in client.watch(run).events():
+                print(event.sequence, event.kind, event.data)
+
+    Every method repeats its call by itself while that is safe and promising (the server restarts, drains, or asks to
+    wait), until its timeout. Every method may raise `PerdureError`; the subclasses say what to do.
+
+    Args:
+        address: `host:port`, or `https://host:port` for TLS. None: `PERDURE_ADDRESS`, else localhost:50051.
+        token: Sent as a bearer token, over TLS or loopback only. None: `PERDURE_TOKEN`, else none.
+        namespace: Of every call. None: `PERDURE_NAMESPACE`, else `default`.
+        tls: Whether to speak TLS. None: as the address says, else if `PERDURE_TLS` or root certificates are given.
+        root_certificates: PEM bytes of the authorities to trust. None: the file `PERDURE_CA_FILE`, else the usual
+            public ones.
+        timeout: Seconds for one call in all, repeats included.
+        connect_timeout: Seconds a call goes on trying while no server can be reached.
+        reconnect_timeout: Seconds a watch or a wait that has had answers goes on trying without any.
+
+    Raises:
+        ConfigurationError: The arguments contradict each other, or the token would travel in plaintext.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        token: str | None = None,
+        namespace: str | None = None,
+        tls: bool | None = None,
+        root_certificates: bytes | None = None,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        connect_timeout: float = DEFAULT_CONNECT_TIMEOUT_S,
+        reconnect_timeout: float = DEFAULT_RECONNECT_TIMEOUT_S,
+    ) -> None:
+        config = make_config(
+            address,
+            token=token,
+            namespace=namespace,
+            tls=tls,
+            root_certificates=root_certificates,
+            timeout=timeout,
+            connect_timeout=connect_timeout,
+            reconnect_timeout=reconnect_timeout,
+        )
+        self._core = Core(config, AioTransport(config))
+
+    @property
+    def address(self) -> str:
+        """Where the server is."""
+        return self._core.config.address
+
+    @property
+    def namespace(self) -> str:
+        """The namespace of every call."""
+        return self._core.config.namespace
+
+    async def start(
+        self,
+        agent: str,
+        input: Mapping[str, Any] | None = None,
+        *,
+        run_id: str | None = None,
+        agent_version: str = "",
+        labels: Mapping[str, str] | None = None,
+        context_id: str = "",
+        delay: float | timedelta | None = None,
+        start_time: datetime | None = None,
+        deadline: datetime | timedelta | None = None,
+        conflict_policy: ConflictPolicy = ConflictPolicy.USE_EXISTING,
+        validate_only: bool = False,
+    ) -> StartedRun:
+        """Starts an agent, and returns when the start is committed: from then on the run survives every crash.
+
+        Args:
+            agent: The name of the agent.
+            input: A JSON object; its JSON Schema is `get_agent(agent).input_schema`. None means `{}`.
+            run_id: Your idempotency key, `[a-z0-9][a-z0-9-]{0,63}`: a start with the same id and input returns the
+                existing run. None: the library makes one.
+            agent_version: None but this version; empty means the current one.
+            labels: At most 32, to find the run by; keys up to 63 characters, values up to 256.
+            context_id: Your grouping of runs (a conversation, a case); at most 128 characters.
+            delay: Begin after this many seconds.
+            start_time: Begin at this time (timezone-aware). Not together with `delay`.
+            deadline: End the run as EXPIRED at this time (timezone-aware), or this long from now by your clock.
+            conflict_policy: What to do when the run_id exists.
+            validate_only: Check everything and start nothing; the returned run has not been created.
+
+        Returns:
+            The run; its `created` says whether this call made it.
+
+        Raises:
+            AgentNotFound: No such agent or version.
+            InvalidArgument: A field is wrong, see `violations`; `InputSchemaViolation` for the input.
+            RunInputMismatch: The run_id exists with another agent or input.
+            RunConflict: The run_id exists, under `ConflictPolicy.FAIL`.
+        """
+        return await self._core.start(
+            _requests.start_agent(
+                self.namespace,
+                agent,
+                input,
+                run_id=run_id,
+                agent_version=agent_version,
+                labels=labels,
+                context_id=context_id,
+                delay=delay,
+                start_time=start_time,
+                deadline=deadline,
+                conflict_policy=conflict_policy,
+                validate_only=validate_only,
+            )
+        )
+
+    async def run(
+        self,
+        agent: str,
+        input: Mapping[str, Any] | None = None,
+        *,
+        run_id: str | None = None,
+        agent_version: str = "",
+        labels: Mapping[str, str] | None = None,
+        context_id: str = "",
+        deadline: datetime | timedelta | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the caller's patience, not the run's deadline
+    ) -> JsonValue:
+        """Starts an agent, waits for its end, and returns its output.
+
+        Args:
+            agent: As in `start`.
+            input: As in `start`.
+            run_id: As in `start`. Give one to be able to come back: the same call again returns the same output.
+            agent_version: As in `start`.
+            labels: As in `start`.
+            context_id: As in `start`.
+            deadline: As in `start`.
+            timeout: Seconds to wait for the end; None for as long as it takes. The run goes on afterwards.
+
+        Returns:
+            The output, as parsed JSON.
+
+        Raises:
+            RunFailed: The run ended as FAILED, CANCELLED or EXPIRED; the error's `run` says why.
+            WaitTimeout: The run did not end in time.
+        """
+        request = _requests.start_agent(
+            self.namespace,
+            agent,
+            input,
+            run_id=run_id,
+            agent_version=agent_version,
+            labels=labels,
+            context_id=context_id,
+            deadline=deadline,
+        )
+        return await self._core.run(request, timeout_s=timeout)
+
+    async def get(self, run: Run | str, *, full: bool = True) -> Run:
+        """Returns a run.
+
+        Args:
+            run: The run, or its id.
+            full: Whether with its input and output.
+
+        Raises:
+            RunNotFound: No such run in the namespace.
+        """
+        return await self._core.get(run, full=full)
+
+    async def wait(self, run: Run | str, *, timeout: float | None = None) -> Run:  # noqa: ASYNC109 - as in `run`
+        """Waits for the end of a run, through restarts of the server, and returns it with its output.
+
+        Args:
+            run: The run, or its id.
+            timeout: Seconds; None for as long as it takes.
+
+        Raises:
+            WaitTimeout: The run did not end in time. It goes on; the error's `run` is its last known state.
+            RunNotFound: No such run in the namespace.
+        """
+        return await self._core.wait(run, timeout_s=timeout)
+
+    def list(
+        self,
+        *,
+        states: Iterable[RunState] = (),
+        agent: str = "",
+        labels: Mapping[str, str] | None = None,
+        context_id: str = "",
+        limit: int | None = None,
+    ) -> AsyncIterator[Run]:
+        """Iterates over runs, newest first, without input and output. Pages are fetched as they are needed.
+
+        Args:
+            states: Only runs in one of these states; empty for all.
+            agent: Only runs of this agent; empty for all.
+            labels: Only runs that have all of these labels.
+            context_id: Only runs of this context; empty for all.
+            limit: At most this many; None for all.
+        """
+        request = _requests.list_runs(self.namespace, states=states, agent=agent, labels=labels, context_id=context_id)
+        return iterate(self._core.list_runs(request, limit=limit))
+
+    def watch(
+        self,
+        run: Run | str,
+        *,
+        after_sequence: int = 0,
+        cursor: str = "",
+        from_now: bool = False,
+        kinds: Iterable[EventKind] = (),
+        heartbeat_interval: float | None = None,
+        on_reconnect: OnReconnect | None = None,
+    ) -> AsyncWatch:
+        """Follows a run: everything from the beginning, or after a position, then live until its end.
+
+        The watch reconnects by itself, and every event comes once and in order. It fails only with what repeating
+        does not help, or after `reconnect_timeout` seconds without any answer. Leaving it does not touch the run.
+
+        Args:
+            run: The run, or its id.
+            after_sequence: Begin after this event; 0 for the first.
+            cursor: Begin after this cursor, from an update of the same run's watch.
+            from_now: Begin with what happens from now on.
+            kinds: Only events of these kinds; empty for all. The end of the run is always told.
+            heartbeat_interval: Seconds between the server's signs of life, 5 to 60; after four missed ones the
+                connection counts as dead. None for 15.
+            on_reconnect: Called at every break with the error, and the seconds until the next attempt.
+
+        Raises:
+            RunNotFound: No such run in the namespace (by the iteration, as everything from the server).
+            CursorOutOfRange: The events after the position are no longer kept.
+        """
+        return AsyncWatch(
+            self._core.watch(
+                run,
+                after_sequence=after_sequence,
+                cursor=cursor,
+                from_now=from_now,
+                kinds=kinds,
+                heartbeat_s=heartbeat_interval,
+                on_reconnect=on_reconnect,
+            )
+        )
+
+    def events(self, run: Run | str, *, kinds: Iterable[EventKind] = ()) -> AsyncIterator[RunEvent]:
+        """Iterates over the log of a run as it is now. Pages are fetched as they are needed.
+
+        Args:
+            run: The run, or its id.
+            kinds: Only events of these kinds; empty for all.
+        """
+        return iterate(self._core.list_events(run, kinds=kinds))
+
+    def steps(self, run: Run | str) -> AsyncIterator[Step]:
+        """Iterates over the steps of a run, in the order in which they began.
+
+        Args:
+            run: The run, or its id.
+        """
+        return iterate(self._core.list_steps(run))
+
+    async def signal(self, run: Run | str, name: str, payload: JsonValue = None) -> bool:
+        """Sends a named input to a run. It is kept until the run asks for it.
+
+        Args:
+            run: The run, or its id.
+            name: What the agent waits for, `[A-Za-z0-9][A-Za-z0-9_.-]{0,63}`.
+            payload: Any JSON; None means `{}`.
+
+        Returns:
+            Whether this attempt delivered it, and not an earlier one of the same call whose answer was lost.
+
+        Raises:
+            RunFinished: The run has ended.
+        """
+        return await self._core.signal(_requests.signal_run(self.namespace, run, name, payload))
+
+    async def cancel(self, run: Run | str, *, reason: str = "") -> Run:
+        """Cancels a run and its children, and returns it. A run that has ended stays as it is.
+
+        Args:
+            run: The run, or its id.
+            reason: Why, for people; at most 1,000 characters.
+        """
+        return await self._core.cancel(run, reason=reason)
+
+    def approvals(
+        self, *, states: Iterable[ApprovalState] = (), run: Run | str | None = None
+    ) -> AsyncIterator[Approval]:
+        """Iterates over approvals, oldest first. Pages are fetched as they are needed.
+
+        Args:
+            states: Only approvals in one of these states; empty means PENDING.
+            run: Only approvals of this run; None for all.
+        """
+        return iterate(self._core.list_approvals(_requests.list_approvals(self.namespace, states=states, run=run)))
+
+    async def get_approval(self, approval: Approval | str) -> Approval:
+        """Returns an approval as it is now.
+
+        Args:
+            approval: The approval, or its id.
+
+        Raises:
+            ApprovalNotFound: No such approval in the namespace.
+        """
+        return await self._core.get_approval(approval)
+
+    async def decide(
+        self,
+        approval: Approval | str,
+        decision: Decision,
+        *,
+        comment: str = "",
+        answer: JsonValue = None,
+        expected_revision: int | None = None,
+    ) -> Approval:
+        """Decides an approval, once, and returns it. The same decision again is fine.
+
+        Args:
+            approval: The approval, or its id.
+            decision: Yes or no.
+            comment: For the record and the agent; at most 4,000 characters.
+            answer: JSON that satisfies the approval's `answer_schema`; None for none.
+            expected_revision: Decide only if it is still at this revision; 0 for whatever it is. None: that of
+                `approval`, if you give the approval itself, so that you decide what you saw.
+
+        Raises:
+            ApprovalClosed: It has been decided otherwise, has expired, or was withdrawn.
+            RevisionConflict: It has changed; read it and decide again.
+            InvalidArgument: The answer does not satisfy the schema.
+        """
+        return await self._core.decide(
+            _requests.decide_approval(
+                self.namespace,
+                approval,
+                decision,
+                comment=comment,
+                answer=answer,
+                expected_revision=expected_revision,
+            )
+        )
+
+    async def approve(self, approval: Approval | str, *, comment: str = "", answer: JsonValue = None) -> Approval:
+        """Says yes to an approval; see `decide`.
+
+        Args:
+            approval: The approval, or its id.
+            comment: As in `decide`.
+            answer: As in `decide`.
+        """
+        return await self.decide(approval, Decision.APPROVE, comment=comment, answer=answer)
+
+    async def reject(self, approval: Approval | str, *, comment: str = "", answer: JsonValue = None) -> Approval:
+        """Says no to an approval; see `decide`.
+
+        Args:
+            approval: The approval, or its id.
+            comment: As in `decide`.
+            answer: As in `decide`.
+        """
+        return await self.decide(approval, Decision.REJECT, comment=comment, answer=answer)
+
+    def watch_approvals(
+        self, *, heartbeat_interval: float | None = None, on_reconnect: OnReconnect | None = None
+    ) -> AsyncWatching[Approval]:
+        """Follows the inbox without end: what is pending now, then every approval that is asked, decided or closed.
+
+        Reconnects by itself, as `watch` does; what is decided meanwhile is told afterwards.
+
+        Args:
+            heartbeat_interval: As in `watch`.
+            on_reconnect: As in `watch`.
+        """
+        return AsyncWatching(self._core.watch_approvals(heartbeat_s=heartbeat_interval, on_reconnect=on_reconnect))
+
+    def agents(self) -> AsyncIterator[AgentInfo]:
+        """Iterates over the agents that can be started, by name and version."""
+        return iterate(self._core.list_agents())
+
+    async def get_agent(self, agent: str, *, agent_version: str = "") -> AgentInfo:
+        """Returns an agent.
+
+        Args:
+            agent: Its name.
+            agent_version: Its version; empty means the current one.
+
+        Raises:
+            AgentNotFound: No such agent or version.
+        """
+        return await self._core.get_agent(agent, agent_version=agent_version)
+
+    async def close(self) -> None:
+        """Ends all calls and the connections. Runs go on."""
+        await self._core.transport.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()

@@ -1,0 +1,276 @@
+"""How the wire's messages become the library's values. Enum values and event kinds of a newer server become UNKNOWN."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+from perdure.v1 import agent_catalog_service_pb2, agent_run_pb2, agent_run_service_pb2, approval_pb2, run_event_pb2
+
+from perdure_client import _events as events
+from perdure_client._events import EventData, RunEvent
+from perdure_client._types import (
+    AgentInfo,
+    Approval,
+    ApprovalState,
+    Failure,
+    JsonValue,
+    Progress,
+    Run,
+    RunState,
+    StartedRun,
+    Step,
+    StepState,
+    TimeoutOutcome,
+)
+
+RUN_STATES = {
+    getattr(agent_run_pb2, f"AGENT_RUN_STATE_{state}"): state for state in RunState if state is not RunState.UNKNOWN
+}
+APPROVAL_STATES = {
+    getattr(approval_pb2, f"APPROVAL_STATE_{state}"): state
+    for state in ApprovalState
+    if state is not ApprovalState.UNKNOWN
+}
+_STEP_STATES = {
+    getattr(agent_run_service_pb2, f"STEP_STATE_{state}"): state
+    for state in StepState
+    if state is not StepState.UNKNOWN
+}
+_TIMEOUT_OUTCOMES = {
+    getattr(approval_pb2, f"APPROVAL_TIMEOUT_OUTCOME_{outcome}"): outcome
+    for outcome in TimeoutOutcome
+    if outcome is not TimeoutOutcome.UNKNOWN
+} | {approval_pb2.APPROVAL_TIMEOUT_OUTCOME_UNSPECIFIED: TimeoutOutcome.REJECT}
+
+
+def run_from(message: agent_run_pb2.AgentRun) -> Run:
+    """Returns a run."""
+    return Run(**_run_fields(message))
+
+
+def started_run_from(response: agent_run_service_pb2.StartAgentResponse) -> StartedRun:
+    """Returns the run of a start."""
+    return StartedRun(**_run_fields(response.run), created=response.created)
+
+
+def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
+    return {
+        "namespace": message.namespace,
+        "run_id": message.run_id,
+        "agent": message.agent,
+        "agent_version": message.agent_version,
+        "input_sha256": message.input_sha256,
+        "state": RUN_STATES.get(message.state, RunState.UNKNOWN),
+        "state_reason": message.state_reason,
+        "create_time": _time(message, "create_time"),
+        "start_time": _time(message, "start_time"),
+        "end_time": _time(message, "end_time"),
+        "deadline_time": _time(message, "deadline_time"),
+        "execution": message.execution,
+        "executor_id": message.executor_id,
+        "progress": _progress(message.progress) if message.HasField("progress") else None,
+        "pending_approvals": message.pending_approvals,
+        "input": _json(message.input_json),
+        "output": _json(message.output_json),
+        "failure": _failure(message.failure) if message.HasField("failure") else None,
+        "labels": dict(message.labels),
+        "context_id": message.context_id,
+        "parent_run_id": message.parent_run_id,
+        "trace_id": message.trace_id,
+        "last_sequence": message.last_sequence,
+    }
+
+
+def step_from(message: agent_run_service_pb2.Step) -> Step:
+    """Returns a step."""
+    return Step(
+        step_id=message.step_id,
+        step_name=message.step_name,
+        state=_STEP_STATES.get(message.state, StepState.UNKNOWN),
+        attempts=message.attempts,
+        execution=message.execution,
+        start_time=_time(message, "start_time"),
+        end_time=_time(message, "end_time"),
+        error=_failure(message.error) if message.HasField("error") else None,
+        output_preview=message.output_preview,
+        child_run_id=message.child_run_id,
+    )
+
+
+def approval_from(message: approval_pb2.Approval) -> Approval:
+    """Returns an approval."""
+    return Approval(
+        approval_id=message.approval_id,
+        namespace=message.namespace,
+        run_id=message.run_id,
+        agent=message.agent,
+        step_id=message.step_id,
+        title=message.title,
+        payload=_json(message.payload_json),
+        answer_schema=_json(message.answer_schema_json),
+        assignees=tuple(message.assignees),
+        create_time=_time(message, "create_time"),
+        deadline_time=_time(message, "deadline_time"),
+        on_timeout=_TIMEOUT_OUTCOMES.get(message.on_timeout, TimeoutOutcome.UNKNOWN),
+        state=APPROVAL_STATES.get(message.state, ApprovalState.UNKNOWN),
+        decided_by=message.decided_by,
+        decide_time=_time(message, "decide_time"),
+        comment=message.comment,
+        answer=_json(message.answer_json),
+        revision=message.revision,
+    )
+
+
+def agent_from(message: agent_catalog_service_pb2.Agent) -> AgentInfo:
+    """Returns an agent."""
+    return AgentInfo(
+        agent=message.agent,
+        agent_version=message.agent_version,
+        description=message.description,
+        input_schema=_json(message.input_schema_json),
+        output_schema=_json(message.output_schema_json),
+        current=message.current,
+    )
+
+
+def event_from(message: run_event_pb2.RunEvent) -> RunEvent:
+    """Returns an event."""
+    kind = message.WhichOneof("kind")
+    convert = _EVENT_DATA.get(kind or "")
+    return RunEvent(
+        sequence=message.sequence,
+        event_time=_time(message, "event_time"),
+        run_id=message.run_id,
+        step_id=message.step_id,
+        step_name=message.step_name,
+        attempt=message.attempt,
+        execution=message.execution,
+        data=convert(getattr(message, kind or "")) if convert else events.UnknownData(),
+    )
+
+
+def _state_changed(message: run_event_pb2.StateChanged) -> events.StateChanged:
+    return events.StateChanged(
+        to_state=RUN_STATES.get(message.to_state, RunState.UNKNOWN),
+        from_state=RUN_STATES.get(message.from_state, RunState.UNKNOWN) if message.from_state else None,
+        reason=message.reason,
+        failure=_failure(message.failure) if message.HasField("failure") else None,
+        until_time=_time(message, "until_time"),
+        executor_id=message.executor_id,
+    )
+
+
+def _step_started(message: run_event_pb2.StepStarted) -> events.StepStarted:
+    return events.StepStarted(max_attempts=message.max_attempts)
+
+
+def _step_retrying(message: run_event_pb2.StepRetrying) -> events.StepRetrying:
+    return events.StepRetrying(error=_failure(message.error), delay=_duration(message.delay))
+
+
+def _step_succeeded(message: run_event_pb2.StepSucceeded) -> events.StepSucceeded:
+    return events.StepSucceeded(
+        duration=_duration(message.duration), output_preview=message.output_preview, output_bytes=message.output_bytes
+    )
+
+
+def _step_failed(message: run_event_pb2.StepFailed) -> events.StepFailed:
+    return events.StepFailed(error=_failure(message.error), duration=_duration(message.duration))
+
+
+def _output_delta(message: run_event_pb2.OutputDelta) -> events.OutputDelta:
+    return events.OutputDelta(stream=message.stream, text=message.text)
+
+
+def _attempt_reset(_message: run_event_pb2.AttemptReset) -> events.AttemptReset:
+    return events.AttemptReset()
+
+
+def _progress(message: agent_run_pb2.RunProgress) -> Progress:
+    return Progress(message=message.message, completed=message.completed, total=message.total)
+
+
+def _published(message: run_event_pb2.Published) -> events.Published:
+    return events.Published(key=message.key, value=_json(message.value_json))
+
+
+def _approval_requested(message: run_event_pb2.ApprovalRequested) -> events.ApprovalRequested:
+    return events.ApprovalRequested(
+        approval_id=message.approval_id, title=message.title, deadline_time=_time(message, "deadline_time")
+    )
+
+
+def _approval_decided(message: run_event_pb2.ApprovalDecided) -> events.ApprovalDecided:
+    return events.ApprovalDecided(
+        approval_id=message.approval_id,
+        state=APPROVAL_STATES.get(message.state, ApprovalState.UNKNOWN),
+        decided_by=message.decided_by,
+        comment=message.comment,
+    )
+
+
+def _signal_received(message: run_event_pb2.SignalReceived) -> events.SignalReceived:
+    return events.SignalReceived(name=message.name, payload_bytes=message.payload_bytes, sender=message.sender)
+
+
+def _child_started(message: run_event_pb2.ChildStarted) -> events.ChildStarted:
+    return events.ChildStarted(child_run_id=message.child_run_id)
+
+
+def _recovered(message: run_event_pb2.Recovered) -> events.Recovered:
+    return events.Recovered(from_executor_id=message.from_executor_id, gap=_duration(message.gap))
+
+
+def _log(message: run_event_pb2.RunLog) -> events.LogLine:
+    return events.LogLine(message=message.message, level=message.level)
+
+
+_EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
+    "state_changed": _state_changed,
+    "step_started": _step_started,
+    "step_retrying": _step_retrying,
+    "step_succeeded": _step_succeeded,
+    "step_failed": _step_failed,
+    "output_delta": _output_delta,
+    "attempt_reset": _attempt_reset,
+    "progress": _progress,
+    "published": _published,
+    "approval_requested": _approval_requested,
+    "approval_decided": _approval_decided,
+    "signal_received": _signal_received,
+    "child_started": _child_started,
+    "recovered": _recovered,
+    "log": _log,
+}
+
+
+def _failure(message: agent_run_pb2.AgentRunFailure) -> Failure:
+    return Failure(
+        type=message.type,
+        message=message.message,
+        step_name=message.step_name,
+        retryable=message.retryable,
+        cause=message.cause,
+    )
+
+
+def _time(message: Any, field: str) -> datetime | None:
+    """Returns a time field, timezone-aware; None when it is unset."""
+    if not message.HasField(field):
+        return None
+    value: Timestamp = getattr(message, field)
+    return value.ToDatetime(tzinfo=UTC)
+
+
+def _duration(message: Duration) -> timedelta:
+    return message.ToTimedelta()
+
+
+def _json(text: str) -> JsonValue:
+    """Returns parsed JSON text; None for no text."""
+    return json.loads(text) if text else None

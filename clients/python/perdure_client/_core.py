@@ -1,0 +1,287 @@
+"""What every client can do, once: each operation as a coroutine over a transport that may or may not block."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Generic, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from perdure.v1 import agent_catalog_service_pb2 as catalog
+from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_service_pb2
+
+from perdure_client import _convert, _requests, _transport
+from perdure_client._config import Config
+from perdure_client._errors import DeadlineExceeded, RunFailed, WaitTimeout
+from perdure_client._events import EventKind, RunEvent
+from perdure_client._retry import Patience
+from perdure_client._rpc_errors import from_rpc_error
+from perdure_client._transport import Method, Transport
+from perdure_client._types import AgentInfo, Approval, JsonValue, Run, StartedRun, Step
+from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata
+
+_LONGEST_WAIT_S = 60.0
+"""The server's own bound of one WaitRun."""
+_SHORTEST_WAIT_S = 0.05
+_PAGE_SIZE = 200
+
+_T = TypeVar("_T")
+_RequestT = TypeVar("_RequestT", bound=Message)
+_ResponseT = TypeVar("_ResponseT", bound=Message)
+
+
+class Pages(Generic[_T]):
+    """Everything a listing has, page by page.
+
+    Args:
+        fetch: Returns the items of the page that a token names, and the next token; empty at the end.
+        limit: At most so many items; None for all.
+    """
+
+    def __init__(
+        self, fetch: Callable[[str], Awaitable[tuple[Sequence[_T], str]]], *, limit: int | None = None
+    ) -> None:
+        self._fetch = fetch
+        self._left = limit
+        self._items: list[_T] = []  # reversed: the next one is last
+        self._token: str | None = ""
+
+    async def read(self) -> _T | None:
+        """Returns the next item; None after the last."""
+        if self._left == 0:
+            return None
+        while not self._items and self._token is not None:
+            items, next_token = await self._fetch(self._token)
+            self._items = list(reversed(items))
+            self._token = next_token or None
+        if not self._items:
+            return None
+        if self._left is not None:
+            self._left -= 1
+        return self._items.pop()
+
+
+class Core:
+    """The operations. Everything they raise is a `PerdureError`."""
+
+    def __init__(self, config: Config, transport: Transport) -> None:
+        self.config = config
+        self.transport = transport
+
+    async def call(
+        self,
+        method: Method[_RequestT, _ResponseT],
+        request: _RequestT,
+        *,
+        patience: Patience | None = None,
+        attempt_s: float | None = None,
+    ) -> _ResponseT:
+        """Returns the answer to a call that is safe to repeat; all of this API are.
+
+        Args:
+            method: What to call.
+            request: The same in every repeat, and so its request_id.
+            patience: How long to go on; None for the client's timeouts.
+            attempt_s: The longest a single attempt may take; None for as long as there is.
+
+        Raises:
+            PerdureError: It failed, not worth repeating or for too long.
+        """
+        patience = patience or Patience(self.config.timeout_s, self.config.connect_timeout_s)
+        metadata = call_metadata(self.config)
+        while True:
+            timeout_s = min(patience.remaining_s, attempt_s or patience.remaining_s)
+            try:
+                return await self.transport.unary(method, request, timeout_s=timeout_s, metadata=metadata)
+            except grpc.RpcError as error:
+                failure = from_rpc_error(error, self.config.address)
+                delay_s = patience.delay_before_repeat_s(failure)
+                if delay_s is None:
+                    raise failure from error
+            await self.transport.sleep(delay_s)
+
+    async def start(self, request: agent_run_service_pb2.StartAgentRequest) -> StartedRun:
+        """Starts an agent."""
+        return _convert.started_run_from(await self.call(_transport.START_AGENT, request))
+
+    async def get(self, run: Run | str, *, full: bool) -> Run:
+        """Returns a run."""
+        request = agent_run_service_pb2.GetRunRequest(
+            namespace=self.config.namespace, run_id=_requests.run_id_of(run), view=_view(full)
+        )
+        return _convert.run_from((await self.call(_transport.GET_RUN, request)).run)
+
+    async def wait(self, run: Run | str, *, timeout_s: float | None) -> Run:
+        """Returns a run once it has ended.
+
+        Raises:
+            WaitTimeout: It has not ended in time.
+        """
+        run_id = _requests.run_id_of(run)
+        request = agent_run_service_pb2.WaitRunRequest(
+            namespace=self.config.namespace, run_id=run_id, view=agent_run_pb2.AGENT_RUN_VIEW_FULL
+        )
+        began_s = time.monotonic()
+        seen: Run | None = None
+        while True:
+            outage_s = self.config.connect_timeout_s if seen is None else self.config.reconnect_timeout_s
+            total_s = _LONGEST_WAIT_S + self.config.reconnect_timeout_s
+            if timeout_s is not None:
+                total_s = min(total_s, max(_SHORTEST_WAIT_S, timeout_s - (time.monotonic() - began_s)))
+            try:
+                response = await self.call(
+                    _transport.WAIT_RUN, request, patience=Patience(total_s, outage_s), attempt_s=_LONGEST_WAIT_S
+                )
+            except DeadlineExceeded as error:
+                if timeout_s is None or time.monotonic() - began_s < timeout_s - _SHORTEST_WAIT_S:
+                    raise
+                raise _wait_timeout(run_id, timeout_s, seen) from error
+            seen = _convert.run_from(response.run)
+            if not response.timed_out:
+                return seen
+            if timeout_s is not None and time.monotonic() - began_s >= timeout_s - _SHORTEST_WAIT_S:
+                raise _wait_timeout(run_id, timeout_s, seen)
+
+    async def run(self, request: agent_run_service_pb2.StartAgentRequest, *, timeout_s: float | None) -> JsonValue:
+        """Starts an agent and returns its output.
+
+        Raises:
+            RunFailed: The run ended otherwise.
+        """
+        run = await self.wait(await self.start(request), timeout_s=timeout_s)
+        if not run.succeeded:
+            raise RunFailed(run)
+        return run.output
+
+    async def signal(self, request: agent_run_service_pb2.SignalRunRequest) -> bool:
+        """Sends a signal; returns whether this call delivered it."""
+        return (await self.call(_transport.SIGNAL_RUN, request)).created
+
+    async def cancel(self, run: Run | str, *, reason: str) -> Run:
+        """Cancels a run."""
+        request = agent_run_service_pb2.CancelRunRequest(
+            namespace=self.config.namespace, run_id=_requests.run_id_of(run), reason=reason
+        )
+        return _convert.run_from((await self.call(_transport.CANCEL_RUN, request)).run)
+
+    async def decide(self, request: approval_service_pb2.DecideApprovalRequest) -> Approval:
+        """Decides an approval."""
+        return _convert.approval_from((await self.call(_transport.DECIDE_APPROVAL, request)).approval)
+
+    async def get_approval(self, approval: Approval | str) -> Approval:
+        """Returns an approval."""
+        request = approval_service_pb2.GetApprovalRequest(
+            namespace=self.config.namespace, approval_id=_requests.approval_id_of(approval)
+        )
+        return _convert.approval_from((await self.call(_transport.GET_APPROVAL, request)).approval)
+
+    async def get_agent(self, agent: str, *, agent_version: str) -> AgentInfo:
+        """Returns an agent."""
+        request = catalog.GetAgentRequest(agent=agent, agent_version=agent_version)
+        return _convert.agent_from((await self.call(_transport.GET_AGENT, request)).agent)
+
+    def list_runs(self, request: agent_run_service_pb2.ListRunsRequest, *, limit: int | None) -> Pages[Run]:
+        """Lists runs, newest first."""
+
+        async def fetch(token: str) -> tuple[Sequence[Run], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_RUNS, request)
+            return [_convert.run_from(run) for run in page.runs], page.next_page_token
+
+        request.page_size = _PAGE_SIZE if limit is None else min(_PAGE_SIZE, max(1, limit))
+        return Pages(fetch, limit=limit)
+
+    def list_events(self, run: Run | str, *, kinds: Iterable[EventKind]) -> Pages[RunEvent]:
+        """Lists the log of a run as it is now."""
+        request = agent_run_service_pb2.ListRunEventsRequest(
+            namespace=self.config.namespace,
+            run_id=_requests.run_id_of(run),
+            page_size=_PAGE_SIZE,
+            kinds=_requests.event_kinds(kinds),
+        )
+
+        async def fetch(token: str) -> tuple[Sequence[RunEvent], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_RUN_EVENTS, request)
+            return [_convert.event_from(event) for event in page.events], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_steps(self, run: Run | str) -> Pages[Step]:
+        """Lists the steps of a run in the order in which they began."""
+        request = agent_run_service_pb2.ListStepsRequest(
+            namespace=self.config.namespace, run_id=_requests.run_id_of(run), page_size=_PAGE_SIZE
+        )
+
+        async def fetch(token: str) -> tuple[Sequence[Step], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_STEPS, request)
+            return [_convert.step_from(step) for step in page.steps], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_approvals(self, request: approval_service_pb2.ListApprovalsRequest) -> Pages[Approval]:
+        """Lists approvals, oldest first."""
+
+        async def fetch(token: str) -> tuple[Sequence[Approval], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_APPROVALS, request)
+            return [_convert.approval_from(approval) for approval in page.approvals], page.next_page_token
+
+        request.page_size = _PAGE_SIZE
+        return Pages(fetch)
+
+    def list_agents(self) -> Pages[AgentInfo]:
+        """Lists agents by name and version."""
+        request = catalog.ListAgentsRequest(page_size=_PAGE_SIZE)
+
+        async def fetch(token: str) -> tuple[Sequence[AgentInfo], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_AGENTS, request)
+            return [_convert.agent_from(agent) for agent in page.agents], page.next_page_token
+
+        return Pages(fetch)
+
+    def watch(
+        self,
+        run: Run | str,
+        *,
+        after_sequence: int,
+        cursor: str,
+        from_now: bool,
+        kinds: Iterable[EventKind],
+        heartbeat_s: float | None,
+        on_reconnect: OnReconnect | None,
+    ) -> RunWatcher:
+        """Returns the watch of a run; nothing is sent before its first read."""
+        request = _requests.watch_run(
+            self.config.namespace,
+            run,
+            after_sequence=after_sequence,
+            cursor=cursor,
+            from_now=from_now,
+            kinds=kinds,
+            heartbeat_s=heartbeat_s,
+        )
+        return RunWatcher(self.transport, self.config, request, heartbeat_s=heartbeat_s, on_reconnect=on_reconnect)
+
+    def watch_approvals(self, *, heartbeat_s: float | None, on_reconnect: OnReconnect | None) -> ApprovalWatcher:
+        """Returns the live inbox; nothing is sent before its first read."""
+        return ApprovalWatcher(
+            self.transport,
+            self.config,
+            _requests.watch_approvals(self.config.namespace, heartbeat_s=heartbeat_s),
+            get_approval=self.get_approval,
+            heartbeat_s=heartbeat_s,
+            on_reconnect=on_reconnect,
+        )
+
+
+def _view(full: bool) -> agent_run_pb2.AgentRunView.ValueType:
+    return agent_run_pb2.AGENT_RUN_VIEW_FULL if full else agent_run_pb2.AGENT_RUN_VIEW_BASIC
+
+
+def _wait_timeout(run_id: str, timeout_s: float, seen: Run | None) -> WaitTimeout:
+    state = f"; it is {seen.state}" if seen else ""
+    return WaitTimeout(f"run {run_id} did not end within {timeout_s:g} s{state}. It goes on.", seen)

@@ -1,0 +1,270 @@
+"""What is sent: requests built and checked once, with the ids that make every repeat of a call safe."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from google.protobuf import json_format
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.struct_pb2 import Value
+from google.protobuf.timestamp_pb2 import Timestamp
+from perdure.v1 import agent_run_service_pb2, approval_service_pb2, run_event_pb2
+
+from perdure_client._convert import APPROVAL_STATES, RUN_STATES
+from perdure_client._errors import InvalidArgument, Violation
+from perdure_client._events import EventKind
+from perdure_client._types import Approval, ApprovalState, ConflictPolicy, Decision, JsonValue, Run, RunState
+
+_WIRE_RUN_STATES = {state: number for number, state in RUN_STATES.items()}
+_WIRE_APPROVAL_STATES = {state: number for number, state in APPROVAL_STATES.items()}
+_EXACT_INTEGER = 2**53
+"""`google.protobuf.Value` holds numbers as doubles, which are exact up to here."""
+_LONGEST = timedelta(days=365 * 100)
+
+
+def new_run_id() -> str:
+    """Returns a run id of a client's shape: `run-` and 32 hex digits. Servers' own have a UUID with hyphens."""
+    return f"run-{uuid.uuid4().hex}"
+
+
+def new_request_id() -> str:
+    """Returns an id for one call and all its repeats."""
+    return uuid.uuid4().hex
+
+
+def run_id_of(run: Run | str) -> str:
+    """Returns the id of a run given as itself or by id."""
+    run_id = run.run_id if isinstance(run, Run) else run
+    if not run_id:
+        raise _invalid("run_id", "is empty")
+    return run_id
+
+
+def approval_id_of(approval: Approval | str) -> str:
+    """Returns the id of an approval given as itself or by id."""
+    approval_id = approval.approval_id if isinstance(approval, Approval) else approval
+    if not approval_id:
+        raise _invalid("approval_id", "is empty")
+    return approval_id
+
+
+def start_agent(
+    namespace: str,
+    agent: str,
+    input: Mapping[str, Any] | None,
+    *,
+    run_id: str | None,
+    agent_version: str,
+    labels: Mapping[str, str] | None,
+    context_id: str,
+    delay: float | timedelta | None = None,
+    start_time: datetime | None = None,
+    deadline: datetime | timedelta | None,
+    conflict_policy: ConflictPolicy = ConflictPolicy.USE_EXISTING,
+    validate_only: bool = False,
+) -> agent_run_service_pb2.StartAgentRequest:
+    """Returns the request of a start; see `AsyncClient.start` for the arguments.
+
+    Raises:
+        InvalidArgument: The input is no JSON object, a time is naive, or both delay and start_time are given.
+    """
+    if delay is not None and start_time is not None:
+        raise _invalid("delay", "cannot be given together with start_time")
+    if isinstance(deadline, timedelta):
+        deadline = datetime.now(UTC) + deadline
+    return agent_run_service_pb2.StartAgentRequest(
+        namespace=namespace,
+        agent=agent,
+        agent_version=agent_version,
+        run_id=new_run_id() if run_id is None else run_id,
+        request_id=new_request_id(),
+        input_json=_object_text("input", {} if input is None else input),
+        conflict_policy=agent_run_service_pb2.ConflictPolicy.Value(
+            f"CONFLICT_POLICY_{ConflictPolicy(conflict_policy)}"
+        ),
+        start_time=_timestamp("start_time", start_time) if start_time is not None else None,
+        delay=_duration("delay", delay) if delay is not None else None,
+        deadline_time=_timestamp("deadline", deadline) if deadline is not None else None,
+        labels=labels,
+        context_id=context_id,
+        validate_only=validate_only,
+    )
+
+
+def list_runs(
+    namespace: str,
+    *,
+    states: Iterable[RunState],
+    agent: str,
+    labels: Mapping[str, str] | None,
+    context_id: str,
+) -> agent_run_service_pb2.ListRunsRequest:
+    """Returns the request of a first page of runs."""
+    return agent_run_service_pb2.ListRunsRequest(
+        namespace=namespace,
+        states=[_known(_WIRE_RUN_STATES, RunState(state), "states") for state in states],
+        agent=agent,
+        labels=labels,
+        context_id=context_id,
+    )
+
+
+def list_approvals(
+    namespace: str, *, states: Iterable[ApprovalState], run: Run | str | None
+) -> approval_service_pb2.ListApprovalsRequest:
+    """Returns the request of a first page of approvals."""
+    return approval_service_pb2.ListApprovalsRequest(
+        namespace=namespace,
+        states=[_known(_WIRE_APPROVAL_STATES, ApprovalState(state), "states") for state in states],
+        run_id="" if run is None else run_id_of(run),
+    )
+
+
+def event_kinds(kinds: Iterable[EventKind]) -> Sequence[run_event_pb2.RunEventKind.ValueType]:
+    """Returns the wire's kinds."""
+    wanted = [EventKind(kind) for kind in kinds]
+    if EventKind.UNKNOWN in wanted:
+        raise _invalid("kinds", "UNKNOWN cannot be asked for")
+    return [run_event_pb2.RunEventKind.Value(f"RUN_EVENT_KIND_{kind.name}") for kind in wanted]
+
+
+def watch_run(
+    namespace: str,
+    run: Run | str,
+    *,
+    after_sequence: int,
+    cursor: str,
+    from_now: bool,
+    kinds: Iterable[EventKind],
+    heartbeat_s: float | None,
+) -> agent_run_service_pb2.WatchRunRequest:
+    """Returns the request of a watch.
+
+    Raises:
+        InvalidArgument: More than one position is given.
+    """
+    if bool(after_sequence) + bool(cursor) + from_now > 1:
+        raise _invalid("cursor", "only one of after_sequence, cursor and from_now can be given")
+    if after_sequence < 0:
+        raise _invalid("after_sequence", "is negative")
+    request = agent_run_service_pb2.WatchRunRequest(
+        namespace=namespace,
+        run_id=run_id_of(run),
+        kinds=event_kinds(kinds),
+        heartbeat_interval=None if heartbeat_s is None else _duration("heartbeat_interval", heartbeat_s),
+    )
+    if cursor:
+        request.cursor = cursor
+    elif from_now:
+        request.from_now = True
+    elif after_sequence:
+        request.after_sequence = after_sequence
+    return request
+
+
+def watch_approvals(namespace: str, *, heartbeat_s: float | None) -> approval_service_pb2.WatchApprovalsRequest:
+    """Returns the request of the live inbox."""
+    return approval_service_pb2.WatchApprovalsRequest(
+        namespace=namespace,
+        heartbeat_interval=None if heartbeat_s is None else _duration("heartbeat_interval", heartbeat_s),
+    )
+
+
+def signal_run(namespace: str, run: Run | str, name: str, payload: JsonValue) -> agent_run_service_pb2.SignalRunRequest:
+    """Returns the request of a signal."""
+    return agent_run_service_pb2.SignalRunRequest(
+        namespace=namespace,
+        run_id=run_id_of(run),
+        name=name,
+        request_id=new_request_id(),
+        payload_json=_json_text("payload", {} if payload is None else payload),
+    )
+
+
+def decide_approval(
+    namespace: str,
+    approval: Approval | str,
+    decision: Decision,
+    *,
+    comment: str,
+    answer: JsonValue,
+    expected_revision: int | None,
+) -> approval_service_pb2.DecideApprovalRequest:
+    """Returns the request of a decision; without an expected revision, that of the approval that was given."""
+    if expected_revision is None:
+        expected_revision = approval.revision if isinstance(approval, Approval) else 0
+    return approval_service_pb2.DecideApprovalRequest(
+        namespace=namespace,
+        approval_id=approval_id_of(approval),
+        decision=approval_service_pb2.Decision.Value(f"DECISION_{Decision(decision)}"),
+        expected_revision=expected_revision,
+        comment=comment,
+        answer=None if answer is None else _value("answer", answer),
+    )
+
+
+def _duration(field: str, value: float | timedelta) -> Duration:
+    """Returns seconds, or a timedelta, as the wire's duration.
+
+    Raises:
+        InvalidArgument: It is negative, not finite, or absurdly long.
+    """
+    try:
+        delta = value if isinstance(value, timedelta) else timedelta(seconds=value)
+    except (OverflowError, ValueError):
+        raise _invalid(field, f"is not a number of seconds: {value}") from None
+    if not timedelta(0) <= delta <= _LONGEST:
+        raise _invalid(field, f"must be between 0 and 100 years, not {value}")
+    message = Duration()
+    message.FromTimedelta(delta)
+    return message
+
+
+def _timestamp(field: str, value: datetime) -> Timestamp:
+    if value.tzinfo is None:
+        raise _invalid(field, "needs a timezone, e.g. datetime.now(timezone.utc)")
+    message = Timestamp()
+    message.FromDatetime(value)
+    return message
+
+
+def _object_text(field: str, value: Mapping[str, Any]) -> str:
+    if not isinstance(value, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without a type checker
+        raise _invalid(field, f"must be a JSON object, not {type(value).__name__}")
+    return _json_text(field, dict(value))
+
+
+def _json_text(field: str, value: JsonValue) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError) as error:
+        raise _invalid(field, f"is not JSON: {error}") from error
+
+
+def _value(field: str, value: JsonValue) -> Value:
+    """Returns JSON as a Value, or refuses what a Value cannot hold exactly."""
+    text = _json_text(field, value)
+    json.loads(text, parse_int=lambda digits: _exact(field, int(digits)))
+    message = Value()
+    json_format.Parse(text, message)
+    return message
+
+
+def _exact(field: str, number: int) -> int:
+    if abs(number) > _EXACT_INTEGER:
+        raise _invalid(field, f"the integer {number} is above 2^53 and would lose digits; send it as a string")
+    return number
+
+
+def _known(numbers: Mapping[Any, Any], state: Any, field: str) -> Any:
+    if state not in numbers:
+        raise _invalid(field, f"{state} cannot be asked for")
+    return numbers[state]
+
+
+def _invalid(field: str, text: str) -> InvalidArgument:
+    return InvalidArgument(f"{field}: {text}", violations=(Violation(field, text),))

@@ -1,0 +1,163 @@
+"""Which error a failed call becomes: by the `google.rpc.Status` of the server, else by what gRPC itself says."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+
+from perdure_client import _errors
+from perdure_client._config import is_loopback
+from perdure_client._errors import PerdureError, Violation
+
+DOMAIN = "perdure.dev"
+STATUS_KEY = "grpc-status-details-bin"
+
+_Details: TypeAlias = tuple[
+    error_details_pb2.ErrorInfo | None, error_details_pb2.RetryInfo | None, error_details_pb2.BadRequest | None
+]
+
+_BY_REASON: dict[str, type[PerdureError]] = {
+    error.reason: error
+    for error in (
+        _errors.InvalidArgument,
+        _errors.InputSchemaViolation,
+        _errors.NamespaceNotFound,
+        _errors.RunNotFound,
+        _errors.AgentNotFound,
+        _errors.ApprovalNotFound,
+        _errors.RunConflict,
+        _errors.RunInputMismatch,
+        _errors.RunFinished,
+        _errors.ApprovalClosed,
+        _errors.VersionUnavailable,
+        _errors.RevisionConflict,
+        _errors.Contention,
+        _errors.CursorOutOfRange,
+        _errors.StoreUnavailable,
+        _errors.Draining,
+        _errors.Overloaded,
+        _errors.TooManyStreams,
+        _errors.PayloadTooLarge,
+    )
+}
+
+# What a reason that this version does not know becomes. The reason itself is kept.
+_BY_CODE: dict[str, type[PerdureError]] = {
+    "INVALID_ARGUMENT": _errors.InvalidArgument,
+    "UNAUTHENTICATED": _errors.Unauthenticated,
+    "PERMISSION_DENIED": _errors.PermissionDenied,
+    "NOT_FOUND": _errors.NotFound,
+    "ALREADY_EXISTS": _errors.RunConflict,
+    "FAILED_PRECONDITION": _errors.FailedPrecondition,
+    "OUT_OF_RANGE": _errors.CursorOutOfRange,
+    "UNAVAILABLE": _errors.Unavailable,
+    "RESOURCE_EXHAUSTED": _errors.ResourceExhausted,
+    "DEADLINE_EXCEEDED": _errors.DeadlineExceeded,
+    "UNIMPLEMENTED": _errors.Unimplemented,
+    "INTERNAL": _errors.InternalError,
+}
+
+# How gRPC's transport names a connection that broke under a call (src/core/ext/transport/chttp2; grpc/_channel.py).
+_CONNECTION_BROKE = re.compile(
+    r"RST_STREAM|GOAWAY|Stream removed|Socket closed|[Cc]onnection (?:reset|closed|aborted)|Broken pipe|"
+    r"Endpoint closing|Transport closed|HTTP/?2",
+)
+_BROKEN_CODES = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
+
+
+def from_rpc_error(error: grpc.RpcError, address: str) -> PerdureError:
+    """Returns what the library raises for a failed call; raise it `from` the error.
+
+    Args:
+        error: Of either flavour of gRPC, asyncio's or the blocking one.
+        address: The server's, for the message.
+    """
+    code = error.code()
+    text = error.details() or ""
+    info, retry, bad_request = _details(error)
+    if info is None:
+        return _from_transport(code, text, address)
+    return _error_class(info.reason, code.name, retry is not None)(
+        text or f"the server answered {code.name}",
+        code=code.name,
+        reason=info.reason or code.name,
+        metadata=info.metadata,
+        violations=[Violation(v.field, v.description) for v in bad_request.field_violations] if bad_request else (),
+        error_id=info.metadata.get("error_id", ""),
+        retry_delay_s=retry.retry_delay.ToTimedelta().total_seconds() if retry else None,
+    )
+
+
+def silence(address: str, seconds: float) -> PerdureError:
+    """Returns the error for a stream on which not even a heartbeat came for so many seconds."""
+    return _errors.ServerUnavailable(f"nothing has come from {address} for {seconds:g} s")
+
+
+def _error_class(reason: str, code: str, retry_advised: bool) -> type[PerdureError]:
+    if (error_class := _BY_REASON.get(reason)) is not None:
+        return error_class
+    if code == "RESOURCE_EXHAUSTED" and retry_advised:
+        return _errors.Overloaded
+    return _BY_CODE.get(code, PerdureError)
+
+
+def _details(error: grpc.RpcError) -> _Details:
+    """Returns the parts of the server's `google.rpc.Status`; None for each that it did not send."""
+    info = retry = bad_request = None
+    status = status_pb2.Status()
+    try:
+        status.ParseFromString(_status_bytes(error))
+    except DecodeError:
+        return None, None, None
+    for detail in status.details:
+        match detail.TypeName():
+            case "google.rpc.ErrorInfo":
+                candidate = error_details_pb2.ErrorInfo()
+                if detail.Unpack(candidate) and candidate.domain == DOMAIN:
+                    info = candidate
+            case "google.rpc.RetryInfo":
+                detail.Unpack(retry := error_details_pb2.RetryInfo())
+            case "google.rpc.BadRequest":
+                detail.Unpack(bad_request := error_details_pb2.BadRequest())
+            case _:
+                pass
+    return info, retry, bad_request
+
+
+def _status_bytes(error: grpc.RpcError) -> bytes:
+    metadata: Iterable[tuple[str, str | bytes]] = error.trailing_metadata() or ()  # type: ignore[assignment]
+    for key, value in metadata:
+        if key == STATUS_KEY and isinstance(value, bytes):
+            return value
+    return b""
+
+
+def _from_transport(code: grpc.StatusCode, text: str, address: str) -> PerdureError:
+    """Returns the error for a status without a reason of ours: gRPC's own, or a proxy's."""
+    if code is grpc.StatusCode.UNAVAILABLE or (code in _BROKEN_CODES and _CONNECTION_BROKE.search(text)):
+        return _unreachable(text, address)
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return _errors.DeadlineExceeded(f"no answer from {address} within the timeout")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        return _errors.Unimplemented(f"the server at {address} does not know this call; is it a perdure server? {text}")
+    error_class = _BY_CODE.get(code.name, PerdureError)
+    return error_class(f"{address} answered {code.name}: {text}", code=code.name, reason=code.name)
+
+
+def _unreachable(text: str, address: str) -> PerdureError:
+    """Returns the error for a server that is not there, or no more, with the way out."""
+    cause = re.sub(r"^.*(?:last error: (?:[A-Z]+: )?|Failed to connect to remote host: )", "", text) or "no connection"
+    if re.search(r"[Hh]andshake|CERTIFICATE|SSL|TLS", cause):
+        way_out = "Check the TLS settings of both sides."
+    elif is_loopback(address):
+        way_out = "Start one with `perdure-server dev`, or set PERDURE_ADDRESS."
+    else:
+        way_out = "Check the address (PERDURE_ADDRESS) and the network."
+    return _errors.ServerUnavailable(
+        f"no perdure server answers at {address} ({cause}). {way_out}", metadata={"address": address, "cause": cause}
+    )

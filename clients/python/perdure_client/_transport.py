@@ -1,0 +1,108 @@
+"""What a transport does: one attempt of one call. The blocking one blocks inside its coroutines and never suspends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeAlias, TypeVar
+
+from google.protobuf.message import Message
+from perdure.v1 import agent_catalog_service_pb2 as catalog
+from perdure.v1 import agent_run_service_pb2 as runs
+from perdure.v1 import approval_service_pb2 as approvals
+
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
+
+_RequestT = TypeVar("_RequestT", bound=Message)
+_ResponseT = TypeVar("_ResponseT", bound=Message)
+_ReadT = TypeVar("_ReadT", bound=Message, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Method(Generic[_RequestT, _ResponseT]):
+    """One RPC: its path, and how its messages become bytes and back."""
+
+    path: str
+    encode: Callable[[_RequestT], bytes]
+    decode: Callable[[bytes], _ResponseT]
+
+
+def _method(service: str, request: type[_RequestT], response: type[_ResponseT]) -> Method[_RequestT, _ResponseT]:
+    name = request.DESCRIPTOR.name.removesuffix("Request")
+    return Method(f"/perdure.v1.{service}/{name}", request.SerializeToString, response.FromString)
+
+
+START_AGENT = _method("AgentRunService", runs.StartAgentRequest, runs.StartAgentResponse)
+GET_RUN = _method("AgentRunService", runs.GetRunRequest, runs.GetRunResponse)
+LIST_RUNS = _method("AgentRunService", runs.ListRunsRequest, runs.ListRunsResponse)
+WATCH_RUN = _method("AgentRunService", runs.WatchRunRequest, runs.WatchRunResponse)
+WAIT_RUN = _method("AgentRunService", runs.WaitRunRequest, runs.WaitRunResponse)
+LIST_RUN_EVENTS = _method("AgentRunService", runs.ListRunEventsRequest, runs.ListRunEventsResponse)
+LIST_STEPS = _method("AgentRunService", runs.ListStepsRequest, runs.ListStepsResponse)
+SIGNAL_RUN = _method("AgentRunService", runs.SignalRunRequest, runs.SignalRunResponse)
+CANCEL_RUN = _method("AgentRunService", runs.CancelRunRequest, runs.CancelRunResponse)
+LIST_APPROVALS = _method("ApprovalService", approvals.ListApprovalsRequest, approvals.ListApprovalsResponse)
+GET_APPROVAL = _method("ApprovalService", approvals.GetApprovalRequest, approvals.GetApprovalResponse)
+DECIDE_APPROVAL = _method("ApprovalService", approvals.DecideApprovalRequest, approvals.DecideApprovalResponse)
+WATCH_APPROVALS = _method("ApprovalService", approvals.WatchApprovalsRequest, approvals.WatchApprovalsResponse)
+LIST_AGENTS = _method("AgentCatalogService", catalog.ListAgentsRequest, catalog.ListAgentsResponse)
+GET_AGENT = _method("AgentCatalogService", catalog.GetAgentRequest, catalog.GetAgentResponse)
+
+
+class Silence(Exception):
+    """Nothing came on a stream for as long as the reader would wait; the stream has been cancelled."""
+
+
+class Stream(Protocol[_ReadT]):
+    """An open server stream."""
+
+    async def read(self, timeout_s: float) -> _ReadT | None:
+        """Returns the next message; None when the stream has ended with OK.
+
+        Raises:
+            grpc.RpcError: It ended otherwise.
+            Silence: Nothing came in time.
+            ClientClosed: The client was closed meanwhile.
+        """
+        ...
+
+    def cancel(self) -> None:
+        """Ends the stream; may be called at any time, and again."""
+        ...
+
+
+class Transport(Protocol):
+    """Makes single attempts."""
+
+    async def unary(
+        self, method: Method[_RequestT, _ResponseT], request: _RequestT, *, timeout_s: float, metadata: Metadata
+    ) -> _ResponseT:
+        """Returns the answer.
+
+        Raises:
+            grpc.RpcError: The call failed.
+            ClientClosed: The client was closed before or meanwhile.
+        """
+        ...
+
+    def stream(
+        self, method: Method[_RequestT, _ResponseT], request: _RequestT, *, metadata: Metadata
+    ) -> Stream[_ResponseT]:
+        """Opens a stream; failures show in its first `read`.
+
+        Raises:
+            ClientClosed: The client was closed before.
+        """
+        ...
+
+    async def sleep(self, delay_s: float) -> None:
+        """Waits.
+
+        Raises:
+            ClientClosed: The client was closed before or meanwhile.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends all calls and the connections; may be called again."""
+        ...

@@ -1,0 +1,321 @@
+"""What the library returns: runs, steps, approvals and agents as frozen values, apart from the wire's messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+JsonValue: TypeAlias = Any
+"""Parsed JSON: None, bool, int, float, str, and lists and dicts of them."""
+
+
+class RunState(StrEnum):
+    """What a run is doing."""
+
+    UNKNOWN = "UNKNOWN"
+    """A state that this version of the library does not know; the server is newer."""
+    SCHEDULED = "SCHEDULED"
+    """Waits for its start time; it has never begun."""
+    QUEUED = "QUEUED"
+    """Waits for an executor with a free slot, at first or after a recovery."""
+    RUNNING = "RUNNING"
+    """An executor runs its code."""
+    AWAITING_INPUT = "AWAITING_INPUT"
+    """Waits for a decision or a signal."""
+    SLEEPING = "SLEEPING"
+    """Waits for a durable sleep to end."""
+    SUCCEEDED = "SUCCEEDED"
+    """Ended with an output."""
+    FAILED = "FAILED"
+    """Ended with an error; see `Run.failure`."""
+    CANCELLED = "CANCELLED"
+    """Ended by a cancellation of it, or of its parent."""
+    EXPIRED = "EXPIRED"
+    """Ended because its deadline passed."""
+
+    @property
+    def terminal(self) -> bool:
+        """Whether the run has ended: nothing follows."""
+        return self in _TERMINAL
+
+
+_TERMINAL = frozenset({RunState.SUCCEEDED, RunState.FAILED, RunState.CANCELLED, RunState.EXPIRED})
+
+
+class StepState(StrEnum):
+    """Where a step stands."""
+
+    UNKNOWN = "UNKNOWN"
+    """A state that this version of the library does not know; the server is newer."""
+    RUNNING = "RUNNING"
+    """Its body runs, or waits for its next attempt."""
+    SUCCEEDED = "SUCCEEDED"
+    """Done; it never runs again."""
+    FAILED = "FAILED"
+    """Failed for good."""
+    INTERRUPTED = "INTERRUPTED"
+    """Its execution died in it; it runs again, or its run ended first."""
+
+
+class ApprovalState(StrEnum):
+    """Where an approval stands."""
+
+    UNKNOWN = "UNKNOWN"
+    """A state that this version of the library does not know; the server is newer."""
+    PENDING = "PENDING"
+    """Waits for a decision."""
+    APPROVED = "APPROVED"
+    """Decided: yes."""
+    REJECTED = "REJECTED"
+    """Decided: no."""
+    EXPIRED = "EXPIRED"
+    """Its deadline passed; `Approval.on_timeout` says what the agent was told."""
+    WITHDRAWN = "WITHDRAWN"
+    """Its run ended before a decision."""
+
+
+class TimeoutOutcome(StrEnum):
+    """What happens when nobody decides an approval before its deadline."""
+
+    UNKNOWN = "UNKNOWN"
+    """An outcome that this version of the library does not know; the server is newer."""
+    REJECT = "REJECT"
+    """The agent is told no."""
+    APPROVE = "APPROVE"
+    """The agent is told yes."""
+    FAIL_RUN = "FAIL_RUN"
+    """The run fails."""
+
+
+class Decision(StrEnum):
+    """A decision about an approval."""
+
+    APPROVE = "APPROVE"
+    """Yes."""
+    REJECT = "REJECT"
+    """No."""
+
+
+class ConflictPolicy(StrEnum):
+    """What a start does when its run_id exists already."""
+
+    USE_EXISTING = "USE_EXISTING"
+    """The same agent and input: return the existing run. Otherwise raise `RunInputMismatch`."""
+    FAIL = "FAIL"
+    """Raise `RunConflict`, unless the run was started by an earlier repeat of this very call."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Progress:
+    """Progress as an agent reports it.
+
+    Attributes:
+        message: What is being done, for people.
+        completed: How many units are done; 0 when the agent does not count.
+        total: How many units there are; 0 when the agent does not know.
+    """
+
+    message: str = ""
+    completed: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a run, or a step, failed.
+
+    Attributes:
+        type: The name of the error's class.
+        message: The error's message.
+        step_name: The step that raised it; empty when it was not a step.
+        retryable: Whether running the same again may succeed (the retries of a step were used up).
+        cause: The class and message of the error's cause; empty for none.
+    """
+
+    type: str
+    message: str = ""
+    step_name: str = ""
+    retryable: bool = False
+    cause: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.type}: {self.message}" if self.message else self.type
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One durable execution of an agent. All times are timezone-aware (UTC), by the database's clock.
+
+    Attributes:
+        namespace: The namespace the run belongs to.
+        run_id: Its id, unique within its namespace. A child of run `a` is `a.<step>`.
+        agent: The name of the agent.
+        agent_version: The version of the agent that runs.
+        input_sha256: SHA-256 (hex) of the canonical JSON of agent and input as they were sent.
+        state: What the run is doing.
+        state_reason: Why it is in this state, for people; empty when there is nothing to say.
+        create_time: When it was created.
+        start_time: When it first began to run; None while it never has.
+        end_time: When it ended; None while it has not.
+        deadline_time: When it will be ended as EXPIRED; None for never.
+        execution: How often an executor has begun or continued it: 1 at first, then one more for every recovery.
+        executor_id: The executor that runs it, or ran it last; empty while none has.
+        progress: The last progress the agent reported; None for none.
+        pending_approvals: How many approvals of this run wait for a decision.
+        input: What it was started with, as parsed JSON; None where it was not asked for (`list`, `get(full=False)`).
+        output: What it returned, as parsed JSON, once SUCCEEDED; None before, and where it was not asked for.
+        failure: Why it failed, once FAILED.
+        labels: The labels given at the start.
+        context_id: The caller's grouping of runs; empty for none.
+        parent_run_id: The run that started this one; empty for a run started by a client.
+        trace_id: The W3C trace id (32 hex digits) of the run's one trace; empty for none.
+        last_sequence: The number of events the run has: the sequence of its last event.
+    """
+
+    namespace: str
+    run_id: str
+    agent: str
+    agent_version: str = ""
+    input_sha256: str = ""
+    state: RunState
+    state_reason: str = ""
+    create_time: datetime | None = None
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    deadline_time: datetime | None = None
+    execution: int = 0
+    executor_id: str = ""
+    progress: Progress | None = None
+    pending_approvals: int = 0
+    input: JsonValue = None
+    output: JsonValue = None
+    failure: Failure | None = None
+    labels: Mapping[str, str] = field(default_factory=dict[str, str])
+    context_id: str = ""
+    parent_run_id: str = ""
+    trace_id: str = ""
+    last_sequence: int = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has ended, well or not."""
+        return self.state.terminal
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether the run has ended with an output."""
+        return self.state is RunState.SUCCEEDED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedRun(Run):
+    """The run that `start` returns.
+
+    Attributes:
+        created: Whether this call created the run; False when a run with this run_id and input existed.
+    """
+
+    created: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A unit of a run with its own checkpoint.
+
+    Attributes:
+        step_id: The engine's number of the operation within the run.
+        step_name: Its name.
+        state: Where it stands.
+        attempts: How many attempts it took, in its last execution.
+        execution: The execution of the run it last ran in.
+        start_time: When it began.
+        end_time: When it ended; None while it has not.
+        error: Its last error; None for none.
+        output_preview: The beginning of its output, for people.
+        child_run_id: The run it started; empty when it started none.
+    """
+
+    step_id: int
+    step_name: str
+    state: StepState
+    attempts: int = 0
+    execution: int = 0
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    error: Failure | None = None
+    output_preview: str = ""
+    child_run_id: str = ""
+
+    @property
+    def duration(self) -> timedelta | None:
+        """How long it took, all attempts and delays together; None while it has not ended."""
+        return self.end_time - self.start_time if self.start_time and self.end_time else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Approval:
+    """A question put to a person.
+
+    Attributes:
+        approval_id: `<run_id>/<step>`, unique within the namespace.
+        namespace: The namespace of the run.
+        run_id: The run that waits.
+        agent: The agent of that run.
+        step_id: The step that waits.
+        title: What is asked, for people.
+        payload: What it is about, as parsed JSON.
+        answer_schema: The JSON Schema that an answer must satisfy; None when any answer, or none, will do.
+        assignees: Who is asked; empty for anyone who may approve.
+        create_time: When it was asked.
+        deadline_time: Until when it can be decided; None for no deadline.
+        on_timeout: What happens then.
+        state: Where it stands.
+        decided_by: Who decided; empty while nobody has.
+        decide_time: When it was decided, expired or was withdrawn; None while it is pending.
+        comment: The comment given with the decision.
+        answer: The answer given with the decision, as parsed JSON.
+        revision: Grows with every change; `decide` gives it back, so that you decide what you saw.
+    """
+
+    approval_id: str
+    namespace: str
+    run_id: str
+    agent: str = ""
+    step_id: int = 0
+    title: str = ""
+    payload: JsonValue = None
+    answer_schema: JsonValue = None
+    assignees: tuple[str, ...] = ()
+    create_time: datetime | None = None
+    deadline_time: datetime | None = None
+    on_timeout: TimeoutOutcome = TimeoutOutcome.REJECT
+    state: ApprovalState
+    decided_by: str = ""
+    decide_time: datetime | None = None
+    comment: str = ""
+    answer: JsonValue = None
+    revision: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentInfo:
+    """An agent that can be started.
+
+    Attributes:
+        agent: Its name.
+        agent_version: Its version.
+        description: What it does, for people.
+        input_schema: The JSON Schema of its input; None when it does not say.
+        output_schema: The JSON Schema of its output; None when it does not say.
+        current: Whether `start` takes this version when it is given none.
+    """
+
+    agent: str
+    agent_version: str
+    description: str = ""
+    input_schema: JsonValue = None
+    output_schema: JsonValue = None
+    current: bool = False

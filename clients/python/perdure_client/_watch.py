@@ -1,0 +1,350 @@
+"""How a watch survives its connections: what is new in a response, and what to ask for after a break.
+
+`WatchPosition` is the state machine, without I/O. `RunWatcher` and `ApprovalWatcher` drive one over a transport.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Generic, Protocol, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+from perdure.v1 import agent_run_service_pb2, approval_service_pb2
+
+from perdure_client._config import Config
+from perdure_client._convert import approval_from, event_from, run_from
+from perdure_client._errors import ApprovalNotFound, PerdureError, ProtocolViolation, ServerUnavailable
+from perdure_client._events import WatchUpdate
+from perdure_client._retry import LONGEST_DELAY_S, Backoff, Patience
+from perdure_client._rpc_errors import from_rpc_error, silence
+from perdure_client._tracing import trace_metadata
+from perdure_client._transport import WATCH_APPROVALS, WATCH_RUN, Metadata, Method, Silence, Stream, Transport
+from perdure_client._types import Approval, ApprovalState
+
+OnReconnect = Callable[[PerdureError, float], None]
+"""Told of every break: the error, and the seconds until the next attempt."""
+
+DEFAULT_HEARTBEAT_S = 15.0  # the server's own default
+_MISSED_HEARTBEATS = 4
+"""So many in a row, and the connection counts as dead, whatever TCP thinks of it."""
+_GOODBYE_S = 2.0
+"""How long to wait for the status after the last message."""
+
+_log = logging.getLogger("perdure_client")
+
+_RequestT = TypeVar("_RequestT", bound=Message)
+_ResponseT = TypeVar("_ResponseT", bound=Message)
+_ItemT = TypeVar("_ItemT", covariant=True)
+
+
+class HoleInLog(ServerUnavailable):
+    """A response skipped events. Asked for again, from the last one seen; twice is `ProtocolViolation`."""
+
+    reason = "HOLE_IN_LOG"
+
+
+class WatchPosition:
+    """Where the watch of a run stands. Every event is returned once and in order, however often it is sent.
+
+    Args:
+        request: The caller's: what to watch, and where to begin.
+    """
+
+    def __init__(self, request: agent_run_service_pb2.WatchRunRequest) -> None:
+        self._request = request
+        self._cursor = ""
+        self._caught_up = False
+        self._complete = not request.kinds  # filtered, sequences have gaps by right
+        # None: unknown until the first response; only a watch by cursor or from now on begins so.
+        self._seen: int | None = request.after_sequence if request.WhichOneof("position") in POSITIONS_KNOWN else None
+        self._hole_after: int | None = None
+        self.ended = False
+
+    def next_request(self) -> agent_run_service_pb2.WatchRunRequest:
+        """Returns what to ask for now: the same view, from where the watch stands."""
+        request = agent_run_service_pb2.WatchRunRequest()
+        request.CopyFrom(self._request)
+        if self._hole_after is not None:
+            request.after_sequence = self._hole_after
+        elif self._cursor:
+            request.cursor = self._cursor
+        return request
+
+    def accept(self, response: agent_run_service_pb2.WatchRunResponse) -> WatchUpdate | None:
+        """Returns what is new in a response; None when nothing is, as in a heartbeat.
+
+        Raises:
+            HoleInLog: Events are missing before this response's; none of it was taken.
+            ProtocolViolation: The same events are missing again.
+        """
+        snapshot = run_from(response.snapshot) if response.HasField("snapshot") else None
+        if snapshot is not None and self._seen is None and self._request.from_now:
+            self._seen = snapshot.last_sequence
+        fresh = [event for event in response.events if self._seen is None or event.sequence > self._seen]
+        self._check_complete([event.sequence for event in fresh])
+        if fresh:
+            self._seen = fresh[-1].sequence
+            self._hole_after = None
+        self._cursor = response.cursor or self._cursor
+        self.ended = response.end_of_run
+        newly_caught_up = response.caught_up and not self._caught_up
+        self._caught_up = self._caught_up or response.caught_up
+        if not (fresh or snapshot or newly_caught_up or response.end_of_run):
+            return None
+        return WatchUpdate(
+            events=tuple(event_from(event) for event in fresh),
+            cursor=self._cursor,
+            snapshot=snapshot,
+            last_sequence=self._seen or 0,
+            caught_up=response.caught_up,
+            end_of_run=response.end_of_run,
+        )
+
+    def _check_complete(self, sequences: list[int]) -> None:
+        expected = self._seen
+        for sequence in sequences:
+            if self._complete and expected is not None and sequence != expected + 1:
+                self._report_hole(expected, sequence)
+            expected = sequence
+
+    def _report_hole(self, before: int, after: int) -> None:
+        text = f"events {before + 1} to {after - 1} of run {self._request.run_id} are missing from its stream"
+        if self._hole_after is not None and self._hole_after == self._seen:
+            raise ProtocolViolation(text, metadata={"run_id": self._request.run_id, "last_sequence": str(before)})
+        self._hole_after = self._seen
+        raise HoleInLog(text)
+
+
+POSITIONS_KNOWN = (None, "after_sequence")
+"""The positions of a request from which the sequence of the first event follows."""
+
+
+class _Reader(Generic[_RequestT, _ResponseT]):
+    """One stream after the other: reads a message, and after a break the next one from a new stream."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        config: Config,
+        method: Method[_RequestT, _ResponseT],
+        *,
+        heartbeat_s: float | None,
+        on_reconnect: OnReconnect | None,
+    ) -> None:
+        self._transport = transport
+        self._config = config
+        self._method = method
+        self._silence_s = _MISSED_HEARTBEATS * (heartbeat_s or DEFAULT_HEARTBEAT_S)
+        self._on_reconnect = on_reconnect
+        self._backoff = Backoff()
+        self._answered = False
+        self._closed = False
+        self._opened_s = 0.0
+        self._stream: Stream[_ResponseT] | None = None
+
+    async def read(self, next_request: Callable[[], _RequestT], accept: Callable[[_ResponseT], None]) -> None:
+        """Hands the next message to `accept`, after as many attempts as it takes; none after `close`.
+
+        A read that is cancelled costs the connection and nothing else: the next one goes on where `accept` left off.
+
+        Raises:
+            PerdureError: Not worth repeating, or there was no answer for too long.
+        """
+        outage: Patience | None = None
+        while not self._closed:
+            try:
+                await self._read_once(next_request, accept)
+            except PerdureError as failure:
+                self._cancel()
+                if self._closed:
+                    return
+                if outage is None:
+                    outage = self._begin_outage()
+                delay_s = outage.delay_before_repeat_s(failure)
+                if delay_s is None:
+                    raise
+                _log.info("stream broke, reconnecting in %.2f s: %s", delay_s, failure)
+                if self._on_reconnect is not None:
+                    self._on_reconnect(failure, delay_s)
+            except BaseException:
+                self._cancel()
+                raise
+            else:
+                return
+            await self._transport.sleep(delay_s)
+
+    async def _read_once(self, next_request: Callable[[], _RequestT], accept: Callable[[_ResponseT], None]) -> None:
+        address = self._config.address
+        try:
+            if self._stream is None:
+                self._stream = self._open(next_request())
+            response = await self._stream.read(self._silence_s)
+        except grpc.RpcError as error:
+            raise from_rpc_error(error, address) from error
+        except Silence as error:
+            raise silence(address, self._silence_s) from error
+        if response is None:
+            raise ServerUnavailable(f"{address} ended the stream too early")
+        accept(response)
+        self._answered = True
+        if time.monotonic() - self._opened_s >= LONGEST_DELAY_S:
+            self._backoff.reset()  # it held; one that breaks at once, again and again, is asked for ever more rarely
+
+    def _open(self, request: _RequestT) -> Stream[_ResponseT]:
+        self._opened_s = time.monotonic()
+        return self._transport.stream(self._method, request, metadata=call_metadata(self._config))
+
+    def _begin_outage(self) -> Patience:
+        total_s = self._config.reconnect_timeout_s
+        return Patience(total_s, total_s if self._answered else self._config.connect_timeout_s, self._backoff)
+
+    async def finish(self) -> None:
+        """Lets the stream end by itself after its last message, so that the server counts it as OK."""
+        if self._stream is not None:
+            try:
+                await self._stream.read(_GOODBYE_S)
+            except (grpc.RpcError, Silence, PerdureError):
+                pass
+            finally:
+                self._cancel()
+
+    def close(self) -> None:
+        """Ends the stream, also under a read in another task or thread."""
+        self._closed = True
+        self._cancel()
+
+    def _cancel(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()
+
+
+def call_metadata(config: Config) -> Metadata:
+    """Returns what goes with every call: the token, and the caller's trace."""
+    token: Metadata = (("authorization", f"Bearer {config.token}"),) if config.token else ()
+    return token + trace_metadata()
+
+
+class Watcher(Protocol[_ItemT]):
+    """A watch of something; read it until None."""
+
+    async def read(self) -> _ItemT | None:
+        """Returns what is new; None after the end, or after `close`."""
+        ...
+
+    def close(self) -> None:
+        """Ends the watch, and nothing else."""
+        ...
+
+
+class RunWatcher:
+    """The watch of a run; read it until None."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        config: Config,
+        request: agent_run_service_pb2.WatchRunRequest,
+        *,
+        heartbeat_s: float | None,
+        on_reconnect: OnReconnect | None,
+    ) -> None:
+        self._position = WatchPosition(request)
+        self._reader = _Reader(transport, config, WATCH_RUN, heartbeat_s=heartbeat_s, on_reconnect=on_reconnect)
+        self._update: WatchUpdate | None = None
+        self._closed = False
+
+    async def read(self) -> WatchUpdate | None:
+        """Returns what is new; None after the end of the run, or after `close`."""
+        while not (self._closed or self._position.ended):
+            await self._reader.read(self._position.next_request, self._accept)
+            update, self._update = self._update, None
+            if update is not None:
+                return update
+        await self._reader.finish()
+        return None
+
+    def close(self) -> None:
+        """Ends the watch. The run goes on."""
+        self._closed = True
+        self._reader.close()
+
+    def _accept(self, response: agent_run_service_pb2.WatchRunResponse) -> None:
+        self._update = self._position.accept(response)
+
+
+class ApprovalWatcher:
+    """The live inbox: every approval once per revision, also those that were decided while the connection was down."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        config: Config,
+        request: approval_service_pb2.WatchApprovalsRequest,
+        *,
+        get_approval: Callable[[str], Awaitable[Approval]],
+        heartbeat_s: float | None,
+        on_reconnect: OnReconnect | None,
+    ) -> None:
+        self._request = request
+        self._get_approval = get_approval
+        self._reader = _Reader(transport, config, WATCH_APPROVALS, heartbeat_s=heartbeat_s, on_reconnect=on_reconnect)
+        self._news: deque[Approval] = deque()
+        self._revisions: dict[str, int] = {}
+        self._pending: set[str] = set()
+        self._unconfirmed: set[str] = set()
+        self._catching_up = True
+        self._closed = False
+
+    async def read(self) -> Approval | None:
+        """Returns the next approval that is pending or has changed; None only after `close`."""
+        while not self._closed:
+            if self._news:
+                return self._news.popleft()
+            if not self._catching_up and self._unconfirmed:
+                await self._ask_for(next(iter(self._unconfirmed)))
+            else:
+                await self._reader.read(self._next_request, self._accept)
+        return None
+
+    def close(self) -> None:
+        """Ends the watch."""
+        self._closed = True
+        self._reader.close()
+
+    def _next_request(self) -> approval_service_pb2.WatchApprovalsRequest:
+        """Called for every new stream: it tells again what is pending, and not what ceased to be meanwhile."""
+        self._catching_up = True
+        self._unconfirmed = set(self._pending)
+        self._revisions = {approval_id: self._revisions[approval_id] for approval_id in self._pending}
+        return self._request
+
+    async def _ask_for(self, approval_id: str) -> None:
+        """Takes what became of an approval that was pending before a break and is not any more."""
+        try:
+            self._take(await self._get_approval(approval_id))
+        except ApprovalNotFound:  # its run was deleted
+            self._unconfirmed.discard(approval_id)
+            self._pending.discard(approval_id)
+
+    def _accept(self, response: approval_service_pb2.WatchApprovalsResponse) -> None:
+        for message in response.approvals:
+            self._take(approval_from(message))
+        if response.caught_up:
+            self._catching_up = False
+
+    def _take(self, approval: Approval) -> None:
+        approval_id = approval.approval_id
+        self._unconfirmed.discard(approval_id)
+        if approval.revision <= self._revisions.get(approval_id, -1):
+            return
+        self._revisions[approval_id] = approval.revision
+        if approval.state is ApprovalState.PENDING:
+            self._pending.add(approval_id)
+        else:
+            self._pending.discard(approval_id)
+        self._news.append(approval)

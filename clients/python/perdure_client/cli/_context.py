@@ -1,0 +1,81 @@
+"""What the commands share: the session with the server, and options that mean the same everywhere."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perdure_client._client import Client
+from perdure_client.cli._output import Output
+
+CONNECT_TIMEOUT_S = 3.0
+"""A person would rather be told."""
+
+OutputOption = Annotated[
+    Output | None,
+    typer.Option("--output", "-o", help="table or json. Without it: table on a terminal, JSON lines into a pipe."),
+]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
+
+
+@dataclass
+class Session:
+    """Where the server is, as the options and the environment say. The client is made when it is needed."""
+
+    address: str | None
+    namespace: str | None
+    tls: bool | None
+    ca_file: Path | None
+    timeout_s: float
+
+    @cached_property
+    def client(self) -> Client:
+        """The client of this command.
+
+        Raises:
+            typer.BadParameter: The file with the authorities cannot be read.
+            ConfigurationError: The options contradict each other.
+        """
+        try:
+            certificates = self.ca_file.read_bytes() if self.ca_file else None
+        except OSError as error:
+            raise typer.BadParameter(f"cannot read {self.ca_file}: {error.strerror}", param_hint="--ca-file") from None
+        return Client(
+            self.address,
+            namespace=self.namespace,
+            tls=self.tls,
+            root_certificates=certificates,
+            timeout=self.timeout_s,
+            connect_timeout=CONNECT_TIMEOUT_S,
+        )
+
+    @property
+    def prefix(self) -> str:
+        """What a proposed command needs between `perdure` and the rest, so that it means the same server."""
+        parts = ""
+        if self.address and self.address != os.environ.get("PERDURE_ADDRESS"):
+            parts += f" --address {self.address}"
+        if self.namespace and self.namespace != os.environ.get("PERDURE_NAMESPACE"):
+            parts += f" --namespace {self.namespace}"
+        if self.tls is not None and not os.environ.get("PERDURE_TLS"):
+            parts += " --tls" if self.tls else " --no-tls"
+        if self.ca_file:
+            parts += f" --ca-file {self.ca_file}"
+        return parts
+
+    def close(self) -> None:
+        """Ends the connection, if there is one."""
+        if "client" in self.__dict__:
+            self.client.close()
+
+
+def session_of(context: typer.Context) -> Session:
+    """Returns the session of a command."""
+    session = context.obj
+    assert isinstance(session, Session)
+    return session

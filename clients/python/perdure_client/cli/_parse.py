@@ -1,0 +1,106 @@
+"""How arguments of the command become values; what cannot be understood is a usage error that says what would be."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from perdure_client._types import JsonValue
+
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+_PART = r"(\d+(?:\.\d+)?)\s*(ms|s|min|m|h|d|w)"
+
+
+def duration(text: str) -> timedelta:
+    """Returns `90`, `10s`, `1h30m` … as a duration; a number alone is seconds.
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    compact = text.strip().lower()
+    if re.fullmatch(r"\d+(?:\.\d+)?", compact):
+        return timedelta(seconds=float(compact))
+    if not re.fullmatch(rf"(?:{_PART}\s*)+", compact):
+        raise typer.BadParameter(f"{text!r} is no duration; write 500ms, 10s, 5m, 2h, 1d, or 1h30m")
+    return timedelta(seconds=sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, compact)))
+
+
+def moment(text: str) -> datetime:
+    """Returns an ISO 8601 time; without a zone it is the user's own.
+
+    Raises:
+        typer.BadParameter: It is none.
+    """
+    try:
+        return datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is no time; write 2030-01-31T09:00, with +00:00 for UTC") from None
+
+
+def duration_or_moment(text: str) -> timedelta | datetime:
+    """Returns a duration, or a time.
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    try:
+        return duration(text)
+    except typer.BadParameter:
+        pass
+    try:
+        return moment(text)
+    except typer.BadParameter:
+        raise typer.BadParameter(f"{text!r} is neither a duration (2h) nor a time (2030-01-31T09:00)") from None
+
+
+def json_value(text: str) -> JsonValue:
+    """Returns JSON that is given as itself, as `@file`, or as `-` for standard input.
+
+    Raises:
+        typer.BadParameter: There is no such file, or no JSON in it.
+    """
+    source = "the argument"
+    if text == "-":
+        text, source = sys.stdin.read(), "standard input"
+    elif text.startswith("@"):
+        path = Path(text[1:])
+        source = str(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise typer.BadParameter(f"cannot read {path}: {error}") from None
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"{source} is not JSON: {error}") from None
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Returns a JSON object, given as for `json_value`.
+
+    Raises:
+        typer.BadParameter: It is no object.
+    """
+    value = json_value(text)
+    if not isinstance(value, dict):
+        raise typer.BadParameter('must be a JSON object, such as {"question": "…"}')
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def labels(pairs: list[str]) -> dict[str, str]:
+    """Returns `key=value` pairs as labels.
+
+    Raises:
+        typer.BadParameter: One has no `=`.
+    """
+    split = [pair.partition("=") for pair in pairs]
+    for (key, equals, _), pair in zip(split, pairs, strict=True):
+        if not (key and equals):
+            raise typer.BadParameter(f"{pair!r} is no label; write key=value")
+    return {key: value for key, _, value in split}

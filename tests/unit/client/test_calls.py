@@ -1,0 +1,467 @@
+"""Single calls against a real server: what is sent, what is repeated, and when a caller is told to give up."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import grpc
+import pytest
+from perdure.v1 import agent_catalog_service_pb2 as catalog
+from perdure.v1 import agent_run_service_pb2 as runs
+from perdure.v1 import approval_service_pb2 as approvals
+from perdure_client import (
+    ApprovalState,
+    AsyncClient,
+    Client,
+    ClientClosed,
+    ConflictPolicy,
+    Contention,
+    DeadlineExceeded,
+    Decision,
+    Draining,
+    EventKind,
+    InvalidArgument,
+    PayloadTooLarge,
+    RevisionConflict,
+    RunFailed,
+    RunState,
+    ServerUnavailable,
+    StepState,
+    WaitTimeout,
+)
+from perdure_client._transport import (
+    CANCEL_RUN,
+    DECIDE_APPROVAL,
+    GET_AGENT,
+    GET_APPROVAL,
+    GET_RUN,
+    LIST_AGENTS,
+    LIST_APPROVALS,
+    LIST_RUN_EVENTS,
+    LIST_RUNS,
+    LIST_STEPS,
+    SIGNAL_RUN,
+    START_AGENT,
+    WAIT_RUN,
+)
+
+from tests.unit.client.scripted import CuttableProxy, Fail, Hang, ScriptedServer, log_event, run_message
+
+SERVER_MADE = re.compile(r"[a-z0-9]+-[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+DRAINING = Fail(grpc.StatusCode.UNAVAILABLE, "DRAINING", retry_delay_s=0.5)
+
+
+def started(request: Any) -> runs.StartAgentResponse:
+    return runs.StartAgentResponse(run=run_message(request.run_id, "QUEUED"), created=True)
+
+
+def got(**fields: Any) -> runs.GetRunResponse:
+    return runs.GetRunResponse(run=run_message(**fields))
+
+
+# ---- start -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_start_has_ids_of_its_own(server: ScriptedServer, client: AsyncClient) -> None:
+    server.script(START_AGENT, started, started)
+    first, second = await client.start("research", {"question": "?"}), await client.start("research")
+    requests = server.asked(START_AGENT)
+    assert first.run_id == requests[0].run_id != second.run_id
+    assert re.fullmatch(r"run-[0-9a-f]{32}", first.run_id)
+    assert not SERVER_MADE.fullmatch(first.run_id)
+    assert requests[0].request_id
+    assert requests[0].request_id != requests[1].request_id
+    assert (first.created, first.state) == (True, RunState.QUEUED)
+    assert (requests[0].input_json, requests[1].input_json) == ('{"question":"?"}', "{}")
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        DRAINING,
+        Fail(grpc.StatusCode.UNAVAILABLE, message="Connection reset by peer"),
+        Fail(grpc.StatusCode.INTERNAL, message="Received RST_STREAM with error code 2"),
+        Fail(grpc.StatusCode.ABORTED, "CONTENTION", retry_delay_s=0.2),
+        Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=1.0),
+        Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", retry_delay_s=1.0),
+    ],
+    ids=lambda fail: fail.reason or fail.message,
+)
+async def test_repeats_of_a_start_are_the_same_request(
+    server: ScriptedServer, client: AsyncClient, slept: list[float], fail: Fail
+) -> None:
+    server.script(START_AGENT, fail, fail, started)
+    run = await client.start("research", {"n": 1}, deadline=timedelta(hours=1))
+    first, second, third = server.asked(START_AGENT)
+    assert first == second == third
+    assert run.run_id == first.run_id
+    assert len(slept) == 2
+    assert all(delay >= (fail.retry_delay_s or 0) for delay in slept)
+
+
+async def test_a_start_whose_answer_was_lost_is_repeated_with_the_same_ids(
+    server: ScriptedServer, slept: list[float]
+) -> None:
+    proxy = CuttableProxy(server.port)
+    await proxy.start()
+    hang = Hang()
+    server.script(START_AGENT, hang, started)
+    try:
+        async with AsyncClient(f"127.0.0.1:{proxy.port}") as client:
+            starting = asyncio.ensure_future(client.start("research"))
+            await hang.reached.wait()
+            proxy.cut()
+            run = await starting
+        lost, repeated = server.asked(START_AGENT)
+        assert lost == repeated
+        assert run.run_id == lost.run_id
+    finally:
+        await proxy.stop()
+
+
+async def test_everything_about_a_start_is_sent(server: ScriptedServer, client: AsyncClient) -> None:
+    server.script(START_AGENT, started, started)
+    at = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
+    big = 2**60 + 1
+    await client.start(
+        "research",
+        {"n": big, "text": "ü"},
+        run_id="mine",
+        agent_version="2",
+        labels={"team": "blue"},
+        context_id="case-1",
+        delay=1.5,
+        deadline=at,
+        conflict_policy=ConflictPolicy.FAIL,
+        validate_only=True,
+    )
+    await client.start("research", start_time=at)
+    first, second = server.asked(START_AGENT)
+    assert (first.namespace, first.agent, first.agent_version, first.run_id) == ("default", "research", "2", "mine")
+    assert first.input_json == f'{{"n":{big},"text":"ü"}}'
+    assert (dict(first.labels), first.context_id, first.validate_only) == ({"team": "blue"}, "case-1", True)
+    assert first.delay.ToTimedelta() == timedelta(seconds=1.5)
+    assert first.deadline_time.ToDatetime(tzinfo=UTC) == at
+    assert first.conflict_policy == runs.CONFLICT_POLICY_FAIL
+    assert second.start_time.ToDatetime(tzinfo=UTC) == at
+    assert not second.HasField("deadline_time")
+    assert second.conflict_policy == runs.CONFLICT_POLICY_USE_EXISTING
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"input": [1]}, "input"),
+        ({"input": {"x": float("nan")}}, "input"),
+        ({"input": {"x": object()}}, "input"),
+        ({"delay": -1}, "delay"),
+        ({"delay": float("inf")}, "delay"),
+        ({"delay": 1, "start_time": datetime.now(UTC)}, "delay"),
+        ({"start_time": datetime(2030, 1, 1)}, "start_time"),
+        ({"deadline": datetime(2030, 1, 1)}, "deadline"),
+    ],
+)
+async def test_what_cannot_be_sent_is_refused_here(
+    server: ScriptedServer, client: AsyncClient, arguments: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(InvalidArgument) as raised:
+        await client.start("research", **arguments)
+    assert [violation.field for violation in raised.value.violations] == [field]
+    assert server.requests == {}
+
+
+# ---- repeats and deadlines -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fail", "error"),
+    [
+        (Fail(grpc.StatusCode.ABORTED, "REVISION_CONFLICT"), RevisionConflict),
+        (Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "PAYLOAD_TOO_LARGE"), PayloadTooLarge),
+        (Fail(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD"), InvalidArgument),
+    ],
+)
+async def test_what_repeating_does_not_help_is_not_repeated(
+    server: ScriptedServer, client: AsyncClient, slept: list[float], fail: Fail, error: type[Exception]
+) -> None:
+    server.script(GET_RUN, fail)
+    with pytest.raises(error):
+        await client.get("r")
+    assert slept == []
+
+
+@pytest.mark.parametrize(("reason", "error"), [("DRAINING", Draining), ("CONTENTION", Contention)])
+async def test_repeats_end_with_the_timeout_and_the_last_error(
+    server: ScriptedServer, slept: list[float], reason: str, error: type[Exception]
+) -> None:
+    code = grpc.StatusCode.UNAVAILABLE if reason == "DRAINING" else grpc.StatusCode.ABORTED
+    server.script(GET_RUN, Fail(code, reason, retry_delay_s=2.0))
+    async with AsyncClient(server.address, timeout=1.5) as client:
+        with pytest.raises(error):
+            await client.get("r")
+    assert slept == []  # the delay alone is longer than the time there is
+
+
+async def test_every_call_has_a_deadline(server: ScriptedServer, client: AsyncClient) -> None:
+    server.script(GET_RUN, got())
+    await client.get("r")
+    (deadline_s,) = server.deadlines_s
+    assert deadline_s is not None
+    assert 25 < deadline_s < 31
+
+
+async def get(address: str, *, blocking: bool, **options: float) -> None:
+    """One call of a new client of either kind."""
+    if blocking:
+        with Client(address, **options) as blocking_client:
+            await asyncio.to_thread(blocking_client.get, "r")
+    else:
+        async with AsyncClient(address, **options) as client:
+            await client.get("r")
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_a_call_without_an_answer_ends_at_its_timeout(server: ScriptedServer, blocking: bool) -> None:
+    server.script(GET_RUN, Hang())
+    with pytest.raises(DeadlineExceeded, match=re.escape(server.address)) as raised:
+        await get(server.address, blocking=blocking, timeout=0.05)
+    assert isinstance(raised.value, TimeoutError)
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_no_server_is_said_with_the_address_and_the_way_out(slept: list[float], blocking: bool) -> None:
+    with pytest.raises(ServerUnavailable) as raised:
+        await get("127.0.0.1:1", blocking=blocking, connect_timeout=0.05)
+    text = str(raised.value)
+    assert text.startswith("no perdure server answers at 127.0.0.1:1 (")
+    assert "Connection refused" in text
+    assert text.endswith("Start one with `perdure-server dev`, or set PERDURE_ADDRESS.")
+    assert isinstance(raised.value.__cause__, grpc.RpcError)
+
+
+async def test_a_closed_client_says_so(server: ScriptedServer) -> None:
+    client, blocking_client = AsyncClient(server.address), Client(server.address)
+    await client.close()
+    await client.close()
+    blocking_client.close()
+    blocking_client.close()
+    with pytest.raises(ClientClosed):
+        await client.get("r")
+    with pytest.raises(ClientClosed):
+        blocking_client.get("r")
+    with pytest.raises(ClientClosed):
+        next(blocking_client.watch("r"))
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+async def test_closing_a_client_ends_its_calls_with_an_error_of_ours(server: ScriptedServer, blocking: bool) -> None:
+    hang = Hang()
+    server.script(GET_RUN, hang)
+    if blocking:
+        blocking_client = Client(server.address)
+        getting: Any = asyncio.ensure_future(asyncio.to_thread(blocking_client.get, "r"))
+        await hang.reached.wait()
+        blocking_client.close()
+    else:
+        client = AsyncClient(server.address)
+        getting = asyncio.ensure_future(client.get("r"))
+        await hang.reached.wait()
+        await client.close()
+    with pytest.raises(ClientClosed):
+        await getting
+
+
+async def test_a_cancelled_task_is_cancelled_and_nothing_else(server: ScriptedServer, client: AsyncClient) -> None:
+    hang = Hang()
+    server.script(GET_RUN, hang)
+    getting = asyncio.ensure_future(client.get("r"))
+    await hang.reached.wait()
+    getting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await getting
+    await asyncio.wait_for(hang.left.wait(), 5)
+
+
+async def test_a_client_may_be_made_without_an_event_loop(server: ScriptedServer) -> None:
+    made_elsewhere = await asyncio.to_thread(AsyncClient, server.address)
+    server.script(GET_RUN, got())
+    async with made_elsewhere as client:
+        assert (await client.get("r")).run_id == "r"
+
+
+async def test_a_blocking_client_works_where_an_event_loop_runs(
+    server: ScriptedServer, blocking_client: Client
+) -> None:
+    server.script(GET_RUN, got())
+
+    async def inside() -> str:
+        return blocking_client.get("r").run_id
+
+    assert await asyncio.to_thread(asyncio.run, inside()) == "r"
+
+
+# ---- metadata --------------------------------------------------------------------------------------------------------
+
+
+async def test_the_token_travels_over_loopback(server: ScriptedServer) -> None:
+    server.script(GET_RUN, got(), got())
+    async with AsyncClient(server.address, token="secret") as client:
+        await client.get("r")
+    with Client(server.address) as blocking_client:
+        await asyncio.to_thread(blocking_client.get, "r")
+    assert server.metadata[0]["authorization"] == "Bearer secret"
+    assert "authorization" not in server.metadata[1]
+    assert str(server.metadata[0]["user-agent"]).startswith("perdure-python/")
+
+
+async def test_the_callers_trace_goes_with_the_call(server: ScriptedServer, client: AsyncClient) -> None:
+    from opentelemetry import trace
+
+    server.script(GET_RUN, got(), got())
+    context = trace.SpanContext(int("a" * 32, 16), int("b" * 16, 16), is_remote=False, trace_flags=trace.TraceFlags(1))
+    with trace.use_span(trace.NonRecordingSpan(context)):
+        await client.get("r")
+    await client.get("r")
+    assert server.metadata[0]["traceparent"] == f"00-{'a' * 32}-{'b' * 16}-01"
+    assert "traceparent" not in server.metadata[1]
+
+
+# ---- wait and run ----------------------------------------------------------------------------------------------------
+
+
+def waited(state: str = "RUNNING", *, timed_out: bool = False, **fields: Any) -> runs.WaitRunResponse:
+    return runs.WaitRunResponse(run=run_message(state=state, **fields), timed_out=timed_out)
+
+
+async def test_a_wait_asks_again_until_the_run_has_ended(server: ScriptedServer, client: AsyncClient) -> None:
+    server.script(WAIT_RUN, waited(timed_out=True), DRAINING, waited("SUCCEEDED", output_json='{"a":1}'))
+    run = await client.wait("r")
+    assert (run.state, run.output) == (RunState.SUCCEEDED, {"a": 1})
+    assert all(deadline_s is not None and 50 < deadline_s < 61 for deadline_s in server.deadlines_s)
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_a_wait_ends_with_the_callers_timeout(server: ScriptedServer, client: AsyncClient, answers: bool) -> None:
+    server.script(WAIT_RUN, *([waited("SLEEPING", timed_out=True)] if answers else []), Hang())
+    with pytest.raises(WaitTimeout, match=r"did not end within 0\.1 s") as raised:
+        await client.wait("r", timeout=0.1)
+    assert isinstance(raised.value, TimeoutError)
+    assert (raised.value.run and raised.value.run.state) == (RunState.SLEEPING if answers else None)
+
+
+async def test_run_returns_the_output(server: ScriptedServer, client: AsyncClient, blocking_client: Client) -> None:
+    server.script(START_AGENT, started, started)
+    server.script(WAIT_RUN, waited("SUCCEEDED", output_json="[1]"), waited("SUCCEEDED", output_json="null"))
+    assert await client.run("research", {"q": 1}) == [1]
+    assert await asyncio.to_thread(blocking_client.run, "research", {"q": 1}) is None
+
+
+@pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "EXPIRED"])
+async def test_run_raises_when_the_run_has_no_output(server: ScriptedServer, client: AsyncClient, state: str) -> None:
+    failure = {"type": "ValueError", "message": "no"} if state == "FAILED" else None
+    server.script(START_AGENT, started)
+    server.script(WAIT_RUN, waited(state, run_id="x", failure=failure, state_reason="because"))
+    with pytest.raises(RunFailed) as raised:
+        await client.run("research")
+    assert raised.value.run.state == state
+    assert raised.value.reason == f"RUN_{state}"
+    assert str(raised.value) == f"run x ended as {state}: " + ("ValueError: no" if failure else "because")
+
+
+# ---- the rest --------------------------------------------------------------------------------------------------------
+
+
+async def test_lists_page_by_themselves(server: ScriptedServer, client: AsyncClient, blocking_client: Client) -> None:
+    def page(request: runs.ListRunsRequest) -> runs.ListRunsResponse:
+        names = {"": ["a", "b"], "2": [], "3": ["c"]}[request.page_token]
+        token = {"": "2", "2": "3", "3": ""}[request.page_token]
+        return runs.ListRunsResponse(runs=[run_message(name) for name in names], next_page_token=token)
+
+    server.script(LIST_RUNS, *[page] * 7)
+    listed = [
+        run.run_id async for run in client.list(states=[RunState.FAILED], agent="x", labels={"k": "v"}, context_id="c")
+    ]
+    assert listed == ["a", "b", "c"]
+    assert [run.run_id for run in await asyncio.to_thread(list, blocking_client.list())] == ["a", "b", "c"]
+    assert [run.run_id async for run in client.list(limit=1)] == ["a"]
+    first = server.asked(LIST_RUNS)[0]
+    assert (list(first.states), first.agent, dict(first.labels), first.context_id) == ([7], "x", {"k": "v"}, "c")
+    assert server.asked(LIST_RUNS)[-1].page_size == 1
+    assert [run.run_id async for run in client.list(limit=0)] == []
+
+
+async def test_steps_and_events_are_listed(server: ScriptedServer, client: AsyncClient) -> None:
+    step = runs.Step(step_id=1, step_name="ask", state=runs.STEP_STATE_INTERRUPTED, attempts=2)
+    step.start_time.FromSeconds(10)
+    step.end_time.FromMilliseconds(12_500)
+    server.script(LIST_STEPS, runs.ListStepsResponse(steps=[step]))
+    server.script(LIST_RUN_EVENTS, runs.ListRunEventsResponse(events=[log_event(1), log_event(2)]))
+    (only,) = [step async for step in client.steps("r")]
+    assert (only.step_name, only.state, only.duration) == ("ask", StepState.INTERRUPTED, timedelta(seconds=2.5))
+    events = [event async for event in client.events("r", kinds=[EventKind.LOG])]
+    assert [(event.sequence, event.kind) for event in events] == [(1, EventKind.LOG), (2, EventKind.LOG)]
+    assert list(server.asked(LIST_RUN_EVENTS)[0].kinds) == [15]
+
+
+async def test_signal_and_cancel(server: ScriptedServer, client: AsyncClient) -> None:
+    server.script(SIGNAL_RUN, DRAINING, runs.SignalRunResponse(created=True), runs.SignalRunResponse())
+    server.script(CANCEL_RUN, runs.CancelRunResponse(run=run_message(state="CANCELLED")))
+    assert await client.signal("r", "go", [1, "x"])
+    assert not await client.signal("r", "go")
+    first, repeated, second = server.asked(SIGNAL_RUN)
+    assert first == repeated
+    assert first.request_id != second.request_id
+    assert (first.payload_json, second.payload_json) == ('[1,"x"]', "{}")
+    assert (await client.cancel("r", reason="enough")).state is RunState.CANCELLED
+    assert server.asked(CANCEL_RUN)[0].reason == "enough"
+
+
+async def test_an_approval_is_decided_at_the_revision_that_was_seen(
+    server: ScriptedServer, client: AsyncClient
+) -> None:
+    pending = {"approval_id": "r/3", "run_id": "r", "title": "Publish?", "payload_json": "[1]", "revision": 4}
+    answer = lambda _: approvals.DecideApprovalResponse(approval=dict(pending, state="APPROVAL_STATE_APPROVED"))  # noqa: E731
+    server.script(GET_APPROVAL, approvals.GetApprovalResponse(approval=pending))  # type: ignore[arg-type]
+    server.script(LIST_APPROVALS, approvals.ListApprovalsResponse(approvals=[pending]))  # type: ignore[list-item]
+    server.script(DECIDE_APPROVAL, answer, answer, answer)
+    approval = await client.get_approval("r/3")
+    assert approval.payload == [1]
+    assert (await client.approve(approval, comment="ok", answer={"n": 2})).state is ApprovalState.APPROVED
+    await client.reject("r/3")
+    await client.decide("r/3", Decision.APPROVE, expected_revision=9)
+    first, second, third = server.asked(DECIDE_APPROVAL)
+    assert (first.expected_revision, first.decision, first.comment) == (4, approvals.DECISION_APPROVE, "ok")
+    assert dict(first.answer.struct_value) == {"n": 2}
+    assert (second.expected_revision, second.decision) == (0, approvals.DECISION_REJECT)
+    assert not second.HasField("answer")
+    assert third.expected_revision == 9
+    listed = [item.approval_id async for item in client.approvals(run="r", states=[ApprovalState.PENDING])]
+    assert listed == ["r/3"]
+    assert server.asked(LIST_APPROVALS)[0].run_id == "r"
+
+
+async def test_an_answer_never_loses_digits_silently(client: AsyncClient) -> None:
+    with pytest.raises(InvalidArgument, match="send it as a string"):
+        await client.approve("r/1", answer={"n": [2**53 + 1]})
+
+
+async def test_agents(server: ScriptedServer, client: AsyncClient) -> None:
+    agent = catalog.Agent(agent="research", agent_version="1", input_schema_json='{"type":"object"}', current=True)
+    server.script(LIST_AGENTS, catalog.ListAgentsResponse(agents=[agent]))
+    server.script(GET_AGENT, catalog.GetAgentResponse(agent=agent))
+    (listed,) = [info async for info in client.agents()]
+    assert listed == await client.get_agent("research", agent_version="1")
+    assert (listed.input_schema, listed.output_schema, listed.current) == ({"type": "object"}, None, True)
+
+
+async def test_runs_can_be_given_as_themselves(server: ScriptedServer, client: AsyncClient) -> None:
+    server.script(GET_RUN, got(), got())
+    run = await client.get("r")
+    await client.get(run, full=False)
+    assert [request.run_id for request in server.asked(GET_RUN)] == ["r", "r"]
+    assert [request.view for request in server.asked(GET_RUN)] == [2, 1]
+    with pytest.raises(InvalidArgument, match="run_id: is empty"):
+        await client.get("")

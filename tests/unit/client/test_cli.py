@@ -1,0 +1,487 @@
+"""The command `perdure` against a scripted server: output, exit codes, and errors in one line."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import typer
+from perdure.v1 import agent_catalog_service_pb2 as catalog
+from perdure.v1 import agent_run_service_pb2 as runs
+from perdure.v1 import approval_service_pb2 as approvals
+from perdure.v1 import run_event_pb2
+from perdure_client import Client, RunState
+from perdure_client._transport import (
+    CANCEL_RUN,
+    DECIDE_APPROVAL,
+    GET_AGENT,
+    GET_APPROVAL,
+    GET_RUN,
+    LIST_AGENTS,
+    LIST_APPROVALS,
+    LIST_RUN_EVENTS,
+    LIST_RUNS,
+    LIST_STEPS,
+    SIGNAL_RUN,
+    START_AGENT,
+    WAIT_RUN,
+    WATCH_APPROVALS,
+    WATCH_RUN,
+)
+from perdure_client.cli import _parse
+from perdure_client.cli._app import app, describe
+from perdure_client.cli._follow import Detached, Style, follow
+from perdure_client.cli._output import write_rows
+from rich.console import Console
+from typer.testing import CliRunner
+
+from tests.unit.client.scripted import Fail, Hang, ScriptedServer, batch, end_event, log_event, run_message
+
+Invoke = Callable[..., Awaitable[Any]]
+COMMANDS = (
+    "start watch get list steps events signal cancel approvals approve reject agents".split()  # noqa: SIM905
+)
+
+
+@pytest.fixture
+def perdure(server: ScriptedServer, slept: list[float]) -> Invoke:
+    """Runs the command; its output is piped, so it is JSON unless a test says otherwise."""
+
+    async def invoke(*arguments: str, stdin: str | None = None) -> Any:
+        arguments = ("--address", server.address, *arguments)
+        return await asyncio.to_thread(CliRunner().invoke, app, list(arguments), input=stdin)
+
+    return invoke
+
+
+def started(request: Any) -> runs.StartAgentResponse:
+    return runs.StartAgentResponse(run=run_message(request.run_id, "QUEUED", agent_version="1"), created=True)
+
+
+def waited(state: str, **fields: Any) -> runs.WaitRunResponse:
+    return runs.WaitRunResponse(run=run_message(state=state, **fields))
+
+
+def got(state: str = "SUCCEEDED", **fields: Any) -> runs.GetRunResponse:
+    return runs.GetRunResponse(run=run_message(state=state, **fields))
+
+
+def objects(result: Any) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+# ---- start -----------------------------------------------------------------------------------------------------------
+
+
+async def test_start_sends_all_options_and_prints_the_run(server: ScriptedServer, perdure: Invoke) -> None:
+    server.script(START_AGENT, started)
+    result = await perdure(
+        "start", "research", "-i", '{"q": 1}', "--run-id", "mine", "--version", "2", "-l", "a=b", "-l", "c=d=e",
+        "--context", "case", "--delay", "1m30s", "--deadline", "2h", "--fail-if-exists",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (run,) = objects(result)
+    assert (run["run_id"], run["state"], run["created"]) == ("mine", "QUEUED", True)
+    (request,) = server.asked(START_AGENT)
+    assert (request.input_json, request.agent_version, dict(request.labels)) == ('{"q":1}', "2", {"a": "b", "c": "d=e"})
+    assert (request.context_id, request.delay.seconds) == ("case", 90)
+    assert request.conflict_policy == runs.CONFLICT_POLICY_FAIL
+    left = request.deadline_time.ToDatetime(tzinfo=UTC) - datetime.now(UTC)
+    assert timedelta(minutes=119) < left <= timedelta(hours=2)
+
+
+async def test_input_comes_from_a_file_or_standard_input(
+    server: ScriptedServer, perdure: Invoke, tmp_path: Path
+) -> None:
+    (tmp_path / "in.json").write_text('{"from": "file"}', encoding="utf-8")
+    server.script(START_AGENT, started, started)
+    assert (await perdure("start", "research", "-i", f"@{tmp_path / 'in.json'}")).exit_code == 0
+    assert (await perdure("start", "research", "-i", "-", stdin='{"from": "stdin"}')).exit_code == 0
+    assert [request.input_json for request in server.asked(START_AGENT)] == ['{"from":"file"}', '{"from":"stdin"}']
+
+
+@pytest.mark.parametrize(("state", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELLED", 1), ("EXPIRED", 1)])
+async def test_wait_ends_with_the_run_and_its_exit_code(
+    server: ScriptedServer, perdure: Invoke, state: str, code: int
+) -> None:
+    server.script(START_AGENT, started)
+    server.script(WAIT_RUN, waited(state, output_json="[1]" if state == "SUCCEEDED" else ""))
+    result = await perdure("start", "research", "--wait")
+    assert result.exit_code == code
+    (run,) = objects(result)
+    assert (run["state"], run["output"]) == (state, [1] if state == "SUCCEEDED" else None)
+
+
+async def test_start_can_watch_and_prints_events_as_json_lines(server: ScriptedServer, perdure: Invoke) -> None:
+    server.script(START_AGENT, started)
+    server.script(WATCH_RUN, [batch([1, 2]), batch([3], end=True)])
+    result = await perdure("start", "research", "--watch")
+    assert result.exit_code == 0
+    assert [(event["sequence"], event["kind"]) for event in objects(result)] == [
+        (1, "log"), (2, "log"), (3, "state_changed"),
+    ]  # fmt: skip
+
+
+async def test_for_people_start_says_how_to_follow(server: ScriptedServer, perdure: Invoke) -> None:
+    server.script(START_AGENT, started, started)
+    result = await perdure("start", "research", "--run-id", "x", "-o", "lines")
+    assert result.stdout.splitlines() == [
+        "research@1  x  QUEUED",
+        f"Follow it: perdure --address {server.address} watch x",
+    ]
+    result = await perdure("start", "research", "--validate-only", "-o", "lines")
+    assert result.stdout == "Valid. Nothing was started.\n"
+
+
+# ---- watch -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("state", "code"), [("SUCCEEDED", 0), ("FAILED", 1)])
+async def test_watch_exits_as_the_run_ended(server: ScriptedServer, perdure: Invoke, state: str, code: int) -> None:
+    last = runs.WatchRunResponse(events=[end_event(5, state)], end_of_run=True)
+    server.script(WATCH_RUN, [last])
+    result = await perdure("watch", "r", "--after", "4")
+    assert result.exit_code == code
+    assert server.asked(WATCH_RUN)[0].after_sequence == 4
+
+
+async def test_watching_a_finished_run_from_its_end_knows_its_state(server: ScriptedServer, perdure: Invoke) -> None:
+    over = runs.WatchRunResponse(snapshot=run_message(state="SUCCEEDED", last_sequence=5), end_of_run=True)
+    server.script(WATCH_RUN, [over])
+    result = await perdure("watch", "r", "--after", "5")
+    assert (result.exit_code, result.stdout) == (0, "")
+
+
+async def test_watch_reconnects_and_says_so_on_standard_error(server: ScriptedServer, perdure: Invoke) -> None:
+    drain = Fail(grpc.StatusCode.UNAVAILABLE, "DRAINING", "the server is stopping", retry_delay_s=0.5)
+    server.script(WATCH_RUN, [batch([1]), drain], [drain], [batch([2], end=True)])
+    result = await perdure("watch", "r")
+    assert [event["sequence"] for event in objects(result)] == [1, 2]
+    assert result.stderr == "connection lost, reconnecting: the server is stopping\n"
+
+
+async def test_ctrl_c_leaves_the_run_alone_and_says_how_to_return(
+    server: ScriptedServer, perdure: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(value: dict[str, Any]) -> None:
+        if value["sequence"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("perdure_client.cli._follow.write_json_line", interrupted)
+    server.script(WATCH_RUN, [batch([1, 2, 3]), Hang()])
+    result = await perdure("watch", "r")
+    assert result.exit_code == 130
+    command = f"perdure --address {server.address} watch r --after 2"
+    assert result.stderr == f"The run goes on. Return to it with: {command}\n"
+    assert server.asked(CANCEL_RUN) == []
+
+
+async def test_plain_lines_end_with_the_output_and_the_trace(server: ScriptedServer, perdure: Invoke) -> None:
+    long = "x" * 300
+    server.script(WATCH_RUN, [batch([1, 2], end=True)])
+    server.script(GET_RUN, got(output_json=f'{{"a": "{long}"}}', trace_id="4bf9"))
+    result = await perdure("watch", "r", "-o", "lines")
+    assert result.exit_code == 0
+    assert [re.sub(r"^\S+  ", "", line) for line in result.stdout.splitlines()] == [
+        "1", "SUCCEEDED", "{", f'  "a": "{long}"', "}", "trace 4bf9",
+    ]  # fmt: skip
+
+
+async def live(server: ScriptedServer, after: int = 0) -> tuple[RunState, str]:
+    """Follows `r` as on a terminal."""
+    screen = Console(file=io.StringIO(), force_terminal=True, width=100, height=30, highlight=False)
+    with Client(server.address) as client:
+        state = await asyncio.to_thread(follow, client, "r", after=after, style=Style.LIVE, console=screen)
+    assert isinstance(screen.file, io.StringIO)
+    return state, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
+
+
+async def test_the_live_view_ends_with_the_whole_story(server: ScriptedServer, slept: list[float]) -> None:
+    step = run_event_pb2.RunEvent(
+        sequence=1, run_id="r", step_id=1, step_name="retrieve", step_succeeded=run_event_pb2.StepSucceeded()
+    )
+    first = runs.WatchRunResponse(events=[step], snapshot=run_message())
+    drain = Fail(grpc.StatusCode.UNAVAILABLE, "DRAINING")
+    server.script(WATCH_RUN, [first, drain], [batch([2], end=True)])
+    server.script(GET_RUN, got(output_json='"the answer"', trace_id="4bf9", agent_version="3"))
+    state, text = await live(server)
+    assert state is RunState.SUCCEEDED
+    for part in ("research@3  r  SUCCEEDED", "retrieve", "the answer", "trace 4bf9"):
+        assert part in text
+
+
+async def test_the_live_view_knows_questions_from_before_it_began(server: ScriptedServer, slept: list[float]) -> None:
+    first = runs.WatchRunResponse(snapshot=run_message(state="AWAITING_INPUT", pending_approvals=1, last_sequence=4))
+    pending = {"approval_id": "r/3", "title": "Publish?", "state": "APPROVAL_STATE_PENDING"}
+    server.script(WATCH_RUN, [first, batch([5], end=True)])
+    server.script(LIST_APPROVALS, approvals.ListApprovalsResponse(approvals=[pending]))  # type: ignore[list-item]
+    server.script(GET_RUN, got())
+    await live(server, after=4)
+    assert server.asked(LIST_APPROVALS)[0].run_id == "r"
+
+
+async def test_the_live_view_can_be_left(
+    server: ScriptedServer, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perdure_client._run_view.RunView.apply", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    server.script(WATCH_RUN, [batch([8]), Hang()])
+    with pytest.raises(Detached) as detached:
+        await live(server, after=7)
+    assert detached.value.last_sequence == 7
+
+
+# ---- the other commands ----------------------------------------------------------------------------------------------
+
+
+async def test_get_as_json_and_for_people(server: ScriptedServer, perdure: Invoke) -> None:
+    server.script(GET_RUN, *[got("FAILED", input_json='{"q": 1}', failure={"type": "E", "message": "m"})] * 2)
+    (run,) = objects(await perdure("get", "r"))
+    assert (run["input"], run["failure"]["type"]) == ({"q": 1}, "E")
+    result = await perdure("get", "r", "-o", "table")
+    assert (result.exit_code, '{"q": 1}' in result.stdout, "E: m" in result.stdout) == (0, True, True)
+
+
+async def test_list_filters_and_limits(server: ScriptedServer, perdure: Invoke) -> None:
+    page = runs.ListRunsResponse(runs=[run_message("a"), run_message("b"), run_message("c")])
+    server.script(LIST_RUNS, page, page, runs.ListRunsResponse())
+    arguments = ("list", "--state", "running", "-a", "research", "-l", "a=b", "--context", "c", "--limit", "2")
+    assert [run["run_id"] for run in objects(await perdure(*arguments))] == ["a", "b"]
+    (request,) = server.asked(LIST_RUNS)
+    assert (list(request.states), request.agent, dict(request.labels), request.context_id) == (
+        [3], "research", {"a": "b"}, "c",
+    )  # fmt: skip
+    result = await perdure("list", "-n", "2", "-o", "table")
+    assert [line.split()[0] for line in result.stdout.splitlines()] == ["RUN", "a", "b"]
+    assert "There are more" in result.stderr
+    result = await perdure("list", "-o", "table")
+    assert (result.stdout, result.stderr) == ("", "No runs. Start one: perdure start AGENT\n")
+
+
+def test_a_narrow_table_keeps_its_ids_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.StringIO()
+    screen = Console(file=file, width=50, force_terminal=True, color_system=None)
+    monkeypatch.setattr("perdure_client.cli._output.console", lambda: screen)
+    rows = [(f"run-{'0' * 32}", "research@1", "SUCCEEDED", "what it does is long")]
+    assert write_rows(("RUN", "AGENT", "STATE", "WHAT"), rows) == 1
+    lines = file.getvalue().splitlines()
+    assert lines[1].startswith(f"run-{'0' * 32} ")
+    assert all(len(line) <= 50 for line in lines)
+
+
+async def test_steps_and_events(server: ScriptedServer, perdure: Invoke) -> None:
+    step = runs.Step(step_id=1, step_name="ask", state=runs.STEP_STATE_FAILED, error={"type": "E"})  # type: ignore[arg-type]
+    server.script(LIST_STEPS, *[runs.ListStepsResponse(steps=[step])] * 2)
+    server.script(LIST_RUN_EVENTS, *[runs.ListRunEventsResponse(events=[log_event(1), log_event(2)])] * 2)
+    assert [step["state"] for step in objects(await perdure("steps", "r"))] == ["FAILED"]
+    assert "ask" in (await perdure("steps", "r", "-o", "table")).stdout
+    events = objects(await perdure("events", "r", "--kind", "log", "--after", "1"))
+    assert [event["sequence"] for event in events] == [2]
+    assert list(server.asked(LIST_RUN_EVENTS)[0].kinds) == [15]
+    assert len((await perdure("events", "r", "-o", "table")).stdout.splitlines()) == 2
+
+
+async def test_signal_and_cancel(server: ScriptedServer, perdure: Invoke) -> None:
+    server.script(SIGNAL_RUN, runs.SignalRunResponse(created=True))
+    server.script(CANCEL_RUN, runs.CancelRunResponse(run=run_message(state="CANCELLED")))
+    assert (await perdure("signal", "r", "go", "-p", "[1]")).exit_code == 0
+    assert server.asked(SIGNAL_RUN)[0].payload_json == "[1]"
+    result = await perdure("cancel", "r", "--reason", "enough", "-o", "table")
+    assert result.stdout == "r  CANCELLED\n"
+    assert server.asked(CANCEL_RUN)[0].reason == "enough"
+
+
+PENDING: dict[str, Any] = {
+    "approval_id": "r/3",
+    "run_id": "r",
+    "title": "Publish?",
+    "payload_json": '{"draft": "x"}',
+    "state": "APPROVAL_STATE_PENDING",
+}
+
+
+async def test_approvals_are_listed_shown_and_decided(server: ScriptedServer, perdure: Invoke) -> None:
+    decided = dict(PENDING, state="APPROVAL_STATE_APPROVED", decided_by="me")
+    server.script(LIST_APPROVALS, *[approvals.ListApprovalsResponse(approvals=[PENDING])] * 2)  # type: ignore[list-item]
+    server.script(GET_APPROVAL, approvals.GetApprovalResponse(approval=PENDING))  # type: ignore[arg-type]
+    server.script(DECIDE_APPROVAL, *[approvals.DecideApprovalResponse(approval=decided)] * 2)  # type: ignore[arg-type]
+    assert [item["approval_id"] for item in objects(await perdure("approvals", "--run", "r"))] == ["r/3"]
+    assert server.asked(LIST_APPROVALS)[0].run_id == "r"
+    assert "Publish?" in (await perdure("approvals", "-o", "table")).stdout
+    shown = (await perdure("approvals", "r/3", "-o", "table")).stdout
+    assert '"draft": "x"' in shown
+    assert "approve r/3" in shown
+    result = await perdure("approve", "r/3", "-c", "ok", "--answer", '{"n": 1}', "--revision", "4", "-o", "table")
+    assert result.stdout == "r/3  APPROVED by me\n"
+    await perdure("reject", "r/3")
+    yes, no = server.asked(DECIDE_APPROVAL)
+    assert (yes.decision, yes.comment, yes.expected_revision) == (approvals.DECISION_APPROVE, "ok", 4)
+    assert dict(yes.answer.struct_value) == {"n": 1}
+    assert no.decision == approvals.DECISION_REJECT
+
+
+async def test_the_inbox_can_be_watched(
+    server: ScriptedServer, perdure: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed: list[dict[str, Any]] = []
+
+    def print_one(value: dict[str, Any]) -> None:
+        printed.append(value)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("perdure_client.cli._approvals.write_json_line", print_one)
+    response = approvals.WatchApprovalsResponse(approvals=[PENDING])  # type: ignore[list-item]
+    server.script(WATCH_APPROVALS, [response, Hang()])
+    assert (await perdure("approvals", "--watch")).exit_code == 130
+    assert [item["approval_id"] for item in printed] == ["r/3"]
+
+
+async def test_agents_are_listed_and_one_is_shown_with_how_to_start_it(server: ScriptedServer, perdure: Invoke) -> None:
+    schema = {"properties": {"question": {"type": "string"}, "limit": {"default": 6}}, "required": ["question"]}
+    agent = catalog.Agent(agent="research", agent_version="1", input_schema_json=json.dumps(schema), current=True)
+    server.script(LIST_AGENTS, *[catalog.ListAgentsResponse(agents=[agent])] * 2)
+    server.script(GET_AGENT, *[catalog.GetAgentResponse(agent=agent)] * 2)
+    assert [item["agent"] for item in objects(await perdure("agents"))] == ["research"]
+    assert "research" in (await perdure("agents", "-o", "table")).stdout
+    assert objects(await perdure("agents", "research"))[0]["input_schema"] == schema
+    shown = (await perdure("agents", "research", "-o", "table")).stdout
+    assert f"""perdure --address {server.address} start research -i '{{"question": "…"}}' --watch""" in shown
+
+
+# ---- errors and help -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fail", "code", "line"),
+    [
+        (
+            Fail(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND", "no run x"),
+            3,
+            "perdure: RUN_NOT_FOUND: no run x. `perdure list` shows the runs of the namespace.",
+        ),
+        (
+            Fail(grpc.StatusCode.INVALID_ARGUMENT, "INVALID_FIELD", "run_id: bad", violations=(("run_id", "bad"),)),
+            2,
+            "perdure: INVALID_FIELD: run_id: bad.",
+        ),
+        (
+            Fail(grpc.StatusCode.INTERNAL, "INTERNAL", "internal error", {"error_id": "e1"}),
+            3,
+            "perdure: INTERNAL: internal error. Tell the server's operator the error id e1.",
+        ),
+    ],
+)
+async def test_an_expected_error_is_one_line_with_the_way_out(
+    server: ScriptedServer, perdure: Invoke, fail: Fail, code: int, line: str
+) -> None:
+    server.script(GET_RUN, fail)
+    result = await perdure("get", "x")
+    assert (result.exit_code, result.stdout, result.stderr) == (code, "", f"{line}\n")
+
+
+async def test_an_unreachable_server_is_one_line(slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("perdure_client.cli._context.CONNECT_TIMEOUT_S", 0.05)
+    for command in (["get", "x"], ["watch", "x"]):
+        result = CliRunner().invoke(app, ["--address", "127.0.0.1:1", *command])
+        assert result.exit_code == 3
+        assert result.stderr == (
+            "perdure: SERVER_UNAVAILABLE: no perdure server answers at 127.0.0.1:1 (Connection refused). "
+            "Start one with `perdure-server dev`, or set PERDURE_ADDRESS.\n"
+        )
+
+
+def test_more_violations_than_the_message_names_are_all_told() -> None:
+    from perdure_client import InvalidArgument, Violation
+
+    error = InvalidArgument("a: bad", violations=[Violation("a", "bad"), Violation("b", "worse")])
+    assert describe(error) == "INVALID_FIELD: a: bad; b: worse."
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["start", "x", "--delay", "soon"], "is no duration"),
+        (["start", "x", "--deadline", "soon"], "neither a duration"),
+        (["start", "x", "--at", "soon"], "is no time"),
+        (["start", "x", "-i", "[1]"], "must be a JSON object"),
+        (["start", "x", "-i", "{"], "is not JSON"),
+        (["start", "x", "-i", "@/no/such/file"], "cannot read"),
+        (["start", "x", "-l", "nolabel"], "write key=value"),
+        (["start", "x", "--watch", "--wait"], "choose one"),
+        (["start"], "Missing argument"),
+        (["nonsense"], "No such command"),
+        (["--ca-file", "/no/such/file", "list"], "cannot read"),
+        (["--ca-file", "/dev/null", "--no-tls", "list"], "TLS is off"),
+        (["list", "--state", "UNKNOWN"], "cannot be asked for"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(arguments: list[str], complaint: str) -> None:
+    result = CliRunner().invoke(app, ["--address", "127.0.0.1:1", *arguments])
+    assert result.exit_code == 2
+    assert complaint in " ".join(result.stderr.split())
+
+
+def test_help_teaches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    main = CliRunner().invoke(app, ["--help"]).stdout
+    assert "Exit codes:" in main
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", main, re.MULTILINE), command
+        text = CliRunner().invoke(app, [command, "--help"]).stdout
+        assert re.search(rf"^  Examples?:\n(    perdure {command}.*\n)+", text, re.MULTILINE), command
+
+
+def test_without_arguments_there_is_help_and_with_version_a_version() -> None:
+    assert "Usage: perdure" in CliRunner().invoke(app, [], prog_name="perdure").output
+    assert re.fullmatch(r"perdure \S+\n", CliRunner().invoke(app, ["--version"]).stdout)
+
+
+def test_the_address_and_namespace_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from perdure_client.cli._context import Session
+
+    monkeypatch.setenv("PERDURE_ADDRESS", "localhost:1")
+    known = Session(address="localhost:1", namespace=None, tls=None, ca_file=None, timeout_s=1)
+    assert known.prefix == ""
+    given = Session(address="localhost:2", namespace="x", tls=True, ca_file=Path("ca.pem"), timeout_s=1)
+    assert given.prefix == " --address localhost:2 --namespace x --tls --ca-file ca.pem"
+
+
+def test_without_the_extra_the_command_says_what_to_install() -> None:
+    code = "import sys; sys.modules['typer'] = None; from perdure_client.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "perdure: the command needs typer and rich. Install them with: pip install 'perdure[cli]'\n"
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; sys.argv = ['perdure', '--help']; from perdure_client.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("10", 10), ("1.5", 1.5), ("500ms", 0.5), ("10s", 10), ("5m", 300), ("1h30m", 5400), ("1d", 86400)],
+)
+def test_durations_are_understood(text: str, seconds: float) -> None:
+    assert _parse.duration(text).total_seconds() == seconds
+
+
+def test_a_time_without_a_zone_is_local() -> None:
+    assert _parse.moment("2030-01-31T09:00+00:00") == datetime(2030, 1, 31, 9, tzinfo=UTC)
+    assert _parse.moment("2030-01-31T09:00").tzinfo is not None
+    with pytest.raises(typer.BadParameter):
+        _parse.moment("tomorrow")
