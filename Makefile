@@ -17,7 +17,7 @@ help:  ## List the targets
 
 install: .venv/installed  ## Make .venv and install everything into it
 
-demo: .venv/installed  ## Show a run that survives a crash, in a minute (YES=1 asks nothing; DOCS=folder QUESTION='…')
+demo: .venv/installed  ## Run the research agent on documents, live (YES=1 asks nothing; DOCS=folder QUESTION='…')
 	.venv/bin/python -m perdure_client.demo
 
 test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE_TEST_DATABASE_URL)

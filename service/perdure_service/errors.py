@@ -140,7 +140,7 @@ class ApprovalClosed(PerdureError):
 
 
 class VersionUnavailable(PerdureError):
-    """No live executor has this version of the agent; tell the operator."""
+    """This server does not have the code of the agent's version; ask one that has, or tell the operator."""
 
     status = "FAILED_PRECONDITION"
     reason = "VERSION_UNAVAILABLE"

@@ -51,7 +51,9 @@ class Settings(BaseSettings):
     )
     database_pool_size: int = Field(20, ge=4, le=500, description="Connections at most. DBOS's own default.")
     statement_timeout: timedelta = Field(
-        timedelta(seconds=30), description="The longest a statement may take; schema changes have their own."
+        timedelta(seconds=30),
+        ge=timedelta(seconds=1),
+        description="The longest a statement may take; schema changes have their own.",
     )
     data_dir: Path | None = Field(
         None, description="Where dev keeps its embedded PostgreSQL. Unset: the user's data folder."
@@ -78,16 +80,24 @@ class Settings(BaseSettings):
     max_running: int = Field(100, ge=1, le=100_000, description="Runs this executor runs at once; more are queued.")
     max_threads: int = Field(64, ge=8, le=2_000, description="Threads for database calls and blocking steps.")
     queue_poll_interval: timedelta = Field(
-        timedelta(seconds=0.5), description="How often to look for queued runs. Bounds the delay of a queued start."
+        timedelta(seconds=0.5),
+        ge=timedelta(seconds=0.01),
+        description="How often to look for queued runs. Bounds the delay of a queued start.",
     )
     watch_poll_interval: timedelta = Field(
-        timedelta(seconds=1), description="How often to look for news of watched runs that no hint announced."
+        timedelta(seconds=1),
+        ge=timedelta(seconds=0.05),
+        description="How often to look for news of watched runs that no hint announced.",
     )
     lease_ttl: timedelta = Field(
-        timedelta(seconds=15), description="How long after its last renewal an executor counts as alive."
+        timedelta(seconds=15),
+        ge=timedelta(seconds=1),
+        description="How long after its last renewal an executor counts as alive.",
     )
     drain_timeout: timedelta = Field(
-        timedelta(seconds=20), description="How long a stopping server lets open calls and running steps finish."
+        timedelta(seconds=20),
+        ge=timedelta(seconds=0),
+        description="How long a stopping server lets open calls and running steps finish.",
     )
     max_message_bytes: int = Field(8 * 2**20, ge=2**16, description="The largest gRPC message, both ways.")
     max_input_bytes: int = Field(
@@ -96,7 +106,9 @@ class Settings(BaseSettings):
     max_signal_bytes: int = Field(2**16, ge=64, description="The largest payload of a signal or an answer.")
     max_watches: int = Field(10_000, ge=1, description="Open WatchRun and WatchApprovals streams at once.")
     max_connection_age: timedelta = Field(
-        timedelta(minutes=30), description="After this a connection is asked to reconnect, so that load spreads."
+        timedelta(minutes=30),
+        ge=timedelta(seconds=10),
+        description="After this a connection is asked to reconnect, so that load spreads.",
     )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe to log.")

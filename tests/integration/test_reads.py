@@ -363,6 +363,7 @@ def test_an_agent_of_an_earlier_deployment_can_be_read_but_not_started(own_serve
     own_server.start()
     own_server.stop()
     own_server.agents = ("perdure_service.agents.notes",)
+    own_server.command = "serve"  # `dev` is alone, and forgets agents that it does not have
     own_server.start()
     with Rpc(own_server.address) as rpc:
         assert rpc.agents.GetAgent(catalog_pb.GetAgentRequest(agent="counter")).agent.agent == "counter"

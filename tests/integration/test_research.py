@@ -168,7 +168,7 @@ def test_an_approved_answer_is_published_with_its_sources(
     assert run.written[handle.workflow_id] == [(1, piece) for piece in PIECES]
     assert [said.rsplit(" ", 1)[1] for said in run.said[handle.workflow_id]] == ["0/4", "1/4", "2/4", "3/4", "4/4"]
     assert [step for step in steps(handle.workflow_id) if not step.startswith("DBOS.")] == [
-        "retrieve", "write", "publish",
+        "research.retrieve", "research.write", "research.publish",
     ]  # fmt: skip
     assert len(endpoint.calls) == 1
 
@@ -180,7 +180,7 @@ def test_a_refused_answer_is_an_outcome_and_is_not_kept(engine: sa.Engine, run: 
     assert (report.approved, report.approved_by, report.report_id) == (False, "", "")
     assert report.answer
     assert reports(engine, handle.workflow_id) == []
-    assert "publish" not in steps(handle.workflow_id)
+    assert "research.publish" not in steps(handle.workflow_id)
 
 
 def test_so_is_one_that_nobody_decides_about(engine: sa.Engine, run: RunDouble) -> None:

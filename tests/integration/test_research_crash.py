@@ -111,7 +111,7 @@ def test_a_finished_model_call_is_not_repeated_after_a_kill(
 ) -> None:
     run_id = f"killed-{model_afterwards or 'no'}"
     with executor(database_url, endpoint, run_id) as first:
-        eventually(lambda: "write" in recorded(engine, run_id), timeout=30)
+        eventually(lambda: "research.write" in recorded(engine, run_id), timeout=30)
         first.send_signal(signal.SIGKILL)
         first.wait()
     assert len(endpoint.calls) == 1
@@ -127,10 +127,10 @@ def test_a_kill_between_saving_and_its_checkpoint_leaves_one_report(
 ) -> None:
     run_id = "killed-publishing"
     with executor(database_url, endpoint, run_id, die_at="publish") as first:
-        eventually(lambda: "write" in recorded(engine, run_id), timeout=30)
+        eventually(lambda: "research.write" in recorded(engine, run_id), timeout=30)
         approve(engine, database_url, run_id)
         assert first.wait(timeout=scaled(30)) == 9
-    assert "publish" not in recorded(engine, run_id)
+    assert "research.publish" not in recorded(engine, run_id)
     before = published(engine, run_id)
     assert len(before) == 1
     with executor(database_url, endpoint, run_id) as second:

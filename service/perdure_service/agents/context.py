@@ -23,7 +23,7 @@ class _CurrentRun:
         context = self.provider()
         if context is None:
             raise RuntimeError(
-                f"run.{member} is only available inside an agent's run; in tests use perdure_service.testing"
+                f"run.{member} is only available inside an agent's run; in a test, agents.context.bind gives it one"
             )
         return context
 

@@ -110,14 +110,16 @@ def _may_help(error: BaseException) -> bool:
     )
 
 
-@DBOS.step(retries_allowed=True, max_attempts=5, interval_seconds=0.5, should_retry=_may_help)
+@DBOS.step(name="research.retrieve", retries_allowed=True, max_attempts=5, interval_seconds=0.5, should_retry=_may_help)
 async def retrieve(question: str, limit: int) -> list[dict[str, Any]]:
     """Returns the passages to answer from, the best first."""
     found = await asyncio.to_thread(_find, resources(), question, limit)
     return [asdict(passage) for passage in found]
 
 
-@DBOS.step(retries_allowed=True, max_attempts=4, interval_seconds=1.0, should_retry=models.is_transient)
+@DBOS.step(
+    name="research.write", retries_allowed=True, max_attempts=4, interval_seconds=1.0, should_retry=models.is_transient
+)
 async def write(question: str, passages: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns answer, model and sources; watchers see the answer as it is written."""
     found = [Passage(**passage) for passage in passages]
@@ -127,7 +129,7 @@ async def write(question: str, passages: list[dict[str, Any]]) -> dict[str, Any]
     return {"answer": answer.text, "model": answer.model, "sources": sources}
 
 
-@DBOS.step(retries_allowed=True, max_attempts=10, interval_seconds=0.5, should_retry=_may_help)
+@DBOS.step(name="research.publish", retries_allowed=True, max_attempts=10, interval_seconds=0.5, should_retry=_may_help)
 async def publish(question: str, draft: dict[str, Any]) -> str:
     """Saves the report and returns its id: this step's key, so that a second try finds the first one's report."""
     report_id = run.idempotency_key()

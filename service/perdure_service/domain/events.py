@@ -141,6 +141,10 @@ STREAM_STEP = "DBOS.writeStream"
 """The name of the operation that writes an entry of one of DBOS's streams."""
 
 
+APPROVAL_STEP = "perdure.approval"
+"""The name of the operation that asks a person and waits."""
+
+
 class StepState(StrEnum):
     """Where a step stands; names as in the API without their prefix."""
 
@@ -183,7 +187,8 @@ def fold_steps(events: Iterable[Event]) -> list[Step]:
 
 def _interrupt(steps: dict[int, Step]) -> None:
     for step_id, step in steps.items():
-        if step.state is StepState.RUNNING:
+        # An approval is a row, and stays asked whatever becomes of the execution that asked it.
+        if step.state is StepState.RUNNING and step.step_name != APPROVAL_STEP:
             steps[step_id] = replace(step, state=StepState.INTERRUPTED)
 
 
@@ -221,6 +226,8 @@ def _apply(steps: dict[int, Step], event: Event) -> None:
                 step, state=StepState.SUCCEEDED, execution=event.execution, end_ms=event.time_ms,
                 child_run_id=str(event.data.get("child_run_id", "")),
             )  # fmt: skip
+        case EventKind.APPROVAL_REQUESTED:
+            pass
         case _:
             if known is None:
                 return

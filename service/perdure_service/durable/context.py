@@ -26,7 +26,7 @@ from dbos._utils import LoopAwareEvent
 
 from perdure_service.domain.approvals import ApprovalResult, ApprovalState, TimeoutOutcome
 from perdure_service.domain.authoring import ApprovalTimeout, OutputStream, SignalTimeout
-from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind, text_pieces
+from perdure_service.domain.events import APPROVAL_STEP, MAX_TEXT_CHARS, Event, EventKind, text_pieces
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, StepProgress, now_ms
@@ -35,9 +35,6 @@ from perdure_service.durable.steps import CurrentStep, current_step
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.store import approvals, runs
 from perdure_service.store.dbos_tables import NOTIFICATIONS
-
-APPROVAL_STEP = "perdure.approval"
-"""The name of the operation in DBOS's records and in the log."""
 
 FOREVER_S = 10 * 365 * 86_400.0
 """The timeout of a wait that has none: DBOS asks for a number."""

@@ -127,6 +127,11 @@ class Lease:
         with self._renewed:
             self._renewed.wait_for(lambda: time.monotonic() < self._valid_until or self._stop.is_set())
 
+    def _requeue(self, conn: sa.Connection) -> list[executors.Requeued]:
+        """Declares the expired gone and gives back what they had, in one transaction."""
+        executors.tombstone_expired(conn, self._executor_id)
+        return executors.requeue_orphans(conn, QUEUE, now_ms(), self._ledger.adopt)
+
     def take_back(self) -> int:
         """Gives back the runs of executors that are gone, with their events; returns how many."""
         count = 0
@@ -134,9 +139,7 @@ class Lease:
             batch = retrying(
                 self._engine,
                 "lease.requeue_orphans",
-                lambda conn: executors.requeue_orphans(
-                    conn, QUEUE, now_ms(), lambda c, ids: (self._ledger.adopt(c, ids), None)[1]
-                ),
+                self._requeue,
             )
             count += len(batch)
             self._hint([one.workflow_id for one in batch])
@@ -167,11 +170,6 @@ class Lease:
                 self._renewed.notify_all()
             if before - self._first_success >= self._ttl.total_seconds():
                 try:
-                    retrying(
-                        self._engine,
-                        "lease.tombstone_expired",
-                        lambda conn: executors.tombstone_expired(conn, self._executor_id),
-                    )
                     self.take_back()
                 except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
                     log.warning("lease.take_back_failed", error=type(error).__name__)

@@ -18,6 +18,7 @@ from dbos._serialization import Serializer
 from perdure_service.agents.catalogue import by_workflow
 from perdure_service.domain.approvals import ApprovalState
 from perdure_service.domain.events import (
+    APPROVAL_STEP,
     MAX_VALUE_CHARS,
     STREAM_STEP,
     Event,
@@ -397,7 +398,7 @@ class Ledger:
             Event(
                 EventKind.APPROVAL_DECIDED, at,
                 {"approval_id": approval.approval_id, "state": ApprovalState.WITHDRAWN.value},
-                approval.step_id, "perdure.approval", 0, number,
+                approval.step_id, APPROVAL_STEP, 0, number,
             )
             for approval in approvals.withdraw_all(conn, ended.key.workflow_id)
         ]  # fmt: skip

@@ -12,9 +12,9 @@ import sqlalchemy as sa
 from dbos._serialization import DBOSPortableJSON
 
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision, must_decide
-from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.events import APPROVAL_STEP, Event, EventKind
 from perdure_service.domain.runs import TERMINAL_STATUSES, WAITING_APPROVAL, RunKey, RunState
-from perdure_service.durable.context import APPROVAL_STEP, approval_topic
+from perdure_service.durable.context import approval_topic
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.runtime import Runtime

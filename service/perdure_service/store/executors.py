@@ -58,7 +58,8 @@ def remove(conn: sa.Connection, executor_id: str) -> None:
     """Ends a lease politely: whatever it still has is free for others at once."""
     conn.execute(
         sa.text(
-            "UPDATE perdure.executor SET expires_at = now(), tombstoned_at = now() WHERE executor_id = :executor_id"
+            "UPDATE perdure.executor SET renewed_at = now(), expires_at = now(), tombstoned_at = now() "
+            "WHERE executor_id = :executor_id AND tombstoned_at IS NULL"
         ),
         {"executor_id": executor_id},
     )
@@ -97,7 +98,7 @@ class Requeued:
 
 
 def requeue_orphans(
-    conn: sa.Connection, queue: str, now_ms: int, adopt: Callable[[sa.Connection, Sequence[str]], None]
+    conn: sa.Connection, queue: str, now_ms: int, adopt: Callable[[sa.Connection, Sequence[str]], object]
 ) -> list[Requeued]:
     """Gives running runs without a live executor back to the queue, at most `BATCH`, each with its events.
 

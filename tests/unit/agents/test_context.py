@@ -45,7 +45,7 @@ async def test_outside_a_run_everything_says_so(name: str, use: Callable[[], Any
     with pytest.raises(RuntimeError) as caught:
         await asked()
     assert f"run.{name} is only available inside an agent's run" in str(caught.value)
-    assert "perdure_service.testing" in str(caught.value)
+    assert "agents.context.bind" in str(caught.value)
 
 
 async def test_inside_a_run_everything_reaches_it(bound: MagicMock) -> None:
