@@ -107,7 +107,7 @@ class Settings(BaseSettings):
     max_watches: int = Field(10_000, ge=1, description="Open WatchRun and WatchApprovals streams at once.")
     max_connection_age: timedelta = Field(
         timedelta(minutes=30),
-        ge=timedelta(seconds=10),
+        ge=timedelta(seconds=0.1),
         description="After this a connection is asked to reconnect, so that load spreads.",
     )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal.")
