@@ -97,6 +97,10 @@ MAX_VALUE_CHARS = 256 * 1024
 1 MiB that CockroachDB asks of a row, and a message below 4 MiB, gRPC's default for clients."""
 
 
+MAX_PACK_CHARS = 512 * 1024
+"""Where a commit's events are cut into another pack: far below the 1 MiB of a row."""
+
+
 def text_pieces(text: str) -> list[str]:
     """Returns a text in pieces that fit into an event; one, perhaps empty, at least."""
     return [text[start : start + MAX_TEXT_CHARS] for start in range(0, len(text), MAX_TEXT_CHARS)] or [""]
@@ -105,6 +109,20 @@ def text_pieces(text: str) -> list[str]:
 def event_chars(event: Event) -> int:
     """Returns about how many characters an event takes in a message."""
     return 100 + sum(len(value) for value in event.data.values() if isinstance(value, str))
+
+
+def in_packs(events: Sequence[Event]) -> list[list[Event]]:
+    """Returns a commit's events in packs: one, unless they are longer than `MAX_PACK_CHARS`."""
+    packs: list[list[Event]] = [[]]
+    chars = 0
+    for event in events:
+        size = event_chars(event)
+        if packs[-1] and chars + size > MAX_PACK_CHARS:
+            packs.append([])
+            chars = 0
+        packs[-1].append(event)
+        chars += size
+    return packs
 
 
 # ---- cursors ---------------------------------------------------------------------------------------------------------

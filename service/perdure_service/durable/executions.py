@@ -20,10 +20,6 @@ from typing import Any
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
 from perdure_service.domain.runs import Failure, RunKey, RunState
 
-MAX_BUFFERED_EVENTS = 10_000
-"""An execution that writes more than this between two commits waits for the log to catch up."""
-
-
 REPLAYED_KINDS = frozenset({EventKind.PROGRESS, EventKind.LOG})
 """What a replay must not say again. Text of the workflow's own code is void after a recovery, and is written again."""
 
@@ -91,8 +87,6 @@ class Execution:
             self._replayed_notes.append(event)
             return
         with self._lock:
-            if len(self._buffer) >= MAX_BUFFERED_EVENTS and event.kind is EventKind.LOG:
-                return
             last = self._buffer[-1] if self._buffer else None
             if last is not None and _continues(last, event):
                 text = last.data["text"] + event.data["text"]

@@ -11,6 +11,7 @@ another process left is taken back at once.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ from perdure_service.store import executors
 from perdure_service.store.sqlstates import retrying
 
 log = structlog.get_logger()
+
+GATE_POLL_S = 0.1
+"""How often a step that may not begin looks whether it may."""
 
 MAX_BATCHES = 1_000
 """Batches that one take-back works through; the rest waits for the next."""
@@ -78,7 +82,6 @@ class Lease:
         self._valid_until = 0.0
         self._first_success = 0.0
         self._stop = threading.Event()
-        self._renewed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def start(self) -> int:
@@ -119,13 +122,20 @@ class Lease:
         except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
             log.warning("lease.stop_failed", error=type(error).__name__)
 
+    @property
+    def open(self) -> bool:
+        """Whether a step body may begin: past its time to live this executor may be taken for dead."""
+        return time.monotonic() < self._valid_until or self._stop.is_set()
+
     def gate(self) -> None:
-        """Waits while this executor is past its time to live: it may be taken for dead, so it starts nothing."""
-        if time.monotonic() < self._valid_until or self._stop.is_set():
-            return
-        log.warning("lease.expired_waiting", executor_id=self._executor_id)
-        with self._renewed:
-            self._renewed.wait_for(lambda: time.monotonic() < self._valid_until or self._stop.is_set())
+        """Waits until a step body may begin. Blocks the thread."""
+        while not self.open:
+            time.sleep(GATE_POLL_S)
+
+    async def gate_async(self) -> None:
+        """Waits until a step body may begin, and lets the loop go on with those that have begun."""
+        while not self.open:  # noqa: ASYNC110 - renewed by another thread; seldom waited for
+            await asyncio.sleep(GATE_POLL_S)
 
     def _requeue(self, conn: sa.Connection) -> list[executors.Requeued]:
         """Declares the expired gone and gives back what they had, in one transaction."""
@@ -165,9 +175,7 @@ class Lease:
                 self._executions.kill_all("this executor was declared gone")
                 self._lost()
                 return
-            with self._renewed:
-                self._valid_until = before + self._ttl.total_seconds()
-                self._renewed.notify_all()
+            self._valid_until = before + self._ttl.total_seconds()
             if before - self._first_success >= self._ttl.total_seconds():
                 try:
                     self.take_back()

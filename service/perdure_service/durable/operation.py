@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from perdure_service.domain.events import Event, Pack
+from perdure_service.domain.events import Event, Pack, in_packs
 from perdure_service.domain.runs import RunState
 from perdure_service.durable.executions import Execution, slot_of
 from perdure_service.store import event_log, runs
@@ -31,7 +31,8 @@ class Operation:
 
     Attributes:
         execution: Whose buffered events ride along; None for a commit that no live execution makes.
-        attempts: How often the transaction has been begun.
+        attempts: How often the transaction under way has been begun.
+        repeated: Whether any transaction of it was begun more than once: what it finds may be its own doing.
         begin: Runs first in each transaction.
         finish: Runs last, before the packs are written; may add events.
         done: Runs once after COMMIT.
@@ -55,8 +56,9 @@ class Operation:
         self._after: list[Callable[[], None]] = []
         self._state = RunState.RUNNING
         self.attempts = 0
+        self.repeated = False
         self._events: dict[str, list[Event]] = {}
-        self._packs: dict[str, Pack] = {}
+        self._packs: dict[str, list[Pack]] = {}
         self._riding: list[Event] = []
 
     def add(self, workflow_id: str, *events: Event) -> None:
@@ -75,13 +77,14 @@ class Operation:
     def begun(self, conn: sa.Connection) -> None:
         """Is called in each new transaction."""
         self.attempts += 1
+        self.repeated = self.repeated or self.attempts > 1
         if self.execution is not None:
             # Events made in a transaction that failed have moved the execution's state; a repeat starts where it was,
             # unless that transaction was committed after all.
-            pack = self._packs.get(self.execution.key.workflow_id)
+            packs = self._packs.get(self.execution.key.workflow_id)
             if self.attempts == 1:
                 self._state = self.execution.state
-            elif pack is None or not event_log.is_committed(conn, pack):
+            elif not packs or not event_log.is_committed(conn, packs[0]):
                 self.execution.state = self._state
         self._events.clear()
         self._after.clear()
@@ -101,14 +104,24 @@ class Operation:
                 events = [*self._riding, *events]
             if not events:
                 continue
-            pack = self._packs.setdefault(workflow_id, Pack(workflow_id))
-            pack.events = events
-            if event_log.append(conn, pack):
+            if self._append(conn, workflow_id, events):
                 runs.apply_events(conn, workflow_id, events)
 
+    def _append(self, conn: sa.Connection, workflow_id: str, events: list[Event]) -> bool:
+        """Appends a run's events, as one pack unless they are very long; returns False when they lie there already."""
+        packs = self._packs.setdefault(workflow_id, [])
+        if packs and event_log.is_committed(conn, packs[0]):
+            return False
+        packs[:] = [Pack(workflow_id, piece) for piece in in_packs(events)]
+        for pack in packs:
+            event_log.append(conn, pack)
+        return True
+
     def committed(self) -> None:
-        """Is called after COMMIT."""
+        """Is called after COMMIT; a further transaction is another commit."""
         self._riding = []
+        self._packs.clear()
+        self.attempts = 0
         after, self._after = self._after, []
         for callback in [*after, *([self.done] if self.done else [])]:
             callback()

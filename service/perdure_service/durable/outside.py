@@ -78,12 +78,13 @@ def signal(runtime: Runtime, key: RunKey, *, name: str, payload: Any, request_id
             {"id": f"{request_id}::{key.workflow_id}"},
         ).first()
         # Delivered before is answered before "has ended": a repeat must be told the same as the first.
-        operation.facts["created"] = known is None
+        operation.facts["created"] = known is None or "sent" in operation.facts
         if known is not None:
             return
         if status in TERMINAL_STATUSES:
             raise RunFinished(f"run {key.run_id!r} has ended and takes no signals; read its result")
         _send(conn, key.workflow_id, name, payload, request_id)
+        operation.facts["sent"] = True  # found again by this very call, when the reply to its COMMIT is lost
         data = {"name": name, "payload_bytes": len(message.encode()), "sender": sender}
         number = _execution_number(conn, key.workflow_id)
         operation.add(key.workflow_id, Event(EventKind.SIGNAL_RECEIVED, now_ms(), data, execution=number))
@@ -91,8 +92,7 @@ def signal(runtime: Runtime, key: RunKey, *, name: str, payload: Any, request_id
     operation.finish = finish
     with runtime.database.bounded():
         runtime.database.run_operation(operation)
-    # Delivered by an attempt whose reply was lost is delivered by this call.
-    return bool(operation.facts["created"]) or operation.attempts > 1
+    return bool(operation.facts["created"])
 
 
 def decide(runtime: Runtime, approval: Approval, decision: Decision) -> Approval:

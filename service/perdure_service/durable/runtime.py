@@ -118,7 +118,7 @@ class Runtime:
         taken_back = self.lease.start()
         self._writer.start()
         system_database.install(self._build)
-        steps.install(self.executions, self.spans, self.lease.gate)
+        steps.install(self.executions, self.spans, self.lease)
         _observe_workflows(self.executions)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
@@ -131,7 +131,9 @@ class Runtime:
                 "run_migrations": False,
                 "use_listen_notify": not is_cockroach(self.engine),
                 "notification_listener_polling_interval_sec": LISTENER_POLL_S,
-                "max_executor_threads": self._max_threads,
+                # A blocking agent holds a thread while it runs or waits, its blocking children another; database calls
+                # need some beside those, or who waits would keep from going on what it waits for.
+                "max_executor_threads": self._max_threads + 2 * self._max_running,
                 "enable_otlp": False,
                 "log_level": "WARNING",
             }

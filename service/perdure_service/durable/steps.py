@@ -23,6 +23,7 @@ from dbos._error import DBOSWorkflowConflictIDError
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, Executions, StepProgress, now_ms
+from perdure_service.durable.leases import Lease
 from perdure_service.durable.spans import Spans
 
 MAX_RETRY_DELAY_S = 3600.0
@@ -54,7 +55,7 @@ class StepObserver:
         step_id: int,
         name: str,
         spans: Spans,
-        gate: Callable[[], None],
+        lease: Lease,
         *,
         max_attempts: int,
         interval_s: float,
@@ -64,7 +65,7 @@ class StepObserver:
         self._step_id = step_id
         self._name = name
         self._spans = spans
-        self._gate = gate
+        self.lease = lease
         self._max_attempts = max_attempts
         self._interval_s = interval_s
         self._backoff = backoff
@@ -73,7 +74,6 @@ class StepObserver:
     def attempt(self) -> Iterator[StepProgress]:
         """Surrounds a body: refuses to begin in a dead execution, and tells of the beginning."""
         execution, step_id = self._execution, self._step_id
-        self._gate()
         if not execution.may_go_on:
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
         step = execution.steps.get(step_id)
@@ -124,6 +124,7 @@ def _observed_body(func: Callable[..., Any], observer: StepObserver) -> Callable
 
         @functools.wraps(func)
         async def async_body(*args: Any, **kwargs: Any) -> Any:
+            await observer.lease.gate_async()
             with observer.attempt() as step:
                 result = await func(*args, **kwargs)
                 step.preview = values.preview(result)
@@ -133,6 +134,7 @@ def _observed_body(func: Callable[..., Any], observer: StepObserver) -> Callable
 
     @functools.wraps(func)
     def body(*args: Any, **kwargs: Any) -> Any:
+        observer.lease.gate()
         with observer.attempt() as step:
             result = func(*args, **kwargs)
             step.preview = values.preview(result)
@@ -160,13 +162,13 @@ def _observed_verdict(
     return verdict
 
 
-def install(executions: Executions, spans: Spans, gate: Callable[[], None]) -> None:
+def install(executions: Executions, spans: Spans, lease: Lease) -> None:
     """Makes DBOS run every step under observation.
 
     Args:
         executions: Where to find the execution a step belongs to; a step of none runs unobserved.
         spans: Where attempts are traced.
-        gate: Called before each body, in its thread; may raise when no body may begin.
+        lease: Says when no body may begin.
     """
 
     def observed_invoke_step(
@@ -181,7 +183,7 @@ def install(executions: Executions, spans: Spans, gate: Callable[[], None]) -> N
             step_ctx.function_id,
             options["step_name"],
             spans,
-            gate,
+            lease,
             max_attempts=options["max_attempts"] if retries else 1,
             interval_s=options["interval_seconds"],
             backoff=options["backoff_rate"],

@@ -66,7 +66,7 @@ class PerdureSystemDatabase(StatusDatabase):
         with self.operations.open(operation):
             written, created = self.init_workflow(status, creator_xid=creator_xid)
         mine = created and written == "PENDING"
-        if mine and operation.attempts > 1:
+        if mine and operation.repeated:
             # Between a lost reply and the repeat, the run may have been given to another executor.
             mine = self.get_workflow_owner(status["workflow_uuid"]) == creator_xid
         if not mine:
@@ -100,7 +100,7 @@ class PerdureSystemDatabase(StatusDatabase):
         if record is None:
             if created and facts.get("unique_request_id"):
                 raise RequestRepeated(workflow_id)
-            if created and operation is not None and operation.attempts > 1:
+            if created and operation is not None and operation.repeated:
                 record = self.ledger.known(conn, workflow_id)
         elif operation is not None:
             operation.add(workflow_id, *record.events)

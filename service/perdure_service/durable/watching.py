@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import sqlalchemy as sa
+import structlog
 
 from perdure_service.domain.events import Event, EventKind, decode_cursor, encode_cursor, event_chars, of_kinds
 from perdure_service.domain.runs import Run, RunState
@@ -17,6 +19,8 @@ from perdure_service.store import event_log, runs
 from perdure_service.store.tailer import Subscription, Tailer
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 MAX_EVENTS_PER_BATCH = 500
 """Events in one piece of a stream, so that a message stays far below the size limit."""
@@ -124,6 +128,8 @@ class Watching:
             if subscription.behind:
                 subscription.changed.clear()
                 events = await self._read("events.read", lambda conn: event_log.read(conn, workflow_id, position))
+                if events and events[0].sequence != position + 1:
+                    await self._alarm(workflow_id, position, events[0].sequence)
                 if events:
                     return events, True
                 self._tailer.caught_up(subscription, position)
@@ -150,6 +156,22 @@ class Watching:
                 await asyncio.wait_for(subscription.changed.wait(), timeout=left)
             except TimeoutError:
                 return [], False
+
+    async def _alarm(self, workflow_id: str, position: int, found: int) -> None:
+        """Ends a watch that came to a hole in the log, for nothing may be delivered past it.
+
+        Raises:
+            CursorOutOfRange: What follows the watcher's position is no longer kept.
+            LookupError: It should be there; the log of this server tells more.
+        """
+        earliest = await self._read("events.earliest", partial(event_log.earliest_sequence, workflow_id=workflow_id))
+        if position + 1 < earliest:
+            raise CursorOutOfRange(
+                f"events before {earliest} are no longer kept; watch again after {earliest - 1}",
+                earliest_sequence=str(earliest),
+            )
+        log.error("watch.hole", workflow_id=workflow_id, after=position, found=found)
+        raise LookupError(f"{workflow_id} has no event {position + 1}")
 
     async def _over(self, workflow_id: str, position: int) -> bool:
         """Returns whether the run has ended and its log ends at `position`: a terminal event may be revived upon."""

@@ -20,7 +20,7 @@ import sqlalchemy as sa
 
 from perdure_service.domain.events import Event, Pack, decode_events, encode_events
 
-PAGE_PACKS = 200
+PAGE_PACKS = 64
 """Packs that one read returns at most; a reader that wants more reads again."""
 
 _APPEND = sa.text("""
