@@ -77,7 +77,9 @@ class Settings(BaseSettings):
     application_version: str = Field(
         "1", description="The deployment's version: runs continue on executors of the same version only."
     )
-    max_running: int = Field(100, ge=1, le=100_000, description="Runs this executor runs at once; more are queued.")
+    max_running: int = Field(
+        1_000, ge=1, le=100_000, description="Runs this executor has at once, those that wait included; more are queued."
+    )
     max_threads: int = Field(64, ge=8, le=2_000, description="Threads for database calls and blocking steps.")
     queue_poll_interval: timedelta = Field(
         timedelta(seconds=0.5),
