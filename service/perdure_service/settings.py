@@ -78,7 +78,7 @@ class Settings(BaseSettings):
         "1", description="The deployment's version: runs continue on executors of the same version only."
     )
     max_running: int = Field(
-        1_000, ge=1, le=100_000, description="Runs this executor has at once, those that wait included; more are queued."
+        1_000, ge=1, le=100_000, description="Runs at once, those that wait included; more are queued."
     )
     max_threads: int = Field(64, ge=8, le=2_000, description="Threads for database calls and blocking steps.")
     queue_poll_interval: timedelta = Field(

@@ -249,7 +249,7 @@ def test_check_prints_the_settings_without_secrets_and_says_that_all_is_well(dat
     result = perdure_server("check", PERDURE_DATABASE_URL=database_url, PERDURE_MODEL__API_KEY="secret-key")
     assert result.returncode == 0, result.stdout
     assert result.stdout.splitlines()[-1] == "ready to serve"
-    assert "PERDURE_MAX_RUNNING = 100 (default)" in result.stdout
+    assert "PERDURE_MAX_RUNNING = 1000 (default)" in result.stdout
     assert re.search(r"PERDURE_DATABASE_URL = \*+ \(set\)", result.stdout)
     assert "secret-key" not in result.stdout
 
