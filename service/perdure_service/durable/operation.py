@@ -54,6 +54,7 @@ class Operation:
         self.done = done
         self.facts = facts
         self._after: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], None]] = []
         self._state = RunState.RUNNING
         self.attempts = 0
         self.repeated = False
@@ -68,6 +69,10 @@ class Operation:
     def after(self, callback: Callable[[], None]) -> None:
         """Adds something to do once this transaction, and not a failed one before it, is committed."""
         self._after.append(callback)
+
+    def undo(self, callback: Callable[[], None]) -> None:
+        """Adds something to do if the operation fails for good."""
+        self._undo.append(callback)
 
     @property
     def workflow_ids(self) -> list[str]:
@@ -121,6 +126,7 @@ class Operation:
         """Is called after COMMIT; a further transaction is another commit."""
         self._riding = []
         self._packs.clear()
+        self._undo.clear()
         self.attempts = 0
         after, self._after = self._after, []
         for callback in [*after, *([self.done] if self.done else [])]:
@@ -131,6 +137,8 @@ class Operation:
         if self.execution is not None and not self.execution.dead:
             self.execution.give_back(self._riding)
         self._riding = []
+        while self._undo:
+            self._undo.pop()()
 
 
 class Operations:

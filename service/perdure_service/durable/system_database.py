@@ -100,24 +100,27 @@ class PerdureSystemDatabase(StatusDatabase):
         if record is None:
             if created and facts.get("unique_request_id"):
                 raise RequestRepeated(workflow_id)
-            if created and operation is not None and operation.repeated:
+            if created:
+                # Written by an attempt of this very start, whose reply was lost.
                 record = self.ledger.known(conn, workflow_id)
         elif operation is not None:
             operation.add(workflow_id, *record.events)
         else:
             self.ledger.append(conn, workflow_id, record.events)
         if runs_here and record is not None and creator_xid is not None:
-            self.executions.add(
-                Execution(
-                    key=record.key,
-                    owner_xid=creator_xid,
-                    agent=record.agent,
-                    agent_version=record.agent_version,
-                    number=1,
-                    trace_id=record.trace_id,
-                    sampled=record.sampled,
-                )
+            # Known here before the commit: whoever looks for runs that nobody executes must not find this one.
+            execution = Execution(
+                key=record.key,
+                owner_xid=creator_xid,
+                agent=record.agent,
+                agent_version=record.agent_version,
+                number=1,
+                trace_id=record.trace_id,
+                sampled=record.sampled,
             )
+            self.executions.add(execution)
+            if operation is not None:
+                operation.undo(lambda: self.executions.remove(execution))
         return written, created
 
     def init_child_workflow(
