@@ -27,6 +27,7 @@ from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
+from perdure_service.durable.owners import OwnerWatch
 from perdure_service.durable.spans import Spans
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
 from perdure_service.durable.transactions import QUEUE
@@ -42,6 +43,9 @@ INTERNAL_QUEUE = "_dbos_internal_queue"
 
 QUEUE_ATTEMPTS = 5
 """How often writing the queue's row is tried: many executors that start at once write the same one."""
+
+OWNER_WATCH_S = 1.0
+"""How often runs are looked for that were cancelled, or taken, by another server while they wait here."""
 
 STOP_POLL_S = 0.02
 """How often a stopping executor looks whether its last step bodies are done."""
@@ -94,6 +98,7 @@ class Runtime:
             lost=lost,
             owns_database=owns_database,
         )
+        self._owners = OwnerWatch(engine, self.executions, self.ledger.execution_over, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
 
     @property
@@ -141,6 +146,7 @@ class Runtime:
         DBOS.listen_queues([QUEUE])
         DBOS.launch()
         self._register_queue()
+        self._owners.start()
         return taken_back
 
     def _register_queue(self) -> None:
@@ -171,6 +177,7 @@ class Runtime:
         deadline = time.monotonic() + timeout.total_seconds()
         while any(one.bodies or one.has_events for one in self.executions) and time.monotonic() < deadline:
             time.sleep(STOP_POLL_S)
+        self._owners.stop()
         self._writer.stop()
         self.executions.kill_all("this executor stops")
         with suppress(Exception):
