@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import timedelta
 
 import grpc
 import pytest
@@ -17,8 +18,8 @@ from perdure.v1.approval_service_pb2 import DECISION_APPROVE, DecideApprovalRequ
 from perdure.v1.approval_service_pb2_grpc import ApprovalServiceStub
 from perdure_client import Client
 
-from tests.helpers import chaos, judge
-from tests.helpers.server import ServerProcess, create_effects_table, sql
+from tests.helpers import judge
+from tests.helpers.server import KILLED, ServerProcess, create_effects_table, sql
 from tests.helpers.waiting import eventually
 
 MAX_POINTS = 40
@@ -110,7 +111,7 @@ def test_a_run_survives_a_kill_at_every_point(server: ServerProcess, url: str) -
         if _survives(server, point, "counter", run_input, run_id):
             # The points are used up by the run itself: the next ones lie behind its end.
             break
-        assert server.wait_for_end() == chaos.KILLED, server.log[-3000:]
+        assert server.wait_for_end() == KILLED, server.log[-3000:]
         server.start()
         _finish(server, "counter", run_input, run_id)
         server.kill()
@@ -132,7 +133,7 @@ def test_a_plain_workflow_that_uses_all_of_dbos_survives_a_kill(
     for point in points if ALL_POINTS else sorted(rng.sample(points, 5)):
         run_id = f"kill-plain-{point}"
         assert not _survives(server, point, "plain", run_input, run_id)
-        assert server.wait_for_end() == chaos.KILLED, server.log[-3000:]
+        assert server.wait_for_end() == KILLED, server.log[-3000:]
         server.start()
         _finish(server, "plain", run_input, run_id)
         server.kill()
@@ -146,7 +147,7 @@ def test_an_approval_survives_a_kill_at_every_point_of_asking_and_deciding(serve
         run_id = f"kill-asker-{point}"
         ended = _survives(server, point, "asker", {}, run_id)
         if not ended:
-            assert server.wait_for_end() == chaos.KILLED, server.log[-3000:]
+            assert server.wait_for_end() == KILLED, server.log[-3000:]
             server.start()
             _finish(server, "asker", {}, run_id)
         server.kill()
@@ -194,3 +195,13 @@ def test_transactions_that_the_database_refuses_are_repeated(server: ServerProce
             log = judge.assert_consistent(url, f"default.{run_id}.r")
             judge.assert_effects(url, run_id, log, "count 0", "count 1", deaths=0)
             assert judge.text_of(log) == "words words "
+
+
+def test_a_run_whose_claim_was_committed_without_a_reply_is_not_lost(server: ServerProcess, url: str) -> None:
+    server.start(PERDURE_CHAOS_LOSE_CLAIMS="1")
+    with Client(server.address, timeout=30) as client:
+        client.start("counter", {"steps": 2, "text": "words "}, run_id="lost-claim", delay=timedelta(seconds=0.5))
+        assert client.wait("lost-claim", timeout=60).state == "SUCCEEDED"
+    log = judge.assert_consistent(url, "default.lost-claim.r")
+    judge.assert_effects(url, "lost-claim", log, "count 0", "count 1", deaths=0)
+    assert "recovered" in [event.kind for event in log]

@@ -5,6 +5,7 @@
 `PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam happens, and its reply is lost, once.
 `PERDURE_CHAOS_SQLSTATE=40001`  every third transaction that writes events fails with this SQLSTATE, raised
                                 by the database.
+`PERDURE_CHAOS_LOSE_CLAIMS=1`   the first claim of each run is committed, and its reply is lost.
 """
 
 from __future__ import annotations
@@ -19,15 +20,16 @@ from typing import Any
 import psycopg
 import sqlalchemy as sa
 from perdure_service.durable import operation as seam
+from perdure_service.durable import owners
 
 from tests.helpers import agents
+from tests.helpers.server import KILLED
 
 KILL_AT = int(os.environ.get("PERDURE_CHAOS_KILL_AT", "0"))
 AMBIGUOUS = bool(os.environ.get("PERDURE_CHAOS_AMBIGUOUS"))
 SQLSTATE = os.environ.get("PERDURE_CHAOS_SQLSTATE", "")
 
-KILLED = 137
-"""The exit status of a server that killed itself."""
+LOSE_CLAIMS = bool(os.environ.get("PERDURE_CHAOS_LOSE_CLAIMS"))
 
 _points = itertools.count(1)
 _transactions = itertools.count(1)
@@ -61,10 +63,24 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
             if AMBIGUOUS and operation.attempts == 1:
                 lost = psycopg.OperationalError("server closed the connection unexpectedly")
                 raise sa.exc.OperationalError("COMMIT", None, lost, connection_invalidated=True)
+            if LOSE_CLAIMS and _claims_for_the_first_time(operation):
+                raise sa.exc.OperationalError("COMMIT", None, psycopg.OperationalError("lost"))
 
     with _run(operations, operation, begin_and_lose) as conn:
         yield conn
 
+
+def _claims_for_the_first_time(operation: seam.Operation) -> bool:
+    return any(
+        event.data.get("from") == "QUEUED" and event.data.get("to") == "RUNNING" and event.execution == 1
+        for events in operation._events.values()
+        for event in events
+    )
+
+
+if LOSE_CLAIMS:
+    owners.GRACE_S = 1.0
+    owners.LOOKS_PER_SEARCH = 1
 
 seam.Operation.write = _broken_write  # type: ignore[method-assign]
 seam.Operations._run = _broken_run  # type: ignore[method-assign]

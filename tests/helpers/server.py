@@ -18,6 +18,8 @@ from tests.helpers.waiting import eventually, free_port, scaled
 
 ROOT = Path(__file__).parents[2]
 READY = "perdure serves on"
+KILLED = 137
+"""The exit status of a server that `tests.helpers.chaos` has killed."""
 
 
 class ServerProcess:

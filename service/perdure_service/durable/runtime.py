@@ -98,7 +98,7 @@ class Runtime:
             lost=lost,
             owns_database=owns_database,
         )
-        self._owners = OwnerWatch(engine, self.executions, self.ledger.execution_over, OWNER_WATCH_S)
+        self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -122,6 +123,65 @@ def requeue_orphans(
         """),
         {"application": APPLICATION, "limit": BATCH},
     ).fetchall()
+    return _give_back(conn, found, queue, now_ms, adopt, "its executor is gone")
+
+
+def find_running(conn: sa.Connection, executor_id: str, older_than_s: float) -> list[tuple[str, str | None]]:
+    """Returns what the database has as running on an executor since a while: workflow ids and ownership tokens."""
+    rows = conn.execute(
+        sa.text(f"""
+            SELECT workflow_uuid, owner_xid FROM {STATUS}
+            WHERE status = 'PENDING' AND executor_id = :executor_id AND application_name = :application
+              AND updated_at < CAST(extract(epoch FROM now()) * 1000 AS BIGINT) - :older_than_ms
+            ORDER BY workflow_uuid
+        """),
+        {
+            "executor_id": executor_id,
+            "application": APPLICATION,
+            "older_than_ms": int(older_than_s * 1000),
+        },
+    )
+    return [(row[0], row[1]) for row in rows]
+
+
+def requeue_lost(
+    conn: sa.Connection,
+    lost: Sequence[tuple[str, str | None]],
+    queue: str,
+    now_ms: int,
+    adopt: Callable[[sa.Connection, Sequence[str]], object],
+) -> list[Requeued]:
+    """Gives back runs that their executor does not execute: the reply to its claim, or to its start, never came.
+
+    Args:
+        conn: A transaction of that executor.
+        lost: Workflow ids and the tokens under which they were found; what has another one by now is left alone.
+        queue: As of `requeue_orphans`.
+        now_ms: As of `requeue_orphans`.
+        adopt: As of `requeue_orphans`.
+    """
+    tokens = dict(lost)
+    found = conn.execute(
+        sa.text(f"""
+            SELECT s.workflow_uuid, s.executor_id, now() AS seen, now() AS now, s.owner_xid
+            FROM {STATUS} AS s WHERE s.status = 'PENDING' AND s.workflow_uuid = ANY(:ids)
+            ORDER BY s.workflow_uuid LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+        """),
+        {"ids": sorted(tokens), "limit": BATCH},
+    ).fetchall()
+    still = [row[:4] for row in found if row[4] == tokens[row[0]]]
+    return _give_back(conn, still, queue, now_ms, adopt, "its executor never began it")
+
+
+def _give_back(
+    conn: sa.Connection,
+    found: Sequence[Any],
+    queue: str,
+    now_ms: int,
+    adopt: Callable[[sa.Connection, Sequence[str]], object],
+    reason: str,
+) -> list[Requeued]:
+    """Puts locked running rows (id, executor, when it was last seen, now) back into the queue, with their events."""
     if not found:
         return []
     ids = [row[0] for row in found]
@@ -145,7 +205,7 @@ def requeue_orphans(
             ),
             Event(
                 EventKind.STATE_CHANGED, now_ms,
-                {"from": state, "to": RunState.QUEUED, "reason": "its executor is gone"},
+                {"from": state, "to": RunState.QUEUED, "reason": reason},
                 execution=execution,
             ),
         ]  # fmt: skip
