@@ -107,8 +107,14 @@ def _take_over_dbos(handler: logging.Handler, level: int) -> None:
         dbos.removeHandler(old)
     dbos.addHandler(handler)
     dbos.propagate = False
+    dbos.addFilter(_is_news)
     # DBOS tells at INFO what it is configured with, at every start and every migration.
     dbos.setLevel(logging.WARNING if level == logging.INFO else level)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Returns False for what DBOS says of every run that is cancelled, or handed over by a server that stops."""
+    return not record.getMessage().startswith("Asyncio task cancelled for workflow or step")
 
 
 def censor(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -60,6 +60,13 @@ def test_dbos_does_not_log_twice_after_it_set_up_its_own_logging(stream: io.Stri
     assert [line["event"] for line in lines(stream)] == ["once"]
 
 
+def test_what_dbos_says_of_every_cancelled_run_is_left_out(stream: io.StringIO) -> None:
+    configure_logs("json", "info", stream)
+    logging.getLogger("dbos").warning("Asyncio task cancelled for workflow or step %s", "x")
+    logging.getLogger("dbos").warning("something else")
+    assert [line["event"] for line in lines(stream)] == ["something else"]
+
+
 def test_secrets_and_payloads_are_left_out_however_deep(stream: io.StringIO) -> None:
     configure_logs("json", "info", stream)
     structlog.get_logger().info(
