@@ -6,9 +6,19 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from opentelemetry import context as otel_context
 from perdure_service.telemetry import Telemetry, start_telemetry
 
 from tests.unit.telemetry.sink import Sink, grpc_sink
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_current() -> Iterator[None]:
+    """Some tests end a span elsewhere than they began it, on purpose; later tests must not find it current."""
+    before = otel_context.get_current()
+    yield
+    if otel_context.get_current() is not before:
+        otel_context.attach(before)
 
 
 @pytest.fixture(autouse=True)
