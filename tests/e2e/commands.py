@@ -35,6 +35,11 @@ def block_of_readme(first_line: str, language: str = "python") -> str:
     return str(found)
 
 
+def _as_in_a_terminal() -> None:
+    """Lets Ctrl-C interrupt a child, although a shell that started us in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class DevServer:
     """`perdure-server dev` as a user starts it in a terminal, with a PostgreSQL of its own."""
 
@@ -69,6 +74,7 @@ class DevServer:
                 stdout=said,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a group of its own, as in a terminal: Ctrl-C reaches its children, too
+                preexec_fn=_as_in_a_terminal,
             )
 
         def ready() -> bool:
@@ -135,7 +141,13 @@ class Following:
         self._out, self._err = folder / "following.out", folder / "following.err"
         with self._out.open("wb") as out, self._err.open("wb") as err:
             self._process = subprocess.Popen(
-                command, cwd=folder, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err
+                command,
+                cwd=folder,
+                env=variables,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                preexec_fn=_as_in_a_terminal,
             )
 
     @property

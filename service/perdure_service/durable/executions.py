@@ -121,6 +121,17 @@ class Execution:
         self.state = to
         return event
 
+    @contextmanager
+    def body(self) -> Iterator[None]:
+        """Counts a step body in progress; blocking steps of one run may be in several threads."""
+        with self._lock:
+            self.bodies += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.bodies -= 1
+
     def take(self) -> list[Event]:
         """Takes the buffered events, for a commit."""
         with self._lock:

@@ -91,9 +91,9 @@ class StepObserver:
         token = current_step.set(here)
         context = structlog.contextvars.bind_contextvars(step_name=self._name, attempt=step.attempt)
         span = self._spans.attempt(execution, step_id, step)
-        execution.bodies += 1
         try:
-            yield step
+            with execution.body():
+                yield step
         except BaseException as error:
             step.error = error
             span.end("error", type(error).__name__)
@@ -101,7 +101,6 @@ class StepObserver:
         else:
             span.end("ok")
         finally:
-            execution.bodies -= 1
             here.closed.append(True)
             structlog.contextvars.reset_contextvars(**context)
             current_step.reset(token)
