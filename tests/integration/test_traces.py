@@ -84,7 +84,7 @@ def test_the_trace_of_a_run_is_a_tree_under_the_callers_span(server: ServerProce
 
 def test_the_trace_goes_on_where_another_process_ended_it(server: ServerProcess, sink: Sink) -> None:
     server.start()
-    _start(server, "counter", "killed", '{"steps": 3, "delay_s": 0.5}')
+    _start(server, "counter", "killed", '{"steps": 3, "delay_s": 0.8}')
     eventually(lambda: any(name.startswith("step count_one 1 1") for name in _tree(sink, "killed")))
     server.kill()
     server.start()
