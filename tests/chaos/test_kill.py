@@ -205,3 +205,22 @@ def test_a_run_whose_claim_was_committed_without_a_reply_is_not_lost(server: Ser
     log = judge.assert_consistent(url, "default.lost-claim.r")
     judge.assert_effects(url, "lost-claim", log, "count 0", "count 1", deaths=0)
     assert "recovered" in [event.kind for event in log]
+
+
+def test_what_was_written_to_a_stream_for_good_is_not_void_after_a_recovery(server: ServerProcess, url: str) -> None:
+    server.start()
+    with Client(server.address) as client:
+        client.start("publisher", {}, run_id="publisher")
+        eventually(lambda: client.get("publisher").state == "AWAITING_INPUT")
+    server.kill()
+    server.start()
+    with Client(server.address) as client:
+        client.signal("publisher", "more", "enough")
+        assert client.wait("publisher").output == "enough"
+        steps = {step.step_name: step for step in client.steps("publisher")}
+    log = judge.assert_consistent(url, "default.publisher.r")
+    assert judge.text_of(log, "log") == "from the workflowfrom a step"
+    assert [event.attempt for event in log if event.kind == "attempt_reset"] == [2], "of the retry, not of the recovery"
+    assert [event.attempt for event in log if event.kind == "published"] == [1, 2]
+    assert (steps["publish_in_a_step"].attempts, steps["publish_in_a_step"].state) == (2, "SUCCEEDED")
+    assert steps["DBOS.writeStream"].state == "SUCCEEDED"

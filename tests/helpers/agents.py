@@ -162,6 +162,24 @@ async def talk(pieces: int, size: int, pause_s: float) -> int:
     return pieces
 
 
+@DBOS.step(retries_allowed=True, max_attempts=3, interval_seconds=0.01)
+def publish_in_a_step() -> str:
+    DBOS.set_event("status", "half")
+    DBOS.write_stream("log", "from a step")
+    status = DBOS.step_status
+    if status is not None and status.current_attempt == 0:
+        raise FlakyError("the first attempt")
+    return "published"
+
+
+@agent(name="publisher")
+async def publisher() -> Any:
+    """Publishes from its own code and from a step, then waits."""
+    await DBOS.write_stream_async("log", "from the workflow")
+    await asyncio.to_thread(publish_in_a_step)
+    return await run.signal("more")
+
+
 # ---- ordinary DBOS code that knows nothing of the product ------------------------------------------------------------
 
 

@@ -155,9 +155,11 @@ def decode_cursor(cursor: str, workflow_id: str) -> int:
 # ---- steps -----------------------------------------------------------------------------------------------------------
 
 
+PUBLISH_STEP = "DBOS.setEvent"
 STREAM_STEP = "DBOS.writeStream"
-"""The name of the operation that writes an entry of one of DBOS's streams."""
-
+"""The names of the operations by which the workflow's own code publishes a value, and writes an entry of one of DBOS's
+streams. They are steps with a checkpoint; what a step's body publishes and writes is part of that step, and has its
+name."""
 
 APPROVAL_STEP = "perdure.approval"
 """The name of the operation that asks a person and waits."""
@@ -237,9 +239,9 @@ def _apply(steps: dict[int, Step], event: Event) -> None:
                 step, state=StepState.FAILED, attempts=attempts, execution=event.execution, end_ms=event.time_ms,
                 error=event.data.get("error"),
             )  # fmt: skip
-        case EventKind.OUTPUT_DELTA if event.step_name == STREAM_STEP:
+        case EventKind.OUTPUT_DELTA | EventKind.PUBLISHED if event.step_name in (STREAM_STEP, PUBLISH_STEP):
             step = replace(step, state=StepState.SUCCEEDED, execution=event.execution, end_ms=event.time_ms)
-        case EventKind.PUBLISHED | EventKind.CHILD_STARTED:
+        case EventKind.CHILD_STARTED:
             step = replace(
                 step, state=StepState.SUCCEEDED, execution=event.execution, end_ms=event.time_ms,
                 child_run_id=str(event.data.get("child_run_id", "")),
@@ -255,12 +257,13 @@ def _apply(steps: dict[int, Step], event: Event) -> None:
 def half_written(events: Iterable[Event]) -> list[tuple[int, str]]:
     """Returns the steps (id, name) whose text an execution that died has left half written, from a run's events.
 
-    Of a step that finished, and of one whose earlier text is void already, nothing is half written. Text that the
-    workflow's own code wrote (step 0) is written again by every replay, so it is, too.
+    Of a step that finished, and of one whose earlier text is void already, nothing is half written; an entry that the
+    workflow's own code wrote to one of DBOS's streams is a finished step. Other text of that code (step 0) is written
+    again by every replay, so it is half written, too.
     """
     open_steps: dict[int, str] = {}
     for event in events:
-        if event.kind is EventKind.OUTPUT_DELTA:
+        if event.kind is EventKind.OUTPUT_DELTA and event.step_name != STREAM_STEP:
             open_steps[event.step_id] = event.step_name
         elif event.kind in (EventKind.STEP_SUCCEEDED, EventKind.STEP_FAILED, EventKind.ATTEMPT_RESET):
             open_steps.pop(event.step_id, None)

@@ -20,6 +20,7 @@ from perdure_service.domain.approvals import ApprovalState
 from perdure_service.domain.events import (
     APPROVAL_STEP,
     MAX_VALUE_CHARS,
+    PUBLISH_STEP,
     STREAM_STEP,
     Event,
     EventKind,
@@ -286,24 +287,30 @@ class Ledger:
 
     @staticmethod
     def published(function_id: int, key: str, value: Any) -> Callable[[Execution], list[Event]]:
-        """Returns what makes the event of a published value."""
+        """Returns what makes the event of a value that the workflow's own code, or a step's body, publishes."""
 
         def events(execution: Execution) -> list[Event]:
             text = values.to_json(value)
             data = {"key": key, "value_bytes": len(text), "value_json": text if len(text) <= MAX_VALUE_CHARS else ""}
-            return [Event(EventKind.PUBLISHED, now_ms(), data, function_id, "DBOS.setEvent", 0, execution.number)]
+            step = execution.steps.get(function_id)
+            name, attempt = (step.name, step.attempt) if step else (PUBLISH_STEP, 0)
+            return [Event(EventKind.PUBLISHED, now_ms(), data, function_id, name, attempt, execution.number)]
 
         return events
 
     @staticmethod
     def streamed(function_id: int, key: str, value: Any) -> Callable[[Execution], list[Event]]:
-        """Returns what makes the event of an entry of one of DBOS's streams."""
+        """Returns what makes the events of an entry of one of DBOS's streams; see `published`."""
 
         def events(execution: Execution) -> list[Event]:
             text = value if isinstance(value, str) else values.to_json(value)
-            kind, at, name = EventKind.OUTPUT_DELTA, now_ms(), STREAM_STEP
+            kind, at = EventKind.OUTPUT_DELTA, now_ms()
+            step = execution.steps.get(function_id)
+            if step is not None:
+                step.wrote_output = True
+            name, attempt = (step.name, step.attempt) if step else (STREAM_STEP, 1)
             return [
-                Event(kind, at, {"stream": key, "text": piece}, function_id, name, 1, execution.number)
+                Event(kind, at, {"stream": key, "text": piece}, function_id, name, attempt, execution.number)
                 for piece in text_pieces(text)
             ]
 

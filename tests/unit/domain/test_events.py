@@ -133,6 +133,19 @@ def test_only_text_of_unfinished_steps_is_half_written() -> None:
     assert half_written(log) == [(0, ""), (3, "step 3")]
 
 
+def test_an_entry_of_a_stream_is_a_step_of_its_own_unless_a_step_wrote_it() -> None:
+    own = Event(EventKind.OUTPUT_DELTA, 1, {"text": "x"}, 1, events.STREAM_STEP, 1, 1)
+    published = Event(EventKind.PUBLISHED, 1, {"key": "k"}, 2, events.PUBLISH_STEP, 0, 1)
+    begun = Event(EventKind.STEP_STARTED, 1, {}, 3, "step", 1, 1)
+    within = [
+        Event(EventKind.OUTPUT_DELTA, 1, {"text": "x"}, 3, "step", 1, 1),
+        Event(EventKind.PUBLISHED, 1, {"key": "k"}, 3, "step", 1, 1),
+    ]
+    log = [own, published, begun, *within]
+    assert [step.state for step in fold_steps(log)] == [StepState.SUCCEEDED, StepState.SUCCEEDED, StepState.RUNNING]
+    assert half_written(log) == [(3, "step")]
+
+
 def test_a_filter_lets_the_end_pass() -> None:
     end = Event(EventKind.STATE_CHANGED, 1, {"to": "SUCCEEDED"})
     other = Event(EventKind.STATE_CHANGED, 1, {"to": "RUNNING"})
