@@ -16,8 +16,8 @@ import structlog
 from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
-from perdure_service.domain.leases import new_executor_id
 from perdure_service.durable.context import current_run
+from perdure_service.durable.leases import new_executor_id
 from perdure_service.durable.migrate import migrate_all, verify_dbos
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService

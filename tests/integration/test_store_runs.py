@@ -43,7 +43,7 @@ def test_a_state_filter_finds_exactly_the_runs_in_that_state(engine: sa.Engine) 
                 sa.text("INSERT INTO dbos.workflow_status (workflow_uuid, status, name) VALUES (:id, :status, 'x')"),
                 {"id": key.workflow_id, "status": status},
             )
-            start = RunStart(key, "x", "1", "{}", "hash", "request", "me")
+            start = RunStart(key, "x", "1", "hash", "request", "me")
             assert runs.insert(
                 conn, start, input_argument=None, parent_workflow_id=None, unique_request_id=None, executor_id=""
             )

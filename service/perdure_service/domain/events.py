@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from perdure_service.domain import tokens
+from perdure_service.domain.runs import TERMINAL_STATES, RunState
 from perdure_service.errors import InvalidArgument
 
 
@@ -56,6 +57,11 @@ class Event:
     attempt: int = 0
     execution: int = 0
     sequence: int = 0
+
+    @property
+    def ends_run(self) -> bool:
+        """Whether the run has ended with it."""
+        return self.kind is EventKind.STATE_CHANGED and self.data.get("to") in TERMINAL_STATES
 
 
 @dataclass(slots=True)
@@ -111,18 +117,18 @@ def event_chars(event: Event) -> int:
     return 100 + sum(len(value) for value in event.data.values() if isinstance(value, str))
 
 
-def in_packs(events: Sequence[Event]) -> list[list[Event]]:
-    """Returns a commit's events in packs: one, unless they are longer than `MAX_PACK_CHARS`."""
-    packs: list[list[Event]] = [[]]
+def in_pieces(events: Sequence[Event], max_chars: int, max_events: int | None = None) -> list[list[Event]]:
+    """Returns events in pieces of a bounded size, in order; an event that is longer alone has a piece of its own."""
+    pieces: list[list[Event]] = [[]]
     chars = 0
     for event in events:
         size = event_chars(event)
-        if packs[-1] and chars + size > MAX_PACK_CHARS:
-            packs.append([])
+        if pieces[-1] and (chars + size > max_chars or len(pieces[-1]) == max_events):
+            pieces.append([])
             chars = 0
-        packs[-1].append(event)
+        pieces[-1].append(event)
         chars += size
-    return packs
+    return pieces
 
 
 # ---- cursors ---------------------------------------------------------------------------------------------------------
@@ -130,7 +136,7 @@ def in_packs(events: Sequence[Event]) -> list[list[Event]]:
 
 def encode_cursor(workflow_id: str, sequence: int) -> str:
     """Returns the opaque cursor after `sequence` of a run."""
-    return base64.urlsafe_b64encode(json.dumps([1, workflow_id, sequence]).encode()).decode().rstrip("=")
+    return tokens.encode([1, workflow_id, sequence])
 
 
 def decode_cursor(cursor: str, workflow_id: str) -> int:
@@ -139,11 +145,9 @@ def decode_cursor(cursor: str, workflow_id: str) -> int:
     Raises:
         InvalidArgument: It is not a cursor, or one of another run.
     """
-    if len(cursor) > MAX_CURSOR_CHARS:
-        raise InvalidArgument("cursor", "is not a cursor of this service")
     try:
-        version, cursor_workflow, sequence = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
-    except (ValueError, TypeError, RecursionError):
+        version, cursor_workflow, sequence = tokens.decode(cursor, MAX_CURSOR_CHARS)
+    except (ValueError, TypeError):
         raise InvalidArgument("cursor", "is not a cursor of this service") from None
     if version != 1 or not isinstance(sequence, int) or isinstance(sequence, bool) or sequence < 0:
         raise InvalidArgument("cursor", "is not a cursor of this service")
@@ -198,7 +202,7 @@ def fold_steps(events: Iterable[Event]) -> list[Step]:
         if event.kind is EventKind.STATE_CHANGED:
             moved_on = event.execution > execution
             execution = max(execution, event.execution)
-            if moved_on or event.data.get("to") in ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED", "QUEUED"):
+            if moved_on or event.ends_run or event.data.get("to") == RunState.QUEUED:
                 _interrupt(steps)
         elif event.step_id:
             _apply(steps, event)
@@ -273,8 +277,5 @@ def half_written(events: Iterable[Event]) -> list[tuple[int, str]]:
 def of_kinds(events: Iterable[Event], kinds: frozenset[EventKind]) -> Iterator[Event]:
     """Yields the events that a watcher of these kinds gets; an empty set means all, and the end is always sent."""
     for event in events:
-        ends = event.kind is EventKind.STATE_CHANGED and event.data.get("to") in (
-            "SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED",
-        )  # fmt: skip
-        if not kinds or event.kind in kinds or ends:
+        if not kinds or event.kind in kinds or event.ends_run:
             yield event

@@ -192,7 +192,6 @@ class RunStart:
     key: RunKey
     agent: str
     agent_version: str
-    input_json: str
     input_sha256: str
     request_id: str
     caller: str
@@ -203,7 +202,6 @@ class RunStart:
     start_at: datetime | None = None
     delay_s: float | None = None
     deadline_at: datetime | None = None
-    refuse_existing: bool = False
 
 
 @dataclass(frozen=True, slots=True)

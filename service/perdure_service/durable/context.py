@@ -20,7 +20,6 @@ from typing import Any, Literal
 import sqlalchemy as sa
 from dbos import DBOS
 from dbos._context import EnterDBOSStepCtx, get_local_dbos_context, snapshot_step_context
-from dbos._dbos import _get_dbos_instance
 from dbos._serialization import DBOSPortableJSON
 from dbos._utils import LoopAwareEvent
 
@@ -259,7 +258,7 @@ class BoundRun:
                 ]
             if approvals.count_open(conn, workflow_id) == 0 and execution.state is RunState.AWAITING_INPUT:
                 back = execution.moved(RunState.RUNNING)
-                if runs.waits_for(conn, workflow_id) == WAITING_APPROVAL:
+                if runs.waits_for(conn, workflow_id)[0] == WAITING_APPROVAL:
                     # Else whoever decided has told of it.
                     operation.facts.setdefault("before", []).append(back)
             expired = approval.state is ApprovalState.EXPIRED
@@ -310,10 +309,3 @@ def current_run(system_database: PerdureSystemDatabase) -> BoundRun | None:
         return None
     execution = system_database.executions.find(context.workflow_id, context.owner_xid)
     return None if execution is None else BoundRun(execution, system_database)
-
-
-def dbos_system_database() -> PerdureSystemDatabase:
-    """Returns the system database of the launched DBOS."""
-    database = _get_dbos_instance()._sys_db
-    assert isinstance(database, PerdureSystemDatabase)
-    return database

@@ -36,7 +36,6 @@ class StepProgress:
     name: str
     start_ns: int
     attempt: int = 0
-    attempt_start_ns: int = 0
     wrote_output: bool = False
     preview: str = ""
     error: BaseException | None = None

@@ -12,6 +12,8 @@ another process left is taken back at once.
 from __future__ import annotations
 
 import asyncio
+import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,6 +35,11 @@ GATE_POLL_S = 0.1
 
 MAX_BATCHES = 1_000
 """Batches that one take-back works through; the rest waits for the next."""
+
+
+def new_executor_id() -> str:
+    """Returns an id that no process has had before: host name and 8 random hex digits."""
+    return f"{socket.gethostname()[:40].lower()}-{secrets.token_hex(4)}"
 
 
 class Lease:

@@ -160,7 +160,6 @@ class Ledger:
             key=key,
             agent=agent,
             agent_version=version,
-            input_json="",
             input_sha256=digest,
             request_id="",
             caller=row["caller"] if row else "",
@@ -450,27 +449,16 @@ class Ledger:
         }
 
     @staticmethod
-    def open_ids(engine: sa.Engine, workflow_ids: Sequence[str]) -> list[str]:
-        """Returns those of the workflows that have not ended. Its own transaction."""
+    def statuses(engine: sa.Engine, workflow_ids: Sequence[str]) -> dict[str, str]:
+        """Returns DBOS's status of those of the workflows that exist, in order of ids. Its own transaction."""
         with engine.begin() as conn:
             rows = conn.execute(
                 sa.text(
-                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
-                    "AND NOT status = ANY(:terminal) ORDER BY workflow_uuid"
+                    f"SELECT workflow_uuid, status FROM {STATUS} WHERE workflow_uuid = ANY(:ids) ORDER BY workflow_uuid"
                 ),
-                {"ids": list(workflow_ids), "terminal": sorted(TERMINAL_STATUSES)},
-            )
-            return [row[0] for row in rows]
-
-    @staticmethod
-    def known_ids(engine: sa.Engine, workflow_ids: Sequence[str]) -> list[str]:
-        """Returns those of the workflows that exist. Its own transaction."""
-        with engine.begin() as conn:
-            rows = conn.execute(
-                sa.text(f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids)"),
                 {"ids": list(workflow_ids)},
             )
-            return [row[0] for row in rows]
+            return {row.workflow_uuid: row.status for row in rows}
 
     @staticmethod
     def foreign_status(conn: sa.Connection, workflow_id: str) -> str | None:

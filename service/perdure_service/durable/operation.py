@@ -16,7 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from perdure_service.domain.events import Event, Pack, in_packs
+from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, in_pieces
 from perdure_service.domain.runs import RunState
 from perdure_service.durable.executions import Execution, slot_of
 from perdure_service.store import event_log, runs
@@ -117,7 +117,7 @@ class Operation:
         packs = self._packs.setdefault(workflow_id, [])
         if packs and event_log.is_committed(conn, packs[0]):
             return False
-        packs[:] = [Pack(workflow_id, piece) for piece in in_packs(events)]
+        packs[:] = [Pack(workflow_id, piece) for piece in in_pieces(events, MAX_PACK_CHARS)]
         for pack in packs:
             event_log.append(conn, pack)
         return True

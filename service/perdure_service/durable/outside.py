@@ -25,7 +25,7 @@ from perdure_service.store.dbos_tables import NOTIFICATIONS, STATUS
 _SEND = sa.text(
     f"INSERT INTO {NOTIFICATIONS} (message_uuid, destination_uuid, topic, message, serialization) "
     "VALUES (:message_uuid, :destination, :topic, :message, :serialization) "
-    "ON CONFLICT (message_uuid) DO NOTHING RETURNING message_uuid"
+    "ON CONFLICT (message_uuid) DO NOTHING"
 )
 
 
@@ -38,16 +38,9 @@ def _locked_status(conn: sa.Connection, workflow_id: str) -> str | None:
     return None if found is None else str(found)
 
 
-def _execution_number(conn: sa.Connection, workflow_id: str) -> int:
-    return int(
-        conn.execute(sa.text("SELECT execution FROM perdure.run WHERE workflow_id = :id"), {"id": workflow_id}).scalar()
-        or 0
-    )
-
-
-def _send(conn: sa.Connection, workflow_id: str, topic: str, payload: Any, key: str) -> bool:
-    """Leaves a message for a run as DBOS's `send` does; returns False when it lies there already."""
-    row = conn.execute(
+def _send(conn: sa.Connection, workflow_id: str, topic: str, payload: Any, key: str) -> None:
+    """Leaves a message for a run as DBOS's `send` does, unless it lies there already."""
+    conn.execute(
         _SEND,
         {
             "message_uuid": f"{key}::{workflow_id}",
@@ -56,8 +49,7 @@ def _send(conn: sa.Connection, workflow_id: str, topic: str, payload: Any, key: 
             "message": DBOSPortableJSON.serialize(payload),
             "serialization": DBOSPortableJSON.name(),
         },
-    ).first()
-    return row is not None
+    )
 
 
 def signal(runtime: Runtime, key: RunKey, *, name: str, payload: Any, request_id: str, sender: str) -> bool:
@@ -86,7 +78,7 @@ def signal(runtime: Runtime, key: RunKey, *, name: str, payload: Any, request_id
         _send(conn, key.workflow_id, name, payload, request_id)
         operation.facts["sent"] = True  # found again by this very call, when the reply to its COMMIT is lost
         data = {"name": name, "payload_bytes": len(message.encode()), "sender": sender}
-        number = _execution_number(conn, key.workflow_id)
+        _, number = runs.waits_for(conn, key.workflow_id)
         operation.add(key.workflow_id, Event(EventKind.SIGNAL_RECEIVED, now_ms(), data, execution=number))
 
     operation.finish = finish
@@ -125,9 +117,9 @@ def decide(runtime: Runtime, approval: Approval, decision: Decision) -> Approval
             "decided_by": decision.decided_by,
             "comment": decision.comment,
         }
-        number = _execution_number(conn, workflow_id)
+        waiting_for, number = runs.waits_for(conn, workflow_id)
         operation.add(workflow_id, Event(EventKind.APPROVAL_DECIDED, now_ms(), data, step_id, APPROVAL_STEP, 0, number))
-        if runs.waits_for(conn, workflow_id) == WAITING_APPROVAL and approvals.count_open(conn, workflow_id) == 0:
+        if waiting_for == WAITING_APPROVAL and approvals.count_open(conn, workflow_id) == 0:
             # The state follows the open approvals, so whoever closes the last one tells of it, not who owns the run.
             moved = {"from": RunState.AWAITING_INPUT.value, "to": RunState.RUNNING.value}
             operation.add(workflow_id, Event(EventKind.STATE_CHANGED, now_ms(), moved, execution=number))

@@ -17,6 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 from dbos import DBOS, _core
+from dbos._dbos import _get_dbos_instance
 from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
 from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
 
@@ -32,14 +33,12 @@ from perdure_service.durable.spans import Spans
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
 from perdure_service.durable.transactions import QUEUE
 from perdure_service.durable.writer import EventWriter
+from perdure_service.store import runs
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach
 from perdure_service.telemetry import RunTracer
 
 log = structlog.get_logger()
-
-INTERNAL_QUEUE = "_dbos_internal_queue"
-"""Where DBOS puts what foreign clients resume and fork; DBOS always serves it (dbos/_utils.py)."""
 
 QUEUE_ATTEMPTS = 5
 """How often writing the queue's row is tried: many executors that start at once write the same one."""
@@ -201,18 +200,23 @@ class Runtime:
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
-    def start(self, agent: RegisteredAgent, start: RunStart, run_input: Any, *, server_made_id: bool) -> str:
+    def start(self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool) -> str:
         """Commits the start of a run and, when this executor has a free slot, begins it. Blocks.
+
+        Args:
+            agent: What to run.
+            start: What was decided about the run.
+            arguments: The workflow's, by name: plain JSON.
+            server_made_id: Whether the request id alone tells of which run a repeat is.
 
         Returns:
             The workflow id of the run: the one asked for, or, when the server makes ids, the one that this request
             was given before. Whether the existing run is the one meant is for the caller to compare.
         """
         database = self.database
-        dbos = _dbos_instance()
-        arguments = agent.arguments(run_input)
+        # Without arguments: DBOS would store them in the workflow's own format, and ours is JSON for all.
         status = _core.prepare_enqueued_workflow(
-            dbos, agent.workflow, (), arguments, queue_name=QUEUE, workflow_id=start.key.workflow_id
+            _dbos_instance(), agent.workflow, (), {}, queue_name=QUEUE, workflow_id=start.key.workflow_id
         )
         status["inputs"], status["serialization"] = serialize_args(
             (), arguments, WorkflowSerializationFormat.PORTABLE, DBOSPortableJSON
@@ -226,21 +230,18 @@ class Runtime:
         if start.deadline_at is not None:
             status["workflow_deadline_epoch_ms"] = int(start.deadline_at.timestamp() * 1000)
         owner_xid = str(uuid.uuid4())
-        argument = agent.input_argument or None
         try:
             with database.bounded():
                 mine = database.start_run(
                     status,
                     start,
                     creator_xid=owner_xid,
-                    input_argument=argument,
+                    input_argument=agent.input_argument or None,
                     unique_request_id=start.request_id if server_made_id and start.request_id else None,
                 )
         except DBOSConflictingWorkflowError:
             return start.key.workflow_id
         except RequestRepeated:
-            from perdure_service.store import runs
-
             with self.engine.begin() as conn:
                 found = runs.find_request(conn, start.key.namespace, start.request_id)
             return found or start.key.workflow_id
@@ -266,8 +267,6 @@ class Runtime:
 
 
 def _dbos_instance() -> Any:
-    from dbos._dbos import _get_dbos_instance
-
     return _get_dbos_instance()
 
 

@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-import structlog
 from jsonschema import Draft202012Validator
 
 from perdure_service.agents import catalogue
@@ -59,8 +58,6 @@ from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import derive_trace_id, parse_traceparent
 
-log = structlog.get_logger()
-
 T = TypeVar("T")
 
 MAX_PAGE_CHARS = 1024 * 1024
@@ -93,7 +90,6 @@ class RunService:
         self._tailer = tailer
         self._namespaces = frozenset(namespaces)
         self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="rpc-db-")
-        self._poll_s = poll_s
         self._inbox = Inbox(self._read_inbox, poll_s)
         self._watching = Watching(self._read, partial(self.get, full=False), tailer)
 
@@ -118,11 +114,11 @@ class RunService:
         self._check_namespace(command.namespace)
         if command.run_id:
             check_client_run_id(command.run_id)
-        start, agent = await self._decide(command)
+        start, agent, arguments = await self._decide(command)
         if command.validate_only:
             return _not_created(start), False
         found_id = await self._call(
-            lambda: self._runtime.start(agent, start, command.run_input, server_made_id=not command.run_id)
+            lambda: self._runtime.start(agent, start, arguments, server_made_id=not command.run_id)
         )
         run = await self._read("runs.get", lambda conn: runs.get(conn, found_id))
         if run is None:
@@ -138,8 +134,8 @@ class RunService:
             raise RunConflict(f"run {run.key.run_id!r} exists, started by another request; choose another run_id")
         return run, created
 
-    async def _decide(self, command: StartCommand) -> tuple[RunStart, catalogue.RegisteredAgent]:
-        """Fixes everything about a run before anything is written."""
+    async def _decide(self, command: StartCommand) -> tuple[RunStart, catalogue.RegisteredAgent, dict[str, Any]]:
+        """Fixes everything about a run before anything is written: the start, the agent, the workflow's arguments."""
         agent = catalogue.find(command.agent, command.agent_version)
         if agent is None:
             known = await self._read(
@@ -154,7 +150,7 @@ class RunService:
         check_input(agent.spec, command.run_input)
         if command.deadline_at is not None and command.start_at is not None and command.deadline_at <= command.start_at:
             raise InvalidArgument("deadline_time", "must be after start_time")
-        agent.arguments(command.run_input)  # what the schema allows but the types do not
+        arguments = agent.arguments(command.run_input)  # refuses what the schema allows but the types do not
         run_id = command.run_id or new_run_id()
         key = RunKey.of_api(command.namespace, run_id)
         caller_span = parse_traceparent(command.trace_parent)
@@ -162,7 +158,6 @@ class RunService:
             key=key,
             agent=command.agent,
             agent_version=agent.spec.version,
-            input_json="",
             input_sha256=input_sha256(command.agent, command.run_input),
             request_id=command.request_id or f"server-{new_run_id()}",
             caller=command.caller,
@@ -173,9 +168,8 @@ class RunService:
             start_at=command.start_at,
             delay_s=command.delay_s,
             deadline_at=command.deadline_at,
-            refuse_existing=command.refuse_existing,
         )
-        return start, agent
+        return start, agent, arguments
 
     # ---- reads -------------------------------------------------------------------------------------------------------
 

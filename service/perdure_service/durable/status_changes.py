@@ -99,7 +99,8 @@ class StatusDatabase(TransactionalDatabase):
         while frontier:
             seen.update(frontier)
             # What has ended stays ended: DBOS would cancel a dead-lettered run once more.
-            open_ids = self.ledger.open_ids(self.engine, frontier)
+            statuses = self.ledger.statuses(self.engine, frontier)
+            open_ids = [workflow_id for workflow_id, status in statuses.items() if status not in TERMINAL_STATUSES]
             if open_ids:
                 with self._changing(open_ids, reason):
                     super().cancel_workflows(open_ids)
@@ -109,9 +110,10 @@ class StatusDatabase(TransactionalDatabase):
             reason = "its parent was cancelled"
 
     def resume_workflows(self, workflow_ids: list[str], **rest: Any) -> None:
-        ended = set(workflow_ids) - set(self.ledger.open_ids(self.engine, workflow_ids))
-        if ended & set(self.ledger.known_ids(self.engine, workflow_ids)):
-            raise DBOSException(f"{', '.join(sorted(ended))} has ended, and a run that ended is not revived; fork it")
+        statuses = self.ledger.statuses(self.engine, workflow_ids)
+        ended = [workflow_id for workflow_id, status in statuses.items() if status in TERMINAL_STATUSES]
+        if ended:
+            raise DBOSException(f"{', '.join(ended)} has ended, and a run that ended is not revived; fork it")
         with self._changing(workflow_ids, "resumed"):
             super().resume_workflows(workflow_ids, **{**rest, "queue_name": rest.get("queue_name") or QUEUE})
 

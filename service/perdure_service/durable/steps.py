@@ -80,7 +80,6 @@ class StepObserver:
         if step is None:
             step = execution.steps[step_id] = StepProgress(self._name, time.time_ns())
         step.attempt += 1
-        step.attempt_start_ns = time.time_ns()
         step.error = None
         if step.attempt == 1:
             execution.note(self._event(EventKind.STEP_STARTED, {"max_attempts": self._max_attempts}, 1))

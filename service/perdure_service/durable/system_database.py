@@ -32,7 +32,6 @@ from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.transactions import QUEUE
-from perdure_service.store.dbos_tables import STATUS
 
 
 class RequestRepeated(Exception):
@@ -378,18 +377,14 @@ class PerdureSystemDatabase(StatusDatabase):
         operation = Operation(execution)
 
         def finish(conn: sa.Connection) -> None:
-            owner = conn.execute(
-                sa.text(f"SELECT owner_xid FROM {STATUS} WHERE workflow_uuid = :id FOR NO KEY UPDATE"),
-                {"id": execution.key.workflow_id},
-            ).scalar()
-            if owner != execution.owner_xid:
-                operation.facts["lost"] = True
-            elif execution.has_events:
+            self._check_owner_txn(conn, execution.key.workflow_id, execution.owner_xid)
+            if execution.has_events:
                 operation.add(execution.key.workflow_id)
 
         operation.finish = finish
-        self.run_operation(operation)
-        if operation.facts.get("lost"):
+        try:
+            self.run_operation(operation)
+        except DBOSWorkflowConflictIDError:
             self.executions.kill(execution, "it lost its run")
 
 

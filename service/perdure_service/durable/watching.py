@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeVar
 import sqlalchemy as sa
 import structlog
 
-from perdure_service.domain.events import Event, EventKind, decode_cursor, encode_cursor, event_chars, of_kinds
-from perdure_service.domain.runs import Run, RunState
+from perdure_service.domain.events import Event, EventKind, decode_cursor, encode_cursor, in_pieces, of_kinds
+from perdure_service.domain.runs import Run
 from perdure_service.durable.requests import WatchBatch
 from perdure_service.errors import CursorOutOfRange, InvalidArgument
 from perdure_service.store import event_log, runs
@@ -70,9 +70,8 @@ class Watching:
             def batch(events: Sequence[Event], last: int, **flags: Any) -> WatchBatch:
                 return WatchBatch(key, list(of_kinds(events, kinds)), last, encode_cursor(workflow_id, last), **flags)
 
-            first: Run | None = snapshot
             ended = snapshot.state.terminal and position >= caught_up_at
-            yield batch([], position, snapshot=first, caught_up=position >= caught_up_at, end_of_run=ended)
+            yield batch([], position, snapshot=snapshot, caught_up=position >= caught_up_at, end_of_run=ended)
             if ended:
                 return
             while True:
@@ -83,11 +82,11 @@ class Watching:
                     if run_over:
                         return
                     continue
-                pieces = list(_pieces(events))
+                pieces = in_pieces(events, MAX_BATCH_CHARS, MAX_EVENTS_PER_BATCH)
                 for index, piece in enumerate(pieces):
                     position = piece[-1].sequence
                     last_piece = index == len(pieces) - 1
-                    over = last_piece and _ends(piece[-1]) and await self._over(workflow_id, position)
+                    over = last_piece and piece[-1].ends_run and await self._over(workflow_id, position)
                     yield batch(piece, position, caught_up=last_piece and not behind, end_of_run=over)
                     if over:
                         return
@@ -109,14 +108,7 @@ class Watching:
             raise InvalidArgument(field, "must not be negative")
         if position > snapshot.last_sequence:
             raise InvalidArgument(field, f"is from the future: the run has {snapshot.last_sequence} events")
-        earliest = await self._read(
-            "events.earliest", lambda conn: event_log.earliest_sequence(conn, snapshot.key.workflow_id)
-        )
-        if position + 1 < earliest:
-            raise CursorOutOfRange(
-                f"events before {earliest} are no longer kept; watch again after {earliest - 1}",
-                earliest_sequence=str(earliest),
-            )
+        await self._refuse_truncated(snapshot.key.workflow_id, position)
         return position
 
     async def _next(
@@ -164,34 +156,20 @@ class Watching:
             CursorOutOfRange: What follows the watcher's position is no longer kept.
             LookupError: It should be there; the log of this server tells more.
         """
+        await self._refuse_truncated(workflow_id, position)
+        log.error("watch.hole", workflow_id=workflow_id, after=position, found=found)
+        raise LookupError(f"{workflow_id} has no event {position + 1}")
+
+    async def _refuse_truncated(self, workflow_id: str, position: int) -> None:
+        """Raises CursorOutOfRange when what follows a position is no longer kept."""
         earliest = await self._read("events.earliest", partial(event_log.earliest_sequence, workflow_id=workflow_id))
         if position + 1 < earliest:
             raise CursorOutOfRange(
                 f"events before {earliest} are no longer kept; watch again after {earliest - 1}",
                 earliest_sequence=str(earliest),
             )
-        log.error("watch.hole", workflow_id=workflow_id, after=position, found=found)
-        raise LookupError(f"{workflow_id} has no event {position + 1}")
 
     async def _over(self, workflow_id: str, position: int) -> bool:
         """Returns whether the run has ended and its log ends at `position`: a terminal event may be revived upon."""
         run = await self._read("runs.get", lambda conn: runs.get(conn, workflow_id))
         return run is not None and run.state.terminal and run.end_time is not None and run.last_sequence <= position
-
-
-def _pieces(events: Sequence[Event]) -> Sequence[Sequence[Event]]:
-    """Returns the events in pieces that fit into a message."""
-    pieces: list[list[Event]] = [[]]
-    size = 0
-    for event in events:
-        chars = event_chars(event)
-        if pieces[-1] and (len(pieces[-1]) >= MAX_EVENTS_PER_BATCH or size + chars > MAX_BATCH_CHARS):
-            pieces.append([])
-            size = 0
-        pieces[-1].append(event)
-        size += chars
-    return pieces
-
-
-def _ends(event: Event) -> bool:
-    return event.kind is EventKind.STATE_CHANGED and RunState(event.data["to"]).terminal

@@ -5,7 +5,6 @@ A run's *state* is not stored: every read derives it from DBOS's status, the ope
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,6 +12,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from perdure_service.domain import tokens
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import (
     DEADLINE_PASSED,
@@ -191,12 +191,12 @@ _STATE_SQL: dict[RunState, str] = {
 }
 
 
-def waits_for(conn: sa.Connection, workflow_id: str) -> str | None:
-    """Returns what a run waits for, as its log last said; None when it does not wait."""
-    found = conn.execute(
-        sa.text("SELECT waiting_for FROM perdure.run WHERE workflow_id = :id"), {"id": workflow_id}
-    ).scalar()
-    return None if found is None else str(found)
+def waits_for(conn: sa.Connection, workflow_id: str) -> tuple[str | None, int]:
+    """Returns what a run waits for, as its log last said (None: it does not wait), and the number of its execution."""
+    row = conn.execute(
+        sa.text("SELECT waiting_for, execution FROM perdure.run WHERE workflow_id = :id"), {"id": workflow_id}
+    ).first()
+    return (row.waiting_for, row.execution) if row else (None, 0)
 
 
 def logged_states(conn: sa.Connection, workflow_ids: Sequence[str]) -> dict[str, tuple[RunState, int]]:
@@ -334,13 +334,9 @@ def _input_json(row: sa.RowMapping) -> str | None:
 # ---- page tokens -----------------------------------------------------------------------------------------------------
 
 
-MAX_TOKEN_CHARS = 32_768
-"""Longer than any token: its filter holds at most 32 labels of 63 and 256 characters."""
-
-
 def encode_token(position: Sequence[Any], filter_key: Any) -> str:
     """Returns an opaque page token: a position, bound to the list (its filter) it was made for."""
-    return base64.urlsafe_b64encode(json.dumps([1, list(position), filter_key]).encode()).decode().rstrip("=")
+    return tokens.encode([1, list(position), filter_key])
 
 
 def decode_token(token: str, filter_key: Any) -> list[Any]:
@@ -349,11 +345,9 @@ def decode_token(token: str, filter_key: Any) -> list[Any]:
     Raises:
         InvalidArgument: It is not a token, or one of another list.
     """
-    if len(token) > MAX_TOKEN_CHARS:
-        raise InvalidArgument("page_token", "is not a token of this service")
     try:
-        version, position, made_for = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
-    except (ValueError, TypeError, RecursionError):
+        version, position, made_for = tokens.decode(token)
+    except (ValueError, TypeError):
         raise InvalidArgument("page_token", "is not a token of this service") from None
     if version != 1 or not isinstance(position, list) or made_for != json.loads(json.dumps(filter_key)):
         raise InvalidArgument("page_token", "belongs to another list; keep the other fields as they were")

@@ -59,12 +59,11 @@ class Subscription:
 class _Feed:
     """What is known of one watched run."""
 
-    __slots__ = ("dirty", "position", "subscriptions")
+    __slots__ = ("position", "subscriptions")
 
     def __init__(self) -> None:
         self.subscriptions: set[Subscription] = set()
         self.position = 0
-        self.dirty = False
 
 
 class Tailer:
@@ -150,11 +149,6 @@ class Tailer:
             feed.subscriptions.discard(subscription)
             if not feed.subscriptions:
                 del self._feeds[subscription.workflow_id]
-
-    @property
-    def watched(self) -> int:
-        """How many runs are watched here."""
-        return len(self._feeds)
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from perdure_service.domain import events
-from perdure_service.domain.events import Event, EventKind, StepState, fold_steps, half_written, in_packs
+from perdure_service.domain.events import Event, EventKind, StepState, fold_steps, half_written, in_pieces
 from perdure_service.errors import InvalidArgument
 
 kinds = st.sampled_from(list(EventKind))
@@ -61,7 +61,7 @@ def test_a_cursor_of_nothing_but_brackets_is_refused() -> None:
 @given(st.lists(st.integers(0, 300_000), max_size=12))
 def test_long_commits_are_cut_into_packs_in_order(sizes: list[int]) -> None:
     commit = [Event(EventKind.LOG, n, {"message": "x" * size}) for n, size in enumerate(sizes)]
-    packs = in_packs(commit)
+    packs = in_pieces(commit, events.MAX_PACK_CHARS)
     assert [event for pack in packs for event in pack] == commit
     for pack in packs:
         assert len(pack) <= 1 or sum(events.event_chars(event) for event in pack) <= events.MAX_PACK_CHARS
