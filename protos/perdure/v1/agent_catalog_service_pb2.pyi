@@ -30,6 +30,8 @@ class Agent(_message.Message):
     INPUT_SCHEMA_JSON_FIELD_NUMBER: _builtins.int
     OUTPUT_SCHEMA_JSON_FIELD_NUMBER: _builtins.int
     CURRENT_FIELD_NUMBER: _builtins.int
+    MAX_STEPS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     """Its name."""
     agent_version: _builtins.str
@@ -42,6 +44,10 @@ class Agent(_message.Message):
     """The JSON Schema of its output, as JSON text; empty when it does not say."""
     current: _builtins.bool
     """Whether StartAgent takes this version when it is given none."""
+    max_steps: _builtins.int
+    """How many steps a run of it may take; 0 for no limit. One that needs more fails with `BudgetExceeded`."""
+    max_tokens: _builtins.int
+    """How many tokens the model calls of a run may use, sent and received; 0 for no limit, and as above."""
     def __init__(
         self,
         *,
@@ -51,10 +57,12 @@ class Agent(_message.Message):
         input_schema_json: _builtins.str = ...,
         output_schema_json: _builtins.str = ...,
         current: _builtins.bool = ...,
+        max_steps: _builtins.int = ...,
+        max_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "current", b"current", "description", b"description", "input_schema_json", b"input_schema_json", "output_schema_json", b"output_schema_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "current", b"current", "description", b"description", "input_schema_json", b"input_schema_json", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "output_schema_json", b"output_schema_json"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -145,6 +145,10 @@ class AgentRun(_message.Message):
     PARENT_RUN_ID_FIELD_NUMBER: _builtins.int
     TRACE_ID_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
+    FORKED_FROM_RUN_ID_FIELD_NUMBER: _builtins.int
+    FORKED_FROM_STEP_ID_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace the run belongs to."""
     run_id: _builtins.str
@@ -177,6 +181,12 @@ class AgentRun(_message.Message):
     """The W3C trace id (32 hex digits) of the run's one trace."""
     last_sequence: _builtins.int
     """The number of events the run has now: the sequence of its last event."""
+    forked_from_run_id: _builtins.str
+    """The run it was forked from; empty for none."""
+    forked_from_step_id: _builtins.int
+    """The first step that it ran itself, when it was forked."""
+    caller: _builtins.str
+    """Who started it, or whose run started it."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the run was created, by the database's clock."""
@@ -205,6 +215,10 @@ class AgentRun(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels given at the start."""
 
+    @_builtins.property
+    def usage(self) -> Global___RunUsage:
+        """What its model calls used, failed attempts included; unset while nothing was reported."""
+
     def __init__(
         self,
         *,
@@ -231,14 +245,44 @@ class AgentRun(_message.Message):
         parent_run_id: _builtins.str = ...,
         trace_id: _builtins.str = ...,
         last_sequence: _builtins.int = ...,
+        usage: Global___RunUsage | None = ...,
+        forked_from_run_id: _builtins.str = ...,
+        forked_from_step_id: _builtins.int = ...,
+        caller: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "failure", b"failure", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "failure", b"failure", "progress", b"progress", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "context_id", b"context_id", "create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "execution", b"execution", "executor_id", b"executor_id", "failure", b"failure", "input_json", b"input_json", "input_sha256", b"input_sha256", "labels", b"labels", "last_sequence", b"last_sequence", "namespace", b"namespace", "output_json", b"output_json", "parent_run_id", b"parent_run_id", "pending_approvals", b"pending_approvals", "progress", b"progress", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "trace_id", b"trace_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "caller", b"caller", "context_id", b"context_id", "create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "execution", b"execution", "executor_id", b"executor_id", "failure", b"failure", "forked_from_run_id", b"forked_from_run_id", "forked_from_step_id", b"forked_from_step_id", "input_json", b"input_json", "input_sha256", b"input_sha256", "labels", b"labels", "last_sequence", b"last_sequence", "namespace", b"namespace", "output_json", b"output_json", "parent_run_id", b"parent_run_id", "pending_approvals", b"pending_approvals", "progress", b"progress", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AgentRun: _TypeAlias = AgentRun  # noqa: Y015
+
+@_typing.final
+class RunUsage(_message.Message):
+    """What a run used of models."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    input_tokens: _builtins.int
+    """Tokens sent."""
+    output_tokens: _builtins.int
+    """Tokens received."""
+    def __init__(
+        self,
+        *,
+        input_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "output_tokens", b"output_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunUsage: _TypeAlias = RunUsage  # noqa: Y015
 
 @_typing.final
 class RunProgress(_message.Message):

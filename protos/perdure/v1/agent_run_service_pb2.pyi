@@ -80,6 +80,70 @@ STEP_STATE_INTERRUPTED: StepState.ValueType  # 4
 """Its execution died in it; it runs again, or its run ended first."""
 Global___StepState: _TypeAlias = StepState  # noqa: Y015
 
+class _SpanKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpanKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpanKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPAN_KIND_UNSPECIFIED: _SpanKind.ValueType  # 0
+    """Not set; never returned by the service."""
+    SPAN_KIND_RUN: _SpanKind.ValueType  # 1
+    """A run, from its creation to its end."""
+    SPAN_KIND_EXECUTION: _SpanKind.ValueType  # 2
+    """One execution of a run, by one executor."""
+    SPAN_KIND_STEP: _SpanKind.ValueType  # 3
+    """A step, all attempts and delays together."""
+    SPAN_KIND_ATTEMPT: _SpanKind.ValueType  # 4
+    """One try of a step."""
+    SPAN_KIND_WAIT: _SpanKind.ValueType  # 5
+    """A time in which the run waited: in the queue, for a person, for a signal, for a sleep to end."""
+    SPAN_KIND_APPROVAL: _SpanKind.ValueType  # 6
+    """A question put to a person, until it was answered."""
+
+class SpanKind(_SpanKind, metaclass=_SpanKindEnumTypeWrapper):
+    """What a span is about."""
+
+SPAN_KIND_UNSPECIFIED: SpanKind.ValueType  # 0
+"""Not set; never returned by the service."""
+SPAN_KIND_RUN: SpanKind.ValueType  # 1
+"""A run, from its creation to its end."""
+SPAN_KIND_EXECUTION: SpanKind.ValueType  # 2
+"""One execution of a run, by one executor."""
+SPAN_KIND_STEP: SpanKind.ValueType  # 3
+"""A step, all attempts and delays together."""
+SPAN_KIND_ATTEMPT: SpanKind.ValueType  # 4
+"""One try of a step."""
+SPAN_KIND_WAIT: SpanKind.ValueType  # 5
+"""A time in which the run waited: in the queue, for a person, for a signal, for a sleep to end."""
+SPAN_KIND_APPROVAL: SpanKind.ValueType  # 6
+"""A question put to a person, until it was answered."""
+Global___SpanKind: _TypeAlias = SpanKind  # noqa: Y015
+
+class _SpanStatus:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SpanStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SpanStatus.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SPAN_STATUS_UNSPECIFIED: _SpanStatus.ValueType  # 0
+    """Not over, or neither good nor bad."""
+    SPAN_STATUS_OK: _SpanStatus.ValueType  # 1
+    """It succeeded."""
+    SPAN_STATUS_ERROR: _SpanStatus.ValueType  # 2
+    """It failed, or was cut off."""
+
+class SpanStatus(_SpanStatus, metaclass=_SpanStatusEnumTypeWrapper):
+    """How what a span is about went."""
+
+SPAN_STATUS_UNSPECIFIED: SpanStatus.ValueType  # 0
+"""Not over, or neither good nor bad."""
+SPAN_STATUS_OK: SpanStatus.ValueType  # 1
+"""It succeeded."""
+SPAN_STATUS_ERROR: SpanStatus.ValueType  # 2
+"""It failed, or was cut off."""
+Global___SpanStatus: _TypeAlias = SpanStatus  # noqa: Y015
+
 @_typing.final
 class StartAgentRequest(_message.Message):
     """Starts an agent."""
@@ -306,6 +370,9 @@ class ListRunsRequest(_message.Message):
     AGENT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     CONTEXT_ID_FIELD_NUMBER: _builtins.int
+    PARENT_RUN_ID_FIELD_NUMBER: _builtins.int
+    FROM_CREATE_TIME_FIELD_NUMBER: _builtins.int
+    UNTIL_CREATE_TIME_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace; empty means `default`."""
     page_size: _builtins.int
@@ -316,6 +383,8 @@ class ListRunsRequest(_message.Message):
     """Only runs of this agent; empty for all."""
     context_id: _builtins.str
     """Only runs of this context; empty for all."""
+    parent_run_id: _builtins.str
+    """Only the children of this run; empty for all."""
     @_builtins.property
     def states(self) -> _containers.RepeatedScalarFieldContainer[_agent_run_pb2.AgentRunState.ValueType]:
         """Only runs in one of these states; empty for all."""
@@ -323,6 +392,14 @@ class ListRunsRequest(_message.Message):
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Only runs that have all of these labels."""
+
+    @_builtins.property
+    def from_create_time(self) -> _timestamp_pb2.Timestamp:
+        """Only runs created at this time or later; unset for all."""
+
+    @_builtins.property
+    def until_create_time(self) -> _timestamp_pb2.Timestamp:
+        """Only runs created before this time; unset for all."""
 
     def __init__(
         self,
@@ -334,10 +411,13 @@ class ListRunsRequest(_message.Message):
         agent: _builtins.str = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         context_id: _builtins.str = ...,
+        parent_run_id: _builtins.str = ...,
+        from_create_time: _timestamp_pb2.Timestamp | None = ...,
+        until_create_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["from_create_time", b"from_create_time", "until_create_time", b"until_create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "context_id", b"context_id", "labels", b"labels", "namespace", b"namespace", "page_size", b"page_size", "page_token", b"page_token", "states", b"states"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "context_id", b"context_id", "from_create_time", b"from_create_time", "labels", b"labels", "namespace", b"namespace", "page_size", b"page_size", "page_token", b"page_token", "parent_run_id", b"parent_run_id", "states", b"states", "until_create_time", b"until_create_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -384,6 +464,7 @@ class WatchRunRequest(_message.Message):
     FROM_NOW_FIELD_NUMBER: _builtins.int
     KINDS_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_FIELD_NUMBER: _builtins.int
+    INCLUDE_CHILDREN_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace; empty means `default`."""
     run_id: _builtins.str
@@ -394,6 +475,8 @@ class WatchRunRequest(_message.Message):
     """After this sequence."""
     from_now: _builtins.bool
     """With what happens from now on."""
+    include_children: _builtins.bool
+    """Send the events of the run's children, and of theirs, too. `after_sequence` must not be set then."""
     @_builtins.property
     def kinds(self) -> _containers.RepeatedScalarFieldContainer[_run_event_pb2.RunEventKind.ValueType]:
         """Only events of these kinds; empty for all. The last state_changed is always sent."""
@@ -412,10 +495,11 @@ class WatchRunRequest(_message.Message):
         from_now: _builtins.bool = ...,
         kinds: _abc.Iterable[_run_event_pb2.RunEventKind.ValueType] | None = ...,
         heartbeat_interval: _duration_pb2.Duration | None = ...,
+        include_children: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "cursor", b"cursor", "from_now", b"from_now", "heartbeat_interval", b"heartbeat_interval", "position", b"position"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "cursor", b"cursor", "from_now", b"from_now", "heartbeat_interval", b"heartbeat_interval", "kinds", b"kinds", "namespace", b"namespace", "position", b"position", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "cursor", b"cursor", "from_now", b"from_now", "heartbeat_interval", b"heartbeat_interval", "include_children", b"include_children", "kinds", b"kinds", "namespace", b"namespace", "position", b"position", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_position: _TypeAlias = _typing.Literal["cursor", "after_sequence", "from_now"]  # noqa: Y015
     _WhichOneofArgType_position: _TypeAlias = _typing.Literal["position", b"position"]  # noqa: Y015
@@ -438,7 +522,7 @@ class WatchRunResponse(_message.Message):
     cursor: _builtins.str
     """Give it back to continue after this response."""
     last_sequence: _builtins.int
-    """The last sequence that this response covers, filtered events included."""
+    """The last sequence of the watched run that this response covers, filtered events included."""
     caught_up: _builtins.bool
     """Whether everything that existed when it was sent has been sent."""
     end_of_run: _builtins.bool
@@ -842,3 +926,431 @@ class CancelRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelRunResponse: _TypeAlias = CancelRunResponse  # noqa: Y015
+
+@_typing.final
+class ForkRunRequest(_message.Message):
+    """Starts a new run from the recorded steps of another one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    NEW_RUN_ID_FIELD_NUMBER: _builtins.int
+    FROM_STEP_ID_FIELD_NUMBER: _builtins.int
+    AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    INPUT_JSON_FIELD_NUMBER: _builtins.int
+    DEADLINE_TIME_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace; empty means `default`."""
+    run_id: _builtins.str
+    """The run to fork, whether it has ended or not. Required."""
+    request_id: _builtins.str
+    """Unique per call, the same in every repeat of it: one fork is made. Required."""
+    new_run_id: _builtins.str
+    """The id of the new run, as in StartAgent; empty lets the server make one."""
+    from_step_id: _builtins.int
+    """The first step that is run again: what was recorded of the steps below it is taken over. 0 means the first step
+    that did not succeed, or the step after the last one when all did; 1 takes over nothing.
+    """
+    agent_version: _builtins.str
+    """The version of the agent that goes on; empty means the version of the forked run."""
+    input_json: _builtins.str
+    """As JSON text."""
+    validate_only: _builtins.bool
+    """Check everything and start nothing. The returned run has not been created."""
+    @_builtins.property
+    def input(self) -> _struct_pb2.Struct:
+        """As a Struct. Integers above 2^53 lose digits here; use `input_json` for them."""
+
+    @_builtins.property
+    def deadline_time(self) -> _timestamp_pb2.Timestamp:
+        """When to end the new run as EXPIRED; unset for never."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The labels of the new run; empty means those of the forked one."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        new_run_id: _builtins.str = ...,
+        from_step_id: _builtins.int = ...,
+        agent_version: _builtins.str = ...,
+        input: _struct_pb2.Struct | None = ...,
+        input_json: _builtins.str = ...,
+        deadline_time: _timestamp_pb2.Timestamp | None = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "input", b"input", "input_format", b"input_format", "input_json", b"input_json"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_version", b"agent_version", "deadline_time", b"deadline_time", "from_step_id", b"from_step_id", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "new_run_id", b"new_run_id", "request_id", b"request_id", "run_id", b"run_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_input_format: _TypeAlias = _typing.Literal["input", "input_json"]  # noqa: Y015
+    _WhichOneofArgType_input_format: _TypeAlias = _typing.Literal["input_format", b"input_format"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_input_format) -> _WhichOneofReturnType_input_format | None: ...
+
+Global___ForkRunRequest: _TypeAlias = ForkRunRequest  # noqa: Y015
+
+@_typing.final
+class ForkRunResponse(_message.Message):
+    """The run that was forked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: _builtins.int
+    CREATED_FIELD_NUMBER: _builtins.int
+    FROM_STEP_ID_FIELD_NUMBER: _builtins.int
+    created: _builtins.bool
+    """Whether this call, or an earlier repeat of it with the same request_id, created the run."""
+    from_step_id: _builtins.int
+    """The first step that the new run runs itself."""
+    @_builtins.property
+    def run(self) -> _agent_run_pb2.AgentRun:
+        """The new run."""
+
+    def __init__(
+        self,
+        *,
+        run: _agent_run_pb2.AgentRun | None = ...,
+        created: _builtins.bool = ...,
+        from_step_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "from_step_id", b"from_step_id", "run", b"run"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ForkRunResponse: _TypeAlias = ForkRunResponse  # noqa: Y015
+
+@_typing.final
+class DeleteRunsRequest(_message.Message):
+    """Deletes runs that have ended. `run_ids`, or at least one of the other conditions, is required."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class LabelsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    RUN_IDS_FIELD_NUMBER: _builtins.int
+    STATES_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    LABELS_FIELD_NUMBER: _builtins.int
+    CONTEXT_ID_FIELD_NUMBER: _builtins.int
+    UNTIL_END_TIME_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace; empty means `default`."""
+    agent: _builtins.str
+    """Only runs of this agent; empty for all."""
+    context_id: _builtins.str
+    """Only runs of this context; empty for all."""
+    validate_only: _builtins.bool
+    """Count what would be deleted and delete nothing."""
+    @_builtins.property
+    def run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """These runs, at most 1,000; no other condition may be set then."""
+
+    @_builtins.property
+    def states(self) -> _containers.RepeatedScalarFieldContainer[_agent_run_pb2.AgentRunState.ValueType]:
+        """Only runs in one of these states, which must be terminal; empty for all that have ended."""
+
+    @_builtins.property
+    def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Only runs that have all of these labels."""
+
+    @_builtins.property
+    def until_end_time(self) -> _timestamp_pb2.Timestamp:
+        """Only runs that ended before this time; unset for all."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        run_ids: _abc.Iterable[_builtins.str] | None = ...,
+        states: _abc.Iterable[_agent_run_pb2.AgentRunState.ValueType] | None = ...,
+        agent: _builtins.str = ...,
+        labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        context_id: _builtins.str = ...,
+        until_end_time: _timestamp_pb2.Timestamp | None = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["until_end_time", b"until_end_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "context_id", b"context_id", "labels", b"labels", "namespace", b"namespace", "run_ids", b"run_ids", "states", b"states", "until_end_time", b"until_end_time", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRunsRequest: _TypeAlias = DeleteRunsRequest  # noqa: Y015
+
+@_typing.final
+class DeleteRunsResponse(_message.Message):
+    """What was deleted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DELETED_COUNT_FIELD_NUMBER: _builtins.int
+    SAMPLE_RUN_IDS_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
+    UNFINISHED_RUN_IDS_FIELD_NUMBER: _builtins.int
+    MISSING_RUN_IDS_FIELD_NUMBER: _builtins.int
+    deleted_count: _builtins.int
+    """How many runs were deleted, or would be, children included."""
+    more: _builtins.bool
+    """Whether more runs match than one call deletes; call again."""
+    @_builtins.property
+    def sample_run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Some of them: at most 100 ids, the oldest first."""
+
+    @_builtins.property
+    def unfinished_run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of `run_ids` that were left alone because they, or children of theirs, have not ended."""
+
+    @_builtins.property
+    def missing_run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Those of `run_ids` that do not exist (any more)."""
+
+    def __init__(
+        self,
+        *,
+        deleted_count: _builtins.int = ...,
+        sample_run_ids: _abc.Iterable[_builtins.str] | None = ...,
+        more: _builtins.bool = ...,
+        unfinished_run_ids: _abc.Iterable[_builtins.str] | None = ...,
+        missing_run_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deleted_count", b"deleted_count", "missing_run_ids", b"missing_run_ids", "more", b"more", "sample_run_ids", b"sample_run_ids", "unfinished_run_ids", b"unfinished_run_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteRunsResponse: _TypeAlias = DeleteRunsResponse  # noqa: Y015
+
+@_typing.final
+class SpanLink(_message.Message):
+    """A span of another trace, or of another branch of this one, that this one goes back to."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    SPAN_ID_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    trace_id: _builtins.str
+    """Its W3C trace id (32 hex digits)."""
+    span_id: _builtins.str
+    """Its span id (16 hex digits)."""
+    run_id: _builtins.str
+    """The run it is the span of."""
+    def __init__(
+        self,
+        *,
+        trace_id: _builtins.str = ...,
+        span_id: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "span_id", b"span_id", "trace_id", b"trace_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SpanLink: _TypeAlias = SpanLink  # noqa: Y015
+
+@_typing.final
+class TraceSpan(_message.Message):
+    """A span of a run's trace. Ids are the same as those of the exported one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class AttributesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SPAN_ID_FIELD_NUMBER: _builtins.int
+    PARENT_SPAN_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    ERROR_TYPE_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    span_id: _builtins.str
+    """Its id (16 hex digits)."""
+    parent_span_id: _builtins.str
+    """Its parent's id; empty for the root of the trace. The caller's span is a parent that is not returned."""
+    name: _builtins.str
+    """Its name, as exported."""
+    kind: Global___SpanKind.ValueType
+    """What it is about."""
+    run_id: _builtins.str
+    """The run it belongs to."""
+    status: Global___SpanStatus.ValueType
+    """How it went."""
+    error_type: _builtins.str
+    """The class of its error, or what cut it off; empty for none."""
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """When it began."""
+
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp:
+        """When it ended; unset while it has not."""
+
+    @_builtins.property
+    def attributes(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """As exported; numbers and booleans as text."""
+
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___SpanLink]:
+        """What it goes back to."""
+
+    def __init__(
+        self,
+        *,
+        span_id: _builtins.str = ...,
+        parent_span_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        kind: Global___SpanKind.ValueType = ...,
+        run_id: _builtins.str = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        status: Global___SpanStatus.ValueType = ...,
+        error_type: _builtins.str = ...,
+        attributes: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        links: _abc.Iterable[Global___SpanLink] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["end_time", b"end_time", "start_time", b"start_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attributes", b"attributes", "end_time", b"end_time", "error_type", b"error_type", "kind", b"kind", "links", b"links", "name", b"name", "parent_span_id", b"parent_span_id", "run_id", b"run_id", "span_id", b"span_id", "start_time", b"start_time", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceSpan: _TypeAlias = TraceSpan  # noqa: Y015
+
+@_typing.final
+class GetRunTraceRequest(_message.Message):
+    """Asks for a run's trace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    EXCLUDE_CHILDREN_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace; empty means `default`."""
+    run_id: _builtins.str
+    """The run. Required."""
+    exclude_children: _builtins.bool
+    """Leave out the spans of the run's children."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        exclude_children: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exclude_children", b"exclude_children", "namespace", b"namespace", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRunTraceRequest: _TypeAlias = GetRunTraceRequest  # noqa: Y015
+
+@_typing.final
+class GetRunTraceResponse(_message.Message):
+    """A run's trace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRACE_ID_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    trace_id: _builtins.str
+    """The W3C trace id (32 hex digits)."""
+    truncated: _builtins.bool
+    """Whether there are more spans than one answer holds, and the last ones are missing."""
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceSpan]:
+        """The spans, parents before children, siblings by their beginning."""
+
+    def __init__(
+        self,
+        *,
+        trace_id: _builtins.str = ...,
+        spans: _abc.Iterable[Global___TraceSpan] | None = ...,
+        truncated: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spans", b"spans", "trace_id", b"trace_id", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRunTraceResponse: _TypeAlias = GetRunTraceResponse  # noqa: Y015

@@ -80,6 +80,21 @@ class AgentRunServiceStub:
                 request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.CancelRunRequest.SerializeToString,
                 response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.CancelRunResponse.FromString,
                 _registered_method=True)
+        self.ForkRun = channel.unary_unary(
+                '/perdure.v1.AgentRunService/ForkRun',
+                request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.ForkRunRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.ForkRunResponse.FromString,
+                _registered_method=True)
+        self.DeleteRuns = channel.unary_unary(
+                '/perdure.v1.AgentRunService/DeleteRuns',
+                request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.DeleteRunsRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.DeleteRunsResponse.FromString,
+                _registered_method=True)
+        self.GetRunTrace = channel.unary_unary(
+                '/perdure.v1.AgentRunService/GetRunTrace',
+                request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceResponse.FromString,
+                _registered_method=True)
 
 
 class AgentRunServiceServicer:
@@ -123,6 +138,9 @@ class AgentRunServiceServicer:
         8. A slow reader is read for at its own pace from the log; nothing is dropped.
         9. Output deltas are coalesced and carry their attempt; a retry or recovery sends `attempt_reset` first.
         10. Closing a stream never cancels a run.
+
+        With `include_children` the events of all descendants are in the stream, each run's in order. Sequences are numbers
+        within one run, so only `cursor` continues such a stream; it ends when the watched run and all of them have ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -158,6 +176,28 @@ class AgentRunServiceServicer:
 
     def CancelRun(self, request, context):
         """Cancels a run and its children. A run that has ended stays as it is, and is returned.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkRun(self, request, context):
+        """Starts a new run that takes over the recorded steps of another one below a step, and goes on from there. This is
+        how a run that failed is tried again: without a step it begins with the first one that did not succeed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeleteRuns(self, request, context):
+        """Deletes runs that have ended, with their children, logs and approvals. What has not ended is left alone.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetRunTrace(self, request, context):
+        """Returns the spans of a run's trace as its log tells of them, whether or not they were exported anywhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -210,6 +250,21 @@ def add_AgentRunServiceServicer_to_server(servicer, server):
                     servicer.CancelRun,
                     request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.CancelRunRequest.FromString,
                     response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.CancelRunResponse.SerializeToString,
+            ),
+            'ForkRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkRun,
+                    request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.ForkRunRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.ForkRunResponse.SerializeToString,
+            ),
+            'DeleteRuns': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteRuns,
+                    request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.DeleteRunsRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.DeleteRunsResponse.SerializeToString,
+            ),
+            'GetRunTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRunTrace,
+                    request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -456,6 +511,87 @@ class AgentRunService:
             '/perdure.v1.AgentRunService/CancelRun',
             perdure_dot_v1_dot_agent__run__service__pb2.CancelRunRequest.SerializeToString,
             perdure_dot_v1_dot_agent__run__service__pb2.CancelRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.AgentRunService/ForkRun',
+            perdure_dot_v1_dot_agent__run__service__pb2.ForkRunRequest.SerializeToString,
+            perdure_dot_v1_dot_agent__run__service__pb2.ForkRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DeleteRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.AgentRunService/DeleteRuns',
+            perdure_dot_v1_dot_agent__run__service__pb2.DeleteRunsRequest.SerializeToString,
+            perdure_dot_v1_dot_agent__run__service__pb2.DeleteRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetRunTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.AgentRunService/GetRunTrace',
+            perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceRequest.SerializeToString,
+            perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

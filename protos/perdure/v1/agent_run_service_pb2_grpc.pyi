@@ -39,6 +39,9 @@ class AgentRunServiceStub:
     8. A slow reader is read for at its own pace from the log; nothing is dropped.
     9. Output deltas are coalesced and carry their attempt; a retry or recovery sends `attempt_reset` first.
     10. Closing a stream never cancels a run.
+
+    With `include_children` the events of all descendants are in the stream, each run's in order. Sequences are numbers
+    within one run, so only `cursor` continues such a stream; it ends when the watched run and all of them have ended.
     """
     WaitRun: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.WaitRunRequest, _agent_run_service_pb2.WaitRunResponse]
     """Waits until a run ends, at most 60 s or 90% of the caller's deadline, whichever is first."""
@@ -50,6 +53,14 @@ class AgentRunServiceStub:
     """Sends a named input to a running run. It is kept until the run asks for it."""
     CancelRun: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.CancelRunRequest, _agent_run_service_pb2.CancelRunResponse]
     """Cancels a run and its children. A run that has ended stays as it is, and is returned."""
+    ForkRun: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.ForkRunRequest, _agent_run_service_pb2.ForkRunResponse]
+    """Starts a new run that takes over the recorded steps of another one below a step, and goes on from there. This is
+    how a run that failed is tried again: without a step it begins with the first one that did not succeed.
+    """
+    DeleteRuns: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.DeleteRunsRequest, _agent_run_service_pb2.DeleteRunsResponse]
+    """Deletes runs that have ended, with their children, logs and approvals. What has not ended is left alone."""
+    GetRunTrace: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.GetRunTraceRequest, _agent_run_service_pb2.GetRunTraceResponse]
+    """Returns the spans of a run's trace as its log tells of them, whether or not they were exported anywhere."""
 
 class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Starts, watches, steers and lists runs."""
@@ -100,6 +111,9 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
         8. A slow reader is read for at its own pace from the log; nothing is dropped.
         9. Output deltas are coalesced and carry their attempt; a retry or recovery sends `attempt_reset` first.
         10. Closing a stream never cancels a run.
+
+        With `include_children` the events of all descendants are in the stream, each run's in order. Sequences are numbers
+        within one run, so only `cursor` continues such a stream; it ends when the watched run and all of them have ended.
         """
 
     @_abc_1.abstractmethod
@@ -141,5 +155,31 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_agent_run_service_pb2.CancelRunRequest, _abc.Awaitable[_agent_run_service_pb2.CancelRunResponse]],
     ) -> _abc.Awaitable[_agent_run_service_pb2.CancelRunResponse]:
         """Cancels a run and its children. A run that has ended stays as it is, and is returned."""
+
+    @_abc_1.abstractmethod
+    def ForkRun(
+        self,
+        request: _agent_run_service_pb2.ForkRunRequest,
+        context: _aio.ServicerContext[_agent_run_service_pb2.ForkRunRequest, _abc.Awaitable[_agent_run_service_pb2.ForkRunResponse]],
+    ) -> _abc.Awaitable[_agent_run_service_pb2.ForkRunResponse]:
+        """Starts a new run that takes over the recorded steps of another one below a step, and goes on from there. This is
+        how a run that failed is tried again: without a step it begins with the first one that did not succeed.
+        """
+
+    @_abc_1.abstractmethod
+    def DeleteRuns(
+        self,
+        request: _agent_run_service_pb2.DeleteRunsRequest,
+        context: _aio.ServicerContext[_agent_run_service_pb2.DeleteRunsRequest, _abc.Awaitable[_agent_run_service_pb2.DeleteRunsResponse]],
+    ) -> _abc.Awaitable[_agent_run_service_pb2.DeleteRunsResponse]:
+        """Deletes runs that have ended, with their children, logs and approvals. What has not ended is left alone."""
+
+    @_abc_1.abstractmethod
+    def GetRunTrace(
+        self,
+        request: _agent_run_service_pb2.GetRunTraceRequest,
+        context: _aio.ServicerContext[_agent_run_service_pb2.GetRunTraceRequest, _abc.Awaitable[_agent_run_service_pb2.GetRunTraceResponse]],
+    ) -> _abc.Awaitable[_agent_run_service_pb2.GetRunTraceResponse]:
+        """Returns the spans of a run's trace as its log tells of them, whether or not they were exported anywhere."""
 
 def add_AgentRunServiceServicer_to_server(servicer: AgentRunServiceServicer, server: _aio.Server) -> None: ...

@@ -59,6 +59,10 @@ class _RunEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunEvent
     """recovered"""
     RUN_EVENT_KIND_LOG: _RunEventKind.ValueType  # 15
     """log"""
+    RUN_EVENT_KIND_FORKED: _RunEventKind.ValueType  # 16
+    """forked"""
+    RUN_EVENT_KIND_USAGE: _RunEventKind.ValueType  # 17
+    """usage"""
 
 class RunEventKind(_RunEventKind, metaclass=_RunEventKindEnumTypeWrapper):
     """The kind of an event: one for every member of RunEvent's oneof."""
@@ -95,6 +99,10 @@ RUN_EVENT_KIND_RECOVERED: RunEventKind.ValueType  # 14
 """recovered"""
 RUN_EVENT_KIND_LOG: RunEventKind.ValueType  # 15
 """log"""
+RUN_EVENT_KIND_FORKED: RunEventKind.ValueType  # 16
+"""forked"""
+RUN_EVENT_KIND_USAGE: RunEventKind.ValueType  # 17
+"""usage"""
 Global___RunEventKind: _TypeAlias = RunEventKind  # noqa: Y015
 
 @_typing.final
@@ -125,6 +133,8 @@ class RunEvent(_message.Message):
     CHILD_STARTED_FIELD_NUMBER: _builtins.int
     RECOVERED_FIELD_NUMBER: _builtins.int
     LOG_FIELD_NUMBER: _builtins.int
+    FORKED_FIELD_NUMBER: _builtins.int
+    USAGE_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The number of the event in its run: 1, 2, 3 … without gaps."""
     run_id: _builtins.str
@@ -201,6 +211,14 @@ class RunEvent(_message.Message):
     def log(self) -> Global___RunLog:
         """A line the agent logged for its watchers."""
 
+    @_builtins.property
+    def forked(self) -> Global___RunForked:
+        """The run goes on from the recorded steps of another one."""
+
+    @_builtins.property
+    def usage(self) -> Global___ModelUsage:
+        """A model call was paid for."""
+
     def __init__(
         self,
         *,
@@ -226,12 +244,14 @@ class RunEvent(_message.Message):
         child_started: Global___ChildStarted | None = ...,
         recovered: Global___Recovered | None = ...,
         log: Global___RunLog | None = ...,
+        forked: Global___RunForked | None = ...,
+        usage: Global___ModelUsage | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["approval_decided", b"approval_decided", "approval_requested", b"approval_requested", "attempt_reset", b"attempt_reset", "child_started", b"child_started", "event_time", b"event_time", "kind", b"kind", "log", b"log", "output_delta", b"output_delta", "progress", b"progress", "published", b"published", "recovered", b"recovered", "signal_received", b"signal_received", "state_changed", b"state_changed", "step_failed", b"step_failed", "step_retrying", b"step_retrying", "step_started", b"step_started", "step_succeeded", b"step_succeeded"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval_decided", b"approval_decided", "approval_requested", b"approval_requested", "attempt_reset", b"attempt_reset", "child_started", b"child_started", "event_time", b"event_time", "forked", b"forked", "kind", b"kind", "log", b"log", "output_delta", b"output_delta", "progress", b"progress", "published", b"published", "recovered", b"recovered", "signal_received", b"signal_received", "state_changed", b"state_changed", "step_failed", b"step_failed", "step_retrying", b"step_retrying", "step_started", b"step_started", "step_succeeded", b"step_succeeded", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval_decided", b"approval_decided", "approval_requested", b"approval_requested", "attempt", b"attempt", "attempt_reset", b"attempt_reset", "child_started", b"child_started", "event_time", b"event_time", "execution", b"execution", "kind", b"kind", "log", b"log", "output_delta", b"output_delta", "progress", b"progress", "published", b"published", "recovered", b"recovered", "run_id", b"run_id", "sequence", b"sequence", "signal_received", b"signal_received", "state_changed", b"state_changed", "step_failed", b"step_failed", "step_id", b"step_id", "step_name", b"step_name", "step_retrying", b"step_retrying", "step_started", b"step_started", "step_succeeded", b"step_succeeded"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval_decided", b"approval_decided", "approval_requested", b"approval_requested", "attempt", b"attempt", "attempt_reset", b"attempt_reset", "child_started", b"child_started", "event_time", b"event_time", "execution", b"execution", "forked", b"forked", "kind", b"kind", "log", b"log", "output_delta", b"output_delta", "progress", b"progress", "published", b"published", "recovered", b"recovered", "run_id", b"run_id", "sequence", b"sequence", "signal_received", b"signal_received", "state_changed", b"state_changed", "step_failed", b"step_failed", "step_id", b"step_id", "step_name", b"step_name", "step_retrying", b"step_retrying", "step_started", b"step_started", "step_succeeded", b"step_succeeded", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["state_changed", "step_started", "step_retrying", "step_succeeded", "step_failed", "output_delta", "attempt_reset", "progress", "published", "approval_requested", "approval_decided", "signal_received", "child_started", "recovered", "log"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["state_changed", "step_started", "step_retrying", "step_succeeded", "step_failed", "output_delta", "attempt_reset", "progress", "published", "approval_requested", "approval_decided", "signal_received", "child_started", "recovered", "log", "forked", "usage"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -641,3 +661,59 @@ class RunLog(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunLog: _TypeAlias = RunLog  # noqa: Y015
+
+@_typing.final
+class RunForked(_message.Message):
+    """The run goes on from the recorded steps of another one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FROM_RUN_ID_FIELD_NUMBER: _builtins.int
+    FROM_STEP_ID_FIELD_NUMBER: _builtins.int
+    from_run_id: _builtins.str
+    """The run whose steps it took over."""
+    from_step_id: _builtins.int
+    """The first step that it runs itself."""
+    def __init__(
+        self,
+        *,
+        from_run_id: _builtins.str = ...,
+        from_step_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["from_run_id", b"from_run_id", "from_step_id", b"from_step_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunForked: _TypeAlias = RunForked  # noqa: Y015
+
+@_typing.final
+class ModelUsage(_message.Message):
+    """A model call was paid for, whatever became of its step."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    OUTPUT_TOKENS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """The model's name."""
+    input_tokens: _builtins.int
+    """Tokens sent."""
+    output_tokens: _builtins.int
+    """Tokens received."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        input_tokens: _builtins.int = ...,
+        output_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_tokens", b"input_tokens", "model", b"model", "output_tokens", b"output_tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ModelUsage: _TypeAlias = ModelUsage  # noqa: Y015

@@ -10,6 +10,11 @@ from __future__ import annotations
 from perdure_service.store.documents import DOCUMENT_MIGRATION_STATEMENTS, REPORT_MIGRATION_STATEMENTS
 from perdure_service.store.migrations import Migration
 
+_DOCUMENT_STATEMENTS = (*DOCUMENT_MIGRATION_STATEMENTS, *REPORT_MIGRATION_STATEMENTS)
+_AFTER_DOCUMENTS = 9 + len(_DOCUMENT_STATEMENTS)
+_ADD_TO_RUN = "ALTER TABLE perdure.run ADD COLUMN IF NOT EXISTS "
+_ADD_TO_AGENT = "ALTER TABLE perdure.agent ADD COLUMN IF NOT EXISTS "
+
 MIGRATIONS: tuple[Migration, ...] = (
     Migration(
         1,
@@ -138,6 +143,18 @@ MIGRATIONS: tuple[Migration, ...] = (
     ),
     *(
         Migration(9 + index, f"documents_{index + 1}", (statement,))
-        for index, statement in enumerate((*DOCUMENT_MIGRATION_STATEMENTS, *REPORT_MIGRATION_STATEMENTS))
+        for index, statement in enumerate(_DOCUMENT_STATEMENTS)
     ),
+    # Numbers go on behind those of the documents' statements above, which are never added to.
+    Migration(_AFTER_DOCUMENTS, "run_usage_in", (_ADD_TO_RUN + "input_tokens BIGINT NOT NULL DEFAULT 0",)),
+    Migration(_AFTER_DOCUMENTS + 1, "run_usage_out", (_ADD_TO_RUN + "output_tokens BIGINT NOT NULL DEFAULT 0",)),
+    Migration(_AFTER_DOCUMENTS + 2, "run_forked_from", (_ADD_TO_RUN + "forked_from_workflow_id TEXT",)),
+    Migration(_AFTER_DOCUMENTS + 3, "run_forked_step", (_ADD_TO_RUN + "forked_from_step INT NOT NULL DEFAULT 0",)),
+    Migration(
+        _AFTER_DOCUMENTS + 4,
+        "run_by_parent",
+        ("CREATE INDEX IF NOT EXISTS run_by_parent ON perdure.run (parent_workflow_id, created_at, workflow_id)",),
+    ),
+    Migration(_AFTER_DOCUMENTS + 5, "agent_max_steps", (_ADD_TO_AGENT + "max_steps BIGINT NOT NULL DEFAULT 0",)),
+    Migration(_AFTER_DOCUMENTS + 6, "agent_max_tokens", (_ADD_TO_AGENT + "max_tokens BIGINT NOT NULL DEFAULT 0",)),
 )
