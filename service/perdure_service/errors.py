@@ -168,6 +168,13 @@ class CursorOutOfRange(PerdureError):
     reason = "EVENTS_TRUNCATED"
 
 
+class ViewTooLarge(PerdureError):
+    """More children of the watched run are active than one watch can carry; watch them one by one."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "VIEW_TOO_LARGE"
+
+
 class StoreUnavailable(PerdureError):
     """The database cannot be reached; wait and repeat, which is safe."""
 

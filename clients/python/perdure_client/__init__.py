@@ -47,6 +47,7 @@ from perdure_client._errors import (
     Unavailable,
     Unimplemented,
     VersionUnavailable,
+    ViewTooLarge,
     Violation,
     WaitTimeout,
 )
@@ -160,6 +161,7 @@ __all__ = [
     "Unimplemented",
     "UnknownData",
     "VersionUnavailable",
+    "ViewTooLarge",
     "Violation",
     "WaitTimeout",
     "Watch",

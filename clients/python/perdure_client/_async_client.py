@@ -247,6 +247,7 @@ class AsyncClient:
         cursor: str = "",
         from_now: bool = False,
         kinds: Iterable[EventKind] = (),
+        include_children: bool = False,
         heartbeat_interval: float | None = None,
         on_reconnect: OnReconnect | None = None,
     ) -> AsyncWatch:
@@ -261,6 +262,9 @@ class AsyncClient:
             cursor: Begin after this cursor, from an update of the same run's watch.
             from_now: Begin with what happens from now on.
             kinds: Only events of these kinds; empty for all. The end of the run is always told.
+            include_children: Have the events of the runs that it starts, and of theirs, in the same watch, each run's
+                in its own order and after the event that it was started; see `RunEvent.run_id`. The watch then ends
+                with the last of them. Continue it by its cursor, not by `after_sequence`.
             heartbeat_interval: Seconds between the server's signs of life, 5 to 60; after four missed ones the
                 connection counts as dead. None for 15.
             on_reconnect: Called at every break with the error, and the seconds until the next attempt.
@@ -268,6 +272,7 @@ class AsyncClient:
         Raises:
             RunNotFound: No such run in the namespace (by the iteration, as everything from the server).
             CursorOutOfRange: The events after the position are no longer kept.
+            ViewTooLarge: More than about 1,000 of its children are active; watch them one by one.
         """
         return AsyncWatch(
             self._core.watch(
@@ -276,6 +281,7 @@ class AsyncClient:
                 cursor=cursor,
                 from_now=from_now,
                 kinds=kinds,
+                include_children=include_children,
                 heartbeat_s=heartbeat_interval,
                 on_reconnect=on_reconnect,
             )

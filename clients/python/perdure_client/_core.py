@@ -251,6 +251,7 @@ class Core:
         cursor: str,
         from_now: bool,
         kinds: Iterable[EventKind],
+        include_children: bool,
         heartbeat_s: float | None,
         on_reconnect: OnReconnect | None,
     ) -> RunWatcher:
@@ -262,6 +263,7 @@ class Core:
             cursor=cursor,
             from_now=from_now,
             kinds=kinds,
+            include_children=include_children,
             heartbeat_s=heartbeat_s,
         )
         return RunWatcher(self.transport, self.config, request, heartbeat_s=heartbeat_s, on_reconnect=on_reconnect)

@@ -214,6 +214,12 @@ class CursorOutOfRange(PerdureError):
         return int(text) if text.isdigit() else 0
 
 
+class ViewTooLarge(FailedPrecondition):
+    """More children of the watched run are active than one watch can carry; watch them one by one."""
+
+    reason = "VIEW_TOO_LARGE"
+
+
 class Unavailable(PerdureError):
     """Base of what goes away by itself: wait and repeat, which is safe."""
 

@@ -323,13 +323,13 @@ class WatchUpdate:
     """A piece of a run's stream.
 
     Attributes:
-        events: What is new, in order; may be empty where one of the other attributes is news.
+        events: What is new, each run's in order; may be empty where one of the other attributes is news.
         cursor: Give it to `watch(cursor=…)` to continue after this update, in any process.
         snapshot: The run as it was when the connection was made, without input and output; None but in the first
             update, and in the first after every reconnect.
-        last_sequence: The sequence of the last event seen.
-        caught_up: Whether everything that existed when this was sent has been sent.
-        end_of_run: Whether the run has ended and this is the last update.
+        last_sequence: The sequence of the last event seen of the watched run.
+        caught_up: Whether everything that existed when this was sent has been sent, of every run in the view.
+        end_of_run: Whether the run, and its children where they are in the view, has ended; this is the last update.
     """
 
     events: tuple[RunEvent, ...] = field(default=())

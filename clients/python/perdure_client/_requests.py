@@ -140,22 +140,26 @@ def watch_run(
     cursor: str,
     from_now: bool,
     kinds: Iterable[EventKind],
+    include_children: bool,
     heartbeat_s: float | None,
 ) -> agent_run_service_pb2.WatchRunRequest:
     """Returns the request of a watch.
 
     Raises:
-        InvalidArgument: More than one position is given.
+        InvalidArgument: More than one position is given, or one that is of a single run.
     """
     if bool(after_sequence) + bool(cursor) + from_now > 1:
         raise _invalid("cursor", "only one of after_sequence, cursor and from_now can be given")
     if after_sequence < 0:
         raise _invalid("after_sequence", "is negative")
+    if after_sequence and include_children:
+        raise _invalid("after_sequence", "is of a single run; continue a watch with children by its cursor")
     request = agent_run_service_pb2.WatchRunRequest(
         namespace=namespace,
         run_id=run_id_of(run),
         kinds=event_kinds(kinds),
         heartbeat_interval=None if heartbeat_s is None else _duration("heartbeat_interval", heartbeat_s),
+        include_children=include_children,
     )
     if cursor:
         request.cursor = cursor

@@ -38,6 +38,7 @@ _BY_REASON: dict[str, type[PerdureError]] = {
         _errors.RevisionConflict,
         _errors.Contention,
         _errors.CursorOutOfRange,
+        _errors.ViewTooLarge,
         _errors.StoreUnavailable,
         _errors.Draining,
         _errors.Overloaded,

@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Generic, Protocol, TypeVar
 
 import grpc
 from google.protobuf.message import Message
-from perdure.v1 import agent_run_service_pb2, approval_service_pb2
+from perdure.v1 import agent_run_service_pb2, approval_service_pb2, run_event_pb2
 
 from perdure_client._config import Config
 from perdure_client._convert import approval_from, event_from, run_from
@@ -48,7 +48,7 @@ class HoleInLog(ServerUnavailable):
 
 
 class WatchPosition:
-    """Where the watch of a run stands. Every event is returned once and in order, however often it is sent.
+    """Where the watch of a run stands. Every event of a run is returned once and in order, however often it is sent.
 
     Args:
         request: The caller's: what to watch, and where to begin.
@@ -59,17 +59,22 @@ class WatchPosition:
         self._cursor = ""
         self._caught_up = False
         self._complete = not request.kinds  # filtered, sequences have gaps by right
-        # None: unknown until the first response; only a watch by cursor or from now on begins so.
-        self._seen: int | None = request.after_sequence if request.WhichOneof("position") in POSITIONS_KNOWN else None
-        self._hole_after: int | None = None
+        position = request.WhichOneof("position")
+        # The last event seen of each run. A run that is not there begins at its first event; with a watch that begins
+        # by cursor or from now on, wherever the server begins.
+        self._seen: dict[str, int] = {}
+        self._before_any: int | None = 0 if position is None else None
+        if position == "after_sequence":
+            self._seen[request.run_id] = request.after_sequence
+        self._hole: tuple[str, int] | None = None
         self.ended = False
 
     def next_request(self) -> agent_run_service_pb2.WatchRunRequest:
         """Returns what to ask for now: the same view, from where the watch stands."""
         request = agent_run_service_pb2.WatchRunRequest()
         request.CopyFrom(self._request)
-        if self._hole_after is not None:
-            request.after_sequence = self._hole_after
+        if self._hole is not None and not request.include_children:
+            request.after_sequence = self._hole[1]
         elif self._cursor:
             request.cursor = self._cursor
         return request
@@ -81,14 +86,11 @@ class WatchPosition:
             HoleInLog: Events are missing before this response's; none of it was taken.
             ProtocolViolation: The same events are missing again.
         """
+        root = self._request.run_id
+        if self._request.from_now and not self._seen:
+            self._seen[root] = response.last_sequence
         snapshot = run_from(response.snapshot) if response.HasField("snapshot") else None
-        if snapshot is not None and self._seen is None and self._request.from_now:
-            self._seen = snapshot.last_sequence
-        fresh = [event for event in response.events if self._seen is None or event.sequence > self._seen]
-        self._check_complete([event.sequence for event in fresh])
-        if fresh:
-            self._seen = fresh[-1].sequence
-            self._hole_after = None
+        fresh = self._take(response.events)
         self._cursor = response.cursor or self._cursor
         self.ended = response.end_of_run
         newly_caught_up = response.caught_up and not self._caught_up
@@ -99,28 +101,36 @@ class WatchPosition:
             events=tuple(event_from(event) for event in fresh),
             cursor=self._cursor,
             snapshot=snapshot,
-            last_sequence=self._seen or 0,
+            last_sequence=self._seen.get(root, 0),
             caught_up=response.caught_up,
             end_of_run=response.end_of_run,
         )
 
-    def _check_complete(self, sequences: list[int]) -> None:
-        expected = self._seen
-        for sequence in sequences:
-            if self._complete and expected is not None and sequence != expected + 1:
-                self._report_hole(expected, sequence)
-            expected = sequence
+    def _take(self, events: Iterable[run_event_pb2.RunEvent]) -> list[run_event_pb2.RunEvent]:
+        """Returns the events that were not seen yet, and counts them as seen; all of them or, at a hole, none."""
+        fresh: list[run_event_pb2.RunEvent] = []
+        moved: dict[str, int] = {}
+        for event in events:
+            known = moved.get(event.run_id, self._seen.get(event.run_id, self._before_any))
+            if known is not None and event.sequence <= known:
+                continue
+            if self._complete and known is not None and event.sequence != known + 1:
+                self._report_hole(event.run_id, known, event.sequence)
+            moved[event.run_id] = event.sequence
+            fresh.append(event)
+        if fresh:
+            self._seen |= moved
+            self._hole = None
+        return fresh
 
-    def _report_hole(self, before: int, after: int) -> None:
-        text = f"events {before + 1} to {after - 1} of run {self._request.run_id} are missing from its stream"
-        if self._hole_after is not None and self._hole_after == self._seen:
-            raise ProtocolViolation(text, metadata={"run_id": self._request.run_id, "last_sequence": str(before)})
-        self._hole_after = self._seen
+    def _report_hole(self, run_id: str, before: int, after: int) -> None:
+        text = f"events {before + 1} to {after - 1} of run {run_id} are missing from its stream"
+        # Where to go on: what precedes the hole in this response was not taken either.
+        hole = run_id, self._seen.get(run_id, self._before_any) or 0
+        if self._hole == hole:
+            raise ProtocolViolation(text, metadata={"run_id": run_id, "last_sequence": str(before)})
+        self._hole = hole
         raise HoleInLog(text)
-
-
-POSITIONS_KNOWN = (None, "after_sequence")
-"""The positions of a request from which the sequence of the first event follows."""
 
 
 class _Reader(Generic[_RequestT, _ResponseT]):

@@ -1,4 +1,4 @@
-"""What a run's log holds: events, the packs they are committed in, cursors, and the steps that a log tells of."""
+"""What a run's log holds: events, the packs they are committed in, and the steps that a log tells of."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
-from perdure_service.domain import tokens
 from perdure_service.domain.runs import TERMINAL_STATES, RunState
-from perdure_service.errors import InvalidArgument
 
 
 class EventKind(StrEnum):
@@ -92,9 +90,6 @@ def decode_events(text: str, first_sequence: int) -> list[Event]:
     ]
 
 
-MAX_CURSOR_CHARS = 4_096
-"""Longer than any cursor: a workflow id is at most 512 characters."""
-
 MAX_TEXT_CHARS = 16_384
 """The longest text of one event (a delta, a log line). Longer deltas become several events."""
 
@@ -129,31 +124,6 @@ def in_pieces(events: Sequence[Event], max_chars: int, max_events: int | None = 
         pieces[-1].append(event)
         chars += size
     return pieces
-
-
-# ---- cursors ---------------------------------------------------------------------------------------------------------
-
-
-def encode_cursor(workflow_id: str, sequence: int) -> str:
-    """Returns the opaque cursor after `sequence` of a run."""
-    return tokens.encode([1, workflow_id, sequence])
-
-
-def decode_cursor(cursor: str, workflow_id: str) -> int:
-    """Returns the sequence of a cursor.
-
-    Raises:
-        InvalidArgument: It is not a cursor, or one of another run.
-    """
-    try:
-        version, cursor_workflow, sequence = tokens.decode(cursor, MAX_CURSOR_CHARS)
-    except (ValueError, TypeError):
-        raise InvalidArgument("cursor", "is not a cursor of this service") from None
-    if version != 1 or not isinstance(sequence, int) or isinstance(sequence, bool) or sequence < 0:
-        raise InvalidArgument("cursor", "is not a cursor of this service")
-    if cursor_workflow != workflow_id:
-        raise InvalidArgument("cursor", "belongs to another run")
-    return sequence
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------

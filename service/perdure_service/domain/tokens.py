@@ -7,21 +7,21 @@ import json
 from typing import Any
 
 MAX_CHARS = 32_768
-"""Longer than any token: a page token's filter holds at most 32 labels of 63 and 256 characters."""
+"""Longer than any token: a filter has at most 32 labels of 63 and 256 characters, and cursors are bounded."""
 
 
 def encode(value: Any) -> str:
     """Returns the token of a JSON value."""
-    return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
+    return base64.urlsafe_b64encode(json.dumps(value, separators=(",", ":")).encode()).decode().rstrip("=")
 
 
-def decode(token: str, max_chars: int = MAX_CHARS) -> Any:
+def decode(token: str) -> Any:
     """Returns the value of a token.
 
     Raises:
         ValueError: It is too long, or not a token.
     """
-    if len(token) > max_chars:
+    if len(token) > MAX_CHARS:
         raise ValueError("too long for a token")
     try:
         return json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))

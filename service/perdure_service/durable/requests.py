@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
+from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import Event
 from perdure_service.domain.runs import Run, RunKey, RunState
 
@@ -59,12 +60,18 @@ class RunFilter:
 
 @dataclass(frozen=True, slots=True)
 class WatchBatch:
-    """A piece of a watch, as WatchRunResponse has it."""
+    """A piece of a watch, as WatchRunResponse has it.
+
+    Attributes:
+        key: The run that the events are of: the watched one, or with children in the view one of them.
+        events: In order. One that says that a child was started is alone, so that no cursor lies between that event
+            and the child's joining.
+        cursor: Where the watch stands after them.
+    """
 
     key: RunKey
     events: Sequence[Event]
-    last_sequence: int
-    cursor: str
+    cursor: Cursor
     snapshot: Run | None = None
     caught_up: bool = False
     end_of_run: bool = False

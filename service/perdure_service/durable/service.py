@@ -225,12 +225,9 @@ class RunService:
             return run, False
         subscription = self._tailer.subscribe(run.key.workflow_id)
         try:
-            self._tailer.caught_up(subscription, run.last_sequence)
+            self._tailer.caught_up(subscription, run.key.workflow_id, run.last_sequence)
             while True:
-                # Cleared before the read: what comes after it wakes the wait below.
-                subscription.changed.clear()
-                subscription.packs.clear()
-                subscription.behind = False
+                subscription.forget()  # before the read: what comes after it wakes the wait below
                 run = await self.get(namespace, run_id, full=full)
                 left = deadline - time.monotonic()
                 if run.state.terminal or left <= 0:
@@ -306,6 +303,7 @@ class RunService:
         after_sequence: int | None = None,
         from_now: bool = False,
         kinds: frozenset[EventKind] = frozenset(),
+        include_children: bool = False,
         heartbeat_s: float = 15.0,
     ) -> AsyncIterator[WatchBatch]:
         """Yields a run's stream as WatchRun's contract says, heartbeats included, and ends with the run."""
@@ -316,6 +314,7 @@ class RunService:
             after_sequence=after_sequence,
             from_now=from_now,
             kinds=kinds,
+            include_children=include_children,
             heartbeat_s=heartbeat_s,
         )
 

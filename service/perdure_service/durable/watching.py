@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
-import sqlalchemy as sa
-import structlog
-
-from perdure_service.domain.events import Event, EventKind, decode_cursor, encode_cursor, in_pieces, of_kinds
-from perdure_service.domain.runs import Run
+from perdure_service.domain.cursors import Cursor
+from perdure_service.domain.events import Event, EventKind, of_kinds
+from perdure_service.domain.runs import Run, RunKey
 from perdure_service.durable.requests import WatchBatch
-from perdure_service.errors import CursorOutOfRange, InvalidArgument
-from perdure_service.store import event_log, runs
-from perdure_service.store.tailer import Subscription, Tailer
-
-T = TypeVar("T")
-
-log = structlog.get_logger()
-
-MAX_EVENTS_PER_BATCH = 500
-"""Events in one piece of a stream, so that a message stays far below the size limit."""
-
-MAX_BATCH_CHARS = 512 * 1024
-"""Text in one piece of a stream, for the same reason."""
-
-
-class Read(Protocol):
-    """Runs a reading transaction, named for the log, off the event loop."""
-
-    def __call__(self, name: str, function: Callable[[sa.Connection], T], /) -> Awaitable[T]:
-        """Returns what `function` returns."""
+from perdure_service.durable.view import Read, View, refuse_truncated
+from perdure_service.errors import InvalidArgument
+from perdure_service.store import runs
+from perdure_service.store.runs import Head
+from perdure_service.store.tailer import Tailer
 
 
 class Watching:
@@ -54,122 +34,74 @@ class Watching:
         after_sequence: int | None = None,
         from_now: bool = False,
         kinds: frozenset[EventKind] = frozenset(),
+        include_children: bool = False,
         heartbeat_s: float = 15.0,
     ) -> AsyncIterator[WatchBatch]:
-        """Yields a run's stream as WatchRun's contract says, heartbeats included, and ends with the run."""
+        """Yields a run's stream as WatchRun's contract says, heartbeats included, and ends with the run.
+
+        With `include_children` it has the events of all descendants, too, and ends when the last of them has ended.
+        """
         # Register, then read, then wait: what is committed after the read wakes us.
-        snapshot = await self._get(namespace, run_id)
-        workflow_id = snapshot.key.workflow_id
-        subscription = self._tailer.subscribe(workflow_id)
+        root = (await self._get(namespace, run_id)).key
+        view = View(self._read, self._tailer, root, include_children=include_children)
         try:
+            children: Sequence[tuple[Head, int]] = ()
+            position = after_sequence
+            if from_now and include_children:
+                # The places of all at one moment; what comes before the snapshot is sent after it.
+                heads = await self._read("runs.open_heads", lambda conn: runs.open_heads(conn, root))
+                position = heads[root.workflow_id].last_sequence if root.workflow_id in heads else 0
+                children = [(one, one.last_sequence) for one in heads.values() if one.key != root]
             snapshot = await self._get(namespace, run_id)
-            position = await self._position(snapshot, cursor, after_sequence, from_now)
-            key = snapshot.key
-            caught_up_at = snapshot.last_sequence
+            if cursor is not None:
+                place = Cursor.decode(cursor, root.workflow_id, include_children=include_children)
+                position = place.sequence
+                children = await self._children(root, place)
+            elif from_now and not include_children:
+                position = snapshot.last_sequence
+            position = position or 0
+            if not from_now:
+                await self._check(snapshot, position, "after_sequence" if cursor is None else "cursor")
 
-            def batch(events: Sequence[Event], last: int, **flags: Any) -> WatchBatch:
-                return WatchBatch(key, list(of_kinds(events, kinds)), last, encode_cursor(workflow_id, last), **flags)
+            def batch(key: RunKey, events: Sequence[Event], **flags: Any) -> WatchBatch:
+                return WatchBatch(key, list(of_kinds(events, kinds)), view.cursor, end_of_run=view.over, **flags)
 
-            ended = snapshot.state.terminal and position >= caught_up_at
-            yield batch([], position, snapshot=snapshot, caught_up=position >= caught_up_at, end_of_run=ended)
-            if ended:
-                return
-            while True:
-                events, behind = await self._next(subscription, workflow_id, position, heartbeat_s)
-                if not events:
-                    run_over = behind and await self._over(workflow_id, position)
-                    yield batch([], position, caught_up=True, end_of_run=run_over)
-                    if run_over:
-                        return
-                    continue
-                pieces = in_pieces(events, MAX_BATCH_CHARS, MAX_EVENTS_PER_BATCH)
-                for index, piece in enumerate(pieces):
-                    position = piece[-1].sequence
-                    last_piece = index == len(pieces) - 1
-                    over = last_piece and piece[-1].ends_run and await self._over(workflow_id, position)
-                    yield batch(piece, position, caught_up=last_piece and not behind, end_of_run=over)
-                    if over:
-                        return
+            ended = snapshot.state.terminal and snapshot.end_time is not None
+            head = Head(root, None, snapshot.last_sequence, ended)
+            caught_up = view.begin(head, position, children)
+            yield batch(root, [], snapshot=snapshot, caught_up=caught_up)
+            while not view.over:
+                piece = await view.next(heartbeat_s)
+                if piece is None:
+                    yield batch(root, [], caught_up=True)
+                else:
+                    yield batch(piece.key, piece.events, caught_up=view.caught_up)
         finally:
-            self._tailer.unsubscribe(subscription)
+            view.close()
 
-    async def _position(self, snapshot: Run, cursor: str | None, after_sequence: int | None, from_now: bool) -> int:
-        """Returns the sequence after which a watch begins.
+    async def _check(self, snapshot: Run, position: int, field: str) -> None:
+        """Refuses a position in the watched run that is from the future, or of what is no longer kept.
 
         Raises:
-            InvalidArgument: It is from the future, or not of this run.
+            InvalidArgument: It is from the future.
             CursorOutOfRange: What follows it is no longer kept.
         """
-        if from_now:
-            return snapshot.last_sequence
-        field = "cursor" if cursor is not None else "after_sequence"
-        position = decode_cursor(cursor, snapshot.key.workflow_id) if cursor is not None else after_sequence or 0
         if position < 0:
             raise InvalidArgument(field, "must not be negative")
         if position > snapshot.last_sequence:
             raise InvalidArgument(field, f"is from the future: the run has {snapshot.last_sequence} events")
-        await self._refuse_truncated(snapshot.key.workflow_id, position)
-        return position
+        await refuse_truncated(self._read, snapshot.key, position)
 
-    async def _next(
-        self, subscription: Subscription, workflow_id: str, position: int, heartbeat_s: float
-    ) -> tuple[Sequence[Event], bool]:
-        """Returns the next events after `position` and whether they were read from the log; none for a heartbeat."""
-        deadline = time.monotonic() + heartbeat_s
-        while True:
-            if subscription.behind:
-                subscription.changed.clear()
-                events = await self._read("events.read", lambda conn: event_log.read(conn, workflow_id, position))
-                if events and events[0].sequence != position + 1:
-                    await self._alarm(workflow_id, position, events[0].sequence)
-                if events:
-                    return events, True
-                self._tailer.caught_up(subscription, position)
-                if subscription.behind:
-                    continue
-                return [], True
-            while subscription.packs:
-                pack = subscription.packs.popleft()
-                fresh = [event for event in pack.events if event.sequence > position]
-                if fresh and fresh[0].sequence != position + 1:
-                    subscription.behind = True
-                    break
-                if fresh:
-                    return fresh, bool(subscription.packs)
-            if subscription.behind:
-                continue
-            subscription.changed.clear()
-            if subscription.packs:
-                continue
-            left = deadline - time.monotonic()
-            if left <= 0:
-                return [], False
-            try:
-                await asyncio.wait_for(subscription.changed.wait(), timeout=left)
-            except TimeoutError:
-                return [], False
-
-    async def _alarm(self, workflow_id: str, position: int, found: int) -> None:
-        """Ends a watch that came to a hole in the log, for nothing may be delivered past it.
+    async def _children(self, root: RunKey, place: Cursor) -> list[tuple[Head, int]]:
+        """Returns the members below the root that a cursor tells of; those that were deleted are over.
 
         Raises:
-            CursorOutOfRange: What follows the watcher's position is no longer kept.
-            LookupError: It should be there; the log of this server tells more.
+            InvalidArgument: It is from the future of one.
         """
-        await self._refuse_truncated(workflow_id, position)
-        log.error("watch.hole", workflow_id=workflow_id, after=position, found=found)
-        raise LookupError(f"{workflow_id} has no event {position + 1}")
-
-    async def _refuse_truncated(self, workflow_id: str, position: int) -> None:
-        """Raises CursorOutOfRange when what follows a position is no longer kept."""
-        earliest = await self._read("events.earliest", partial(event_log.earliest_sequence, workflow_id=workflow_id))
-        if position + 1 < earliest:
-            raise CursorOutOfRange(
-                f"events before {earliest} are no longer kept; watch again after {earliest - 1}",
-                earliest_sequence=str(earliest),
-            )
-
-    async def _over(self, workflow_id: str, position: int) -> bool:
-        """Returns whether the run has ended and its log ends at `position`: a terminal event may be revived upon."""
-        run = await self._read("runs.get", lambda conn: runs.get(conn, workflow_id))
-        return run is not None and run.state.terminal and run.end_time is not None and run.last_sequence <= position
+        positions = place.children or {}
+        heads = await self._read("runs.heads", lambda conn: runs.heads(conn, root.namespace, list(positions)))
+        for workflow_id, head in heads.items():
+            if positions[workflow_id] > head.last_sequence:
+                known = f"{head.key.run_id} has {head.last_sequence} events"
+                raise InvalidArgument("cursor", f"is from the future: {known}")
+        return [(head, positions[workflow_id]) for workflow_id, head in heads.items()]

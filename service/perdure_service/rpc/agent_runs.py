@@ -79,6 +79,7 @@ class AgentRuns(AgentRunServiceServicer):
             after_sequence=which.after_sequence,
             from_now=which.from_now,
             kinds=which.kinds,
+            include_children=which.include_children,
             heartbeat_s=which.heartbeat_s,
         )
         async with closing(watch) as batches:

@@ -9,8 +9,7 @@ from google.protobuf.message import Message
 from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_pb2
 from perdure.v1 import run_event_pb2 as pb
 
-from perdure_service.domain.events import Event, EventKind, encode_cursor
-from perdure_service.domain.runs import RunKey
+from perdure_service.domain.events import Event, EventKind
 from perdure_service.durable.service import WatchBatch
 from perdure_service.rpc import enums, fields
 from perdure_service.rpc.convert import agent_run
@@ -51,29 +50,26 @@ def watch_responses(batch: WatchBatch, max_bytes: int) -> Iterator[agent_run_ser
         message = run_event(event, batch.key.run_id)
         size_bytes = message.ByteSize()
         if pending and pending_bytes + size_bytes > max_bytes:
-            yield _partial(pending, batch.key, snapshot)
+            yield _partial(pending, batch, snapshot)
             snapshot, pending, pending_bytes = None, [], 0
         pending.append(message)
         pending_bytes += size_bytes
     yield agent_run_service_pb2.WatchRunResponse(
         events=pending,
-        cursor=batch.cursor,
+        cursor=batch.cursor.encode(),
         snapshot=snapshot,
-        last_sequence=batch.last_sequence,
+        last_sequence=batch.cursor.sequence,
         caught_up=batch.caught_up,
         end_of_run=batch.end_of_run,
     )
 
 
 def _partial(
-    events: list[pb.RunEvent], key: RunKey, snapshot: agent_run_pb2.AgentRun | None
+    events: list[pb.RunEvent], batch: WatchBatch, snapshot: agent_run_pb2.AgentRun | None
 ) -> agent_run_service_pb2.WatchRunResponse:
-    last_sequence = events[-1].sequence
+    cursor = batch.cursor.after(batch.key.workflow_id, events[-1].sequence)
     return agent_run_service_pb2.WatchRunResponse(
-        events=events,
-        cursor=encode_cursor(key.workflow_id, last_sequence),
-        snapshot=snapshot,
-        last_sequence=last_sequence,
+        events=events, cursor=cursor.encode(), snapshot=snapshot, last_sequence=cursor.sequence
     )
 
 

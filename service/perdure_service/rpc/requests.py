@@ -61,6 +61,7 @@ class Watch:
     after_sequence: int | None = None
     from_now: bool = False
     kinds: frozenset[EventKind] = frozenset()
+    include_children: bool = False
     heartbeat_s: float = 15.0
 
 
@@ -204,6 +205,8 @@ def watch_run(request: pb.WatchRunRequest) -> Watch:
     after_sequence = request.after_sequence if position == "after_sequence" else None
     if after_sequence is not None and after_sequence < 0:
         found.add("after_sequence", "must not be negative")
+    if after_sequence is not None and request.include_children:
+        found.add("after_sequence", "is of a single run; continue a watch with children by its cursor")
     watch = Watch(
         namespace=namespace_of(found, request.namespace),
         run_id=found.run_id(request.run_id),
@@ -212,6 +215,7 @@ def watch_run(request: pb.WatchRunRequest) -> Watch:
         after_sequence=after_sequence,
         from_now=request.from_now,
         kinds=found.enums("kinds", request.kinds, enums.EVENT_KIND_OF),
+        include_children=request.include_children,
         heartbeat_s=found.heartbeat_s(request.heartbeat_interval if request.HasField("heartbeat_interval") else None),
     )
     found.raise_any()

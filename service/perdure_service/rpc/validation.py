@@ -10,6 +10,7 @@ from typing import TypeVar
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from perdure_service.domain import tokens
 from perdure_service.errors import InvalidArgument
 from perdure_service.rpc.json_values import path_of
 
@@ -23,8 +24,8 @@ MAX_RUN_ID = 512
 """Characters of an id in a lookup: children's and foreign workflows' ids are longer than those a client may give."""
 MAX_APPROVAL_ID = MAX_RUN_ID + 32
 MAX_REQUEST_ID = 128
-MAX_TOKEN = 16_384
-"""Characters of a cursor or page token. Ours are shorter: an id of 512 characters takes up to 8,200."""
+MAX_TOKEN = tokens.MAX_CHARS
+"""Characters of a cursor or page token; ours are never longer."""
 MAX_LABELS = 32
 MAX_LABEL_KEY = 63
 MAX_LABEL_VALUE = 256

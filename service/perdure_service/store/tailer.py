@@ -2,11 +2,11 @@
 
 A *hint* says that a run has news; it never carries truth. Hints come from commits of this process; whatever is watched
 is also looked at every `poll_s`, all of it in one query, so a missed hint costs a delay and nothing else. Ten thousand
-idle watchers cost that one query.
+idle watchers, of one run or of many, cost that one query.
 
-A subscription's mailbox is bounded. One that overflows, or that meets a pack which does not follow the last, is
-`behind`: its watcher reads the log itself, at its own pace, and then goes on with the mailbox. So a slow reader delays
-nobody and loses nothing.
+A subscription is one watcher's place in any number of runs, with one bounded mailbox. When it overflows, or meets a
+pack which does not follow the last, the runs concerned are `behind`: the watcher reads their logs itself, at its own
+pace, and then goes on with the mailbox. So a slow reader delays nobody and loses nothing.
 """
 
 from __future__ import annotations
@@ -31,29 +31,36 @@ log = structlog.get_logger()
 
 
 class Subscription:
-    """One watcher's place in a run. Used on the tailer's loop only."""
+    """One watcher's place in the runs it watches. Used on the tailer's loop only."""
 
-    def __init__(self, workflow_id: str) -> None:
-        self.workflow_id = workflow_id
-        self.behind = True
-        """Whether the watcher must read the log before it goes on with the mailbox."""
+    def __init__(self) -> None:
+        self.behind: set[str] = set()
+        """The runs whose log the watcher must read before it goes on with their packs in the mailbox."""
         self.packs: deque[News] = deque()
         self.changed = asyncio.Event()
+        self.workflow_ids: set[str] = set()
 
     def deliver(self, pack: News) -> None:
         """Puts a pack into the mailbox."""
-        if self.behind:
+        if pack.workflow_id in self.behind:
             return
         if len(self.packs) >= MAILBOX_PACKS:
+            self.behind |= self.workflow_ids & {waiting.workflow_id for waiting in (*self.packs, pack)}
             self.packs.clear()
-            self.behind = True
         else:
             self.packs.append(pack)
         self.changed.set()
 
-    def wake(self) -> None:
-        """Says that the log should be read."""
+    def read_log(self, workflow_id: str) -> None:
+        """Says that a run's log should be read."""
+        self.behind.add(workflow_id)
         self.changed.set()
+
+    def forget(self) -> None:
+        """Empties the mailbox, for a watcher that is about to read everything anyway."""
+        self.changed.clear()
+        self.packs.clear()
+        self.behind.clear()
 
 
 class _Feed:
@@ -73,6 +80,7 @@ class Tailer:
         self,
         read_news: Callable[[Mapping[str, int]], Sequence[News]],
         close_ended: Callable[[Sequence[str]], None],
+        find_missing: Callable[[Sequence[str]], Sequence[str]],
         *,
         poll_s: float,
     ) -> None:
@@ -81,10 +89,12 @@ class Tailer:
         Args:
             read_news: Returns the packs after the given position of each run; blocks.
             close_ended: Ends the logs of those runs that ended without a terminal event; blocks.
+            find_missing: Returns those of the runs that do not exist any more; blocks.
             poll_s: How often everything watched is looked at.
         """
         self._read_news = read_news
         self._close_ended = close_ended
+        self._find_missing = find_missing
         self._poll_s = poll_s
         self._feeds: dict[str, _Feed] = {}
         self._hinted: set[str] = set()
@@ -119,43 +129,61 @@ class Tailer:
         if quiet:
             loop.call_soon_threadsafe(self._wake.set)
 
-    def subscribe(self, workflow_id: str) -> Subscription:
-        """Registers a watcher; it reads the log first, then waits. Register, then read, then wait: no gap."""
-        subscription = Subscription(workflow_id)
-        with self._lock:
-            self._feeds.setdefault(workflow_id, _Feed()).subscriptions.add(subscription)
+    def subscribe(self, *workflow_ids: str) -> Subscription:
+        """Registers a watcher; it reads the logs first, then waits. Register, then read, then wait: no gap."""
+        subscription = Subscription()
+        for workflow_id in workflow_ids:
+            self.join(subscription, workflow_id)
         return subscription
 
-    def caught_up(self, subscription: Subscription, position: int) -> None:
-        """Says that a watcher has read the log up to `position` and goes on with its mailbox."""
-        feed = self._feeds[subscription.workflow_id]
-        subscription.behind = False
-        subscription.packs.clear()
-        if feed.position > position:
-            # The feed went past while this watcher read: what it got in between went to others only.
-            subscription.behind = True
-            subscription.changed.set()
-            return
-        feed.position = position
-        # What was committed since the watcher's last read may have been hinted at before this feed had a position.
-        self.hint([subscription.workflow_id])
-
-    def unsubscribe(self, subscription: Subscription) -> None:
-        """Ends a watcher's registration."""
+    def join(self, subscription: Subscription, workflow_id: str) -> None:
+        """Adds a run to what a watcher watches; it is behind in it."""
         with self._lock:
-            feed = self._feeds.get(subscription.workflow_id)
+            self._feeds.setdefault(workflow_id, _Feed()).subscriptions.add(subscription)
+        subscription.workflow_ids.add(workflow_id)
+        subscription.read_log(workflow_id)
+
+    def leave(self, subscription: Subscription, workflow_id: str) -> None:
+        """Takes a run from what a watcher watches; packs of it may still lie in the mailbox."""
+        subscription.workflow_ids.discard(workflow_id)
+        subscription.behind.discard(workflow_id)
+        with self._lock:
+            feed = self._feeds.get(workflow_id)
             if feed is None:
                 return
             feed.subscriptions.discard(subscription)
             if not feed.subscriptions:
-                del self._feeds[subscription.workflow_id]
+                del self._feeds[workflow_id]
+
+    def unsubscribe(self, subscription: Subscription) -> None:
+        """Ends a watcher's registration."""
+        for workflow_id in tuple(subscription.workflow_ids):
+            self.leave(subscription, workflow_id)
+
+    def caught_up(self, subscription: Subscription, workflow_id: str, position: int) -> None:
+        """Says that a watcher has read a run's log up to `position` and goes on with its mailbox.
+
+        Packs of the run that lie there from before are older than `position`, or do not follow it; the watcher looks.
+        """
+        feed = self._feeds[workflow_id]
+        if feed.position > position:
+            # The feed went past while this watcher read: what it got in between went to others only.
+            subscription.read_log(workflow_id)
+            return
+        subscription.behind.discard(workflow_id)
+        # A feed that lies back does so for others, who have not got what comes between; this watcher drops it.
+        feed.position = feed.position or position
+        # What was committed since the watcher's last read may have been hinted at before this feed had a position.
+        self.hint([workflow_id])
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()
         next_poll = loop.time() + self._poll_s
         while True:
+            # Not wait_for, which in Python 3.11 loses a cancellation that comes together with what it waits for.
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), timeout=max(0.0, next_poll - loop.time()))
+                async with asyncio.timeout_at(next_poll):
+                    await self._wake.wait()
             self._wake.clear()
             with self._lock:
                 hinted, self._hinted = self._hinted, set()
@@ -173,6 +201,9 @@ class Tailer:
                     await self._read(chosen)
                 if all_ids:
                     await asyncio.to_thread(self._close_ended, all_ids)
+                    # Its end may have come and gone between two looks; the log, which is empty now, tells a watcher.
+                    for workflow_id in await asyncio.to_thread(self._find_missing, all_ids):
+                        self._tell_to_read(workflow_id)
             except Exception as error:  # noqa: BLE001 - logged; the next look tries again
                 log.warning("tailer.read_failed", error=type(error).__name__)
                 await asyncio.sleep(ERROR_BACKOFF_S)
@@ -186,10 +217,13 @@ class Tailer:
             if pack.first_sequence != feed.position + 1:
                 # The first statement's order and the key forbid it; if it happens, readers of the log will see.
                 log.error("tailer.hole", workflow_id=pack.workflow_id, after=feed.position, found=pack.first_sequence)
-                for subscription in feed.subscriptions:
-                    subscription.behind = True
-                    subscription.wake()
+                self._tell_to_read(pack.workflow_id)
                 continue
             feed.position = pack.first_sequence + len(pack.events) - 1
             for subscription in feed.subscriptions:
                 subscription.deliver(pack)
+
+    def _tell_to_read(self, workflow_id: str) -> None:
+        feed = self._feeds.get(workflow_id)
+        for subscription in feed.subscriptions if feed else ():
+            subscription.read_log(workflow_id)

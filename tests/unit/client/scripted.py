@@ -239,11 +239,17 @@ def end_event(sequence: int, state: str = "SUCCEEDED", run_id: str = "r") -> run
 
 
 def batch(
-    sequences: Iterable[int], *, end: bool = False, snapshot: bool = False, cursor: str | None = None, **fields: Any
+    sequences: Iterable[int],
+    *,
+    run_id: str = "r",
+    end: bool = False,
+    snapshot: bool = False,
+    cursor: str | None = None,
+    **fields: Any,
 ) -> agent_run_service_pb2.WatchRunResponse:
     """A response with events of these sequences; the last one ends the run if `end`."""
     numbers = list(sequences)
-    events = [end_event(n) if end and n == numbers[-1] else log_event(n) for n in numbers]
+    events = [end_event(n, run_id=run_id) if end and n == numbers[-1] else log_event(n, run_id) for n in numbers]
     return agent_run_service_pb2.WatchRunResponse(
         events=events,
         cursor=cursor if cursor is not None else (f"after-{numbers[-1]}" if numbers else ""),

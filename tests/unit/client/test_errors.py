@@ -42,6 +42,7 @@ from perdure_client import (
     Unavailable,
     Unimplemented,
     VersionUnavailable,
+    ViewTooLarge,
     Violation,
     WaitTimeout,
 )
@@ -67,6 +68,7 @@ REASONS: list[tuple[grpc.StatusCode, str, type[PerdureError]]] = [
     (C.FAILED_PRECONDITION, "RUN_FINISHED", RunFinished),
     (C.FAILED_PRECONDITION, "APPROVAL_CLOSED", ApprovalClosed),
     (C.FAILED_PRECONDITION, "VERSION_UNAVAILABLE", VersionUnavailable),
+    (C.FAILED_PRECONDITION, "VIEW_TOO_LARGE", ViewTooLarge),
     (C.ABORTED, "REVISION_CONFLICT", RevisionConflict),
     (C.ABORTED, "CONTENTION", Contention),
     (C.OUT_OF_RANGE, "EVENTS_TRUNCATED", CursorOutOfRange),

@@ -22,8 +22,8 @@ InputSchemaViolation InternalError InvalidArgument JsonValue LogLine NamespaceNo
 PayloadTooLarge PerdureError PermissionDenied Progress ProtocolViolation Published Recovered ResourceExhausted
 RevisionConflict Run RunConflict RunEvent RunFailed RunFinished RunInputMismatch RunNotFound RunState ServerUnavailable
 SignalReceived StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded StoreUnavailable
-TimeoutOutcome TooManyStreams Unauthenticated Unavailable Unimplemented UnknownData VersionUnavailable Violation
-WaitTimeout Watch WatchUpdate Watching __version__
+TimeoutOutcome TooManyStreams Unauthenticated Unavailable Unimplemented UnknownData VersionUnavailable ViewTooLarge
+Violation WaitTimeout Watch WatchUpdate Watching __version__
 """
 
 METHOD_NAMES = """

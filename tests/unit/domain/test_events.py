@@ -1,15 +1,13 @@
-"""Packs, cursors, and the steps that a log tells of."""
+"""Packs, and the steps that a log tells of."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from perdure_service.domain import events
 from perdure_service.domain.events import Event, EventKind, StepState, fold_steps, half_written, in_pieces
-from perdure_service.errors import InvalidArgument
 
 kinds = st.sampled_from(list(EventKind))
 texts = st.text(max_size=20) | st.just("\0") | st.just("\ud800")
@@ -35,27 +33,6 @@ def test_a_pack_is_read_as_it_was_written(written: list[Event], first: int) -> N
     assert [(e.kind, e.time_ms, dict(e.data), e.step_id, e.step_name, e.attempt, e.execution) for e in read] == [
         (e.kind, e.time_ms, dict(e.data), e.step_id, e.step_name, e.attempt, e.execution) for e in written
     ]
-
-
-@given(st.text(max_size=40), st.integers(0, 2**60))
-def test_a_cursor_is_read_as_it_was_made_and_by_its_own_run_only(workflow_id: str, sequence: int) -> None:
-    cursor = events.encode_cursor(workflow_id, sequence)
-    assert events.decode_cursor(cursor, workflow_id) == sequence
-    with pytest.raises(InvalidArgument, match="another run"):
-        events.decode_cursor(cursor, workflow_id + "x")
-
-
-@given(st.text(max_size=60) | st.binary(max_size=60).map(lambda b: b.decode("latin-1")))
-def test_what_is_no_cursor_is_refused_in_words(cursor: str) -> None:
-    with pytest.raises(InvalidArgument, match="cursor"):
-        events.decode_cursor(cursor, "w")
-
-
-def test_a_cursor_of_nothing_but_brackets_is_refused() -> None:
-    import base64
-
-    with pytest.raises(InvalidArgument):
-        events.decode_cursor(base64.urlsafe_b64encode(b"[" * 3_000).decode(), "w")
 
 
 @given(st.lists(st.integers(0, 300_000), max_size=12))

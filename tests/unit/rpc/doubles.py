@@ -16,6 +16,7 @@ from perdure.v1.agent_catalog_service_pb2_grpc import AgentCatalogServiceStub
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceStub
 from perdure.v1.approval_service_pb2_grpc import ApprovalServiceStub
 from perdure_service.domain.approvals import Approval, ApprovalState, TimeoutOutcome
+from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import Run, RunKey, RunState
 from perdure_service.durable.service import RunService, WatchBatch
@@ -81,12 +82,11 @@ def an_event(sequence: int, kind: EventKind = EventKind.LOG, **data: Any) -> Eve
 
 
 def a_batch(*sequences: int, **changes: Any) -> WatchBatch:
-    last = sequences[-1] if sequences else 0
+    last = changes.pop("last_sequence", sequences[-1] if sequences else 0)
     values: dict[str, Any] = {
         "key": KEY,
         "events": [an_event(n, message=f"event {n}") for n in sequences],
-        "last_sequence": last,
-        "cursor": f"after-{last}",
+        "cursor": Cursor(KEY.workflow_id, last),
     }
     return WatchBatch(**values | changes)
 

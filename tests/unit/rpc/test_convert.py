@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_pb2, run_event_pb2
 from perdure_service.domain.agents import AgentSpec
 from perdure_service.domain.approvals import ApprovalState, TimeoutOutcome
-from perdure_service.domain.events import Event, EventKind, Step, StepState, decode_cursor
-from perdure_service.domain.runs import Failure, Progress, RunState
+from perdure_service.domain.cursors import Cursor
+from perdure_service.domain.events import Event, EventKind, Step, StepState
+from perdure_service.domain.runs import Failure, Progress, RunKey, RunState
 from perdure_service.rpc import convert, convert_events, enums, fields
 
 from tests.unit.rpc.doubles import KEY, NOON, a_batch, a_run, an_approval, an_event
@@ -313,14 +314,14 @@ def test_an_agent_has_its_schemas_as_json_in_their_own_order():
 def test_a_batch_is_one_response():
     [response] = convert_events.watch_responses(a_batch(4, 5, snapshot=a_run(), caught_up=True), 10_000)
     assert [event.sequence for event in response.events] == [4, 5]
-    assert (response.cursor, response.last_sequence) == ("after-5", 5)
+    assert (response.cursor, response.last_sequence) == (Cursor(KEY.workflow_id, 5).encode(), 5)
     assert response.snapshot.run_id == "foo"
     assert response.caught_up
     assert not response.end_of_run
 
 
 def test_a_heartbeat_has_no_events_and_no_snapshot():
-    [response] = convert_events.watch_responses(a_batch(cursor="c", last_sequence=9), 10_000)
+    [response] = convert_events.watch_responses(a_batch(last_sequence=9), 10_000)
     assert not response.events
     assert not response.HasField("snapshot")
     assert response.last_sequence == 9
@@ -329,13 +330,28 @@ def test_a_heartbeat_has_no_events_and_no_snapshot():
 @given(st.lists(st.integers(0, 300), min_size=1, max_size=12), st.integers(100, 600))
 def test_large_batches_are_split_without_losing_order_and_each_piece_can_be_resumed(sizes, max_bytes):
     events = [an_event(n, message="x" * size) for n, size in enumerate(sizes, 1)]
-    batch = a_batch(events=events, last_sequence=len(sizes) + 2, cursor="end", snapshot=a_run(), end_of_run=True)
+    batch = a_batch(events=events, last_sequence=len(sizes) + 2, snapshot=a_run(), end_of_run=True)
     responses = list(convert_events.watch_responses(batch, max_bytes))
     assert [event.sequence for r in responses for event in r.events] == list(range(1, len(sizes) + 1))
     assert [r.HasField("snapshot") for r in responses] == [True] + [False] * (len(responses) - 1)
     for piece in responses[:-1]:
-        assert decode_cursor(piece.cursor, KEY.workflow_id) == piece.last_sequence == piece.events[-1].sequence
+        cursor = Cursor.decode(piece.cursor, KEY.workflow_id, include_children=False)
+        assert cursor.sequence == piece.last_sequence == piece.events[-1].sequence
         assert not piece.end_of_run
         assert sum(event.ByteSize() for event in piece.events) <= max_bytes or len(piece.events) == 1
     assert responses[-1].end_of_run
-    assert (responses[-1].cursor, responses[-1].last_sequence) == ("end", len(sizes) + 2)
+    last = len(sizes) + 2
+    assert (responses[-1].cursor, responses[-1].last_sequence) == (Cursor(KEY.workflow_id, last).encode(), last)
+
+
+def test_a_piece_of_a_childs_events_keeps_the_places_of_the_other_runs():
+    child = RunKey("default", "foo.3", KEY.workflow_id + "-3")
+    events = [an_event(n, message="x" * 200) for n in (1, 2, 3)]
+    place = Cursor(KEY.workflow_id, 7, {child.workflow_id: 3, KEY.workflow_id + "-5": 9})
+    responses = list(convert_events.watch_responses(a_batch(key=child, events=events, cursor=place), 400))
+    assert len(responses) == 3
+    assert [response.last_sequence for response in responses] == [7, 7, 7]
+    cursors = [Cursor.decode(r.cursor, KEY.workflow_id, include_children=True) for r in responses]
+    assert [cursor.children[child.workflow_id] for cursor in cursors] == [1, 2, 3]
+    assert {cursor.children[KEY.workflow_id + "-5"] for cursor in cursors} == {9}
+    assert {event.run_id for response in responses for event in response.events} == {"foo.3"}

@@ -40,6 +40,7 @@ TABLE: list[tuple[errors.PerdureError, str, str, float | None]] = [
     (errors.RevisionConflict("changed", revision="2"), "ABORTED", "REVISION_CONFLICT", None),
     (errors.Contention("again"), "ABORTED", "CONTENTION", 0.2),
     (errors.CursorOutOfRange("old", earliest_sequence="7"), "OUT_OF_RANGE", "EVENTS_TRUNCATED", None),
+    (errors.ViewTooLarge("many", limit="1000"), "FAILED_PRECONDITION", "VIEW_TOO_LARGE", None),
     (errors.StoreUnavailable("gone"), "UNAVAILABLE", "STORE_UNAVAILABLE", 1.0),
     (errors.Draining("stopping"), "UNAVAILABLE", "DRAINING", 0.5),
     (errors.Overloaded("slow down"), "RESOURCE_EXHAUSTED", "OVERLOADED", 1.0),

@@ -171,7 +171,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (cancel, {"reason": "x\0"}, "reason"),
     # Lists
     (list_runs, {"page_size": -1}, "page_size"),
-    (list_runs, {"page_token": "x" * 16_385}, "page_token"),
+    (list_runs, {"page_token": "x" * 32_769}, "page_token"),
     (list_runs, {"page_token": "x\0"}, "page_token"),
     (list_runs, {"states": [agent_run_pb2.AGENT_RUN_STATE_RUNNING, 77]}, "states[1]"),
     (list_runs, {"states": [agent_run_pb2.AGENT_RUN_STATE_UNSPECIFIED]}, "states[0]"),
@@ -352,6 +352,14 @@ def test_a_watch_begins_where_it_is_told_to():
     assert watch(from_now=True).from_now
     assert not watch(from_now=False).from_now
     assert watch(kinds=[run_event_pb2.RUN_EVENT_KIND_PROGRESS]).kinds == {EventKind.PROGRESS}
+    assert watch(include_children=True, cursor="c").include_children
+
+
+@pytest.mark.parametrize("sequence", [0, 3])
+def test_a_sequence_is_no_place_in_a_watch_with_children(sequence):
+    with pytest.raises(InvalidArgument) as refusal:
+        watch(include_children=True, after_sequence=sequence)
+    assert [field for field, _ in refusal.value.violations] == ["after_sequence"]
 
 
 def test_a_signal_has_a_payload_of_any_json_value():

@@ -12,12 +12,13 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2, run_event_pb2
+from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import EventKind
 from perdure_service.errors import Draining, TooManyStreams
 from perdure_service.rpc.streams import Streams, closing
 
 from tests.helpers.waiting import eventually_async
-from tests.unit.rpc.doubles import a_batch, a_run, an_approval, an_event, failing, serving, streams
+from tests.unit.rpc.doubles import KEY, a_batch, a_run, an_approval, an_event, failing, serving, streams
 
 WATCH = pb.WatchRunRequest(run_id="foo")
 
@@ -51,6 +52,7 @@ async def test_a_watch_passes_everything_on_in_order_and_ends_with_the_run(servi
                 "after_sequence": 0,
                 "from_now": False,
                 "kinds": frozenset({EventKind.LOG}),
+                "include_children": False,
                 "heartbeat_s": 7.0,
             },
         )
@@ -71,12 +73,12 @@ async def test_the_inbox_passes_everything_on(service):
 
 async def test_a_batch_too_large_for_one_message_arrives_in_pieces(service):
     events = [an_event(n, message="x" * 300_000) for n in range(1, 41)]
-    service.script["watch"] = streams(a_batch(events=events, last_sequence=40, cursor="end", end_of_run=True))
+    service.script["watch"] = streams(a_batch(events=events, last_sequence=40, end_of_run=True))
     async with serving(service) as served:  # a client that takes gRPC's default of 4 MiB, of 12 MiB
         responses = [response async for response in served.runs.WatchRun(WATCH)]
     assert [event.sequence for r in responses for event in r.events] == list(range(1, 41))
     assert len(responses) > 3
-    assert responses[-1].cursor == "end"
+    assert responses[-1].cursor == Cursor(KEY.workflow_id, 40).encode()
 
 
 async def test_a_client_that_leaves_ends_its_watch_at_once(service):
