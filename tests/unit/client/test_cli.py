@@ -126,7 +126,7 @@ async def test_wait_ends_with_the_run_and_its_exit_code(
 async def test_start_can_watch_and_prints_events_as_json_lines(server: ScriptedServer, perdure: Invoke) -> None:
     server.script(START_AGENT, started)
     server.script(WATCH_RUN, [batch([1, 2]), batch([3], end=True)])
-    result = await perdure("start", "research", "--watch")
+    result = await perdure("start", "research", "--watch", "--run-id", "r")
     assert result.exit_code == 0
     assert [(event["sequence"], event["kind"]) for event in objects(result)] == [
         (1, "log"), (2, "log"), (3, "state_changed"),
@@ -198,11 +198,62 @@ async def test_plain_lines_end_with_the_output_and_the_trace(server: ScriptedSer
     ]  # fmt: skip
 
 
-async def live(server: ScriptedServer, after: int = 0) -> tuple[RunState, str]:
+def child_started(sequence: int, child: str, run_id: str = "r") -> run_event_pb2.RunEvent:
+    started = run_event_pb2.ChildStarted(child_run_id=child)
+    return run_event_pb2.RunEvent(
+        sequence=sequence, run_id=run_id, step_id=sequence, step_name="reader@1", child_started=started
+    )
+
+
+def with_children(*responses: tuple[str, list[run_event_pb2.RunEvent]]) -> list[Any]:
+    """A script entry: one response for each (cursor, events)."""
+    return [runs.WatchRunResponse(cursor=cursor, events=events) for cursor, events in responses]
+
+
+async def test_lines_of_children_say_whose_they_are(server: ScriptedServer, perdure: Invoke) -> None:
+    said = run_event_pb2.RunEvent(
+        sequence=2, run_id="r.1", output_delta=run_event_pb2.OutputDelta(stream="s", text="a word\n")
+    )
+    events = [
+        ("a", [child_started(1, "r.1")]), ("b", [log_event(1, "r.1"), said, end_event(3, run_id="r.1")]),
+        ("c", [end_event(2)]),
+    ]  # fmt: skip
+    server.script(WATCH_RUN, [*with_children(*events), batch([], end=True)])
+    server.script(GET_RUN, got())
+    result = await perdure("watch", "r", "--children", "-o", "lines")
+    assert result.exit_code == 0, result.output
+    assert [re.sub(r"^(--:--:--| {8})  ", "", line) for line in result.stdout.splitlines()] == [
+        "r  reader@1 started the run r.1", "r.1  1", "r.1  | a word", "r.1  SUCCEEDED", "r  SUCCEEDED",
+    ]  # fmt: skip
+    (request,) = server.asked(WATCH_RUN)
+    assert request.include_children
+    assert request.WhichOneof("position") is None
+
+
+async def test_events_of_children_have_their_run_and_only_the_runs_own_end_is_the_exit_code(
+    server: ScriptedServer, perdure: Invoke
+) -> None:
+    events = [("a", [child_started(1, "r.1")]), ("b", [end_event(2)]), ("c", [end_event(1, "FAILED", "r.1")])]
+    server.script(START_AGENT, lambda request: runs.StartAgentResponse(run=run_message("r"), created=True))
+    server.script(WATCH_RUN, [*with_children(*events), batch([], end=True)])
+    result = await perdure("start", "research", "--watch", "--children")
+    assert result.exit_code == 0
+    assert [(event["run_id"], event["sequence"]) for event in objects(result)] == [("r", 1), ("r", 2), ("r.1", 1)]
+
+
+async def test_pipes_get_the_run_alone_unless_asked_for_more(server: ScriptedServer, perdure: Invoke) -> None:
+    server.script(WATCH_RUN, [batch([1], end=True)])
+    assert (await perdure("watch", "r")).exit_code == 0
+    assert not server.asked(WATCH_RUN)[0].include_children
+
+
+async def live(server: ScriptedServer, after: int = 0, children: bool | None = None) -> tuple[RunState, str]:
     """Follows `r` as on a terminal."""
     screen = Console(file=io.StringIO(), force_terminal=True, width=100, height=30, highlight=False)
     with Client(server.address) as client:
-        state = await asyncio.to_thread(follow, client, "r", after=after, style=Style.LIVE, console=screen)
+        state = await asyncio.to_thread(
+            follow, client, "r", after=after, style=Style.LIVE, console=screen, children=children
+        )
     assert isinstance(screen.file, io.StringIO)
     return state, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.file.getvalue())
 
@@ -229,6 +280,42 @@ async def test_the_live_view_knows_questions_from_before_it_began(server: Script
     server.script(GET_RUN, got())
     await live(server, after=4)
     assert server.asked(LIST_APPROVALS)[0].run_id == "r"
+
+
+@pytest.mark.parametrize(("children", "streams"), [(None, 1), (True, 1), (False, 1)])
+async def test_the_live_view_shows_children_and_ends_with_the_run_unless_they_were_asked_for(
+    server: ScriptedServer, slept: list[float], children: bool | None, streams: int
+) -> None:
+    first = [child_started(1, "r.1"), child_started(2, "r.2")]
+    failed = end_event(1, "FAILED", "r.2")
+    failed.state_changed.failure.type = "ValueError"
+    rest = [("a", first), ("b", [failed]), ("c", [end_event(3)])]
+    if children is False:
+        rest = [("a", first), ("c", [end_event(3)])]
+    last = [Hang()] if children is None else [*with_children(("d", [end_event(1, run_id="r.1")])), batch([], end=True)]
+    if children is False:
+        last = [batch([], end=True)]
+    server.script(WATCH_RUN, [*with_children(*rest), *last])
+    server.script(GET_RUN, got())
+    state, text = await live(server, children=children)
+    assert state is RunState.SUCCEEDED
+    assert server.asked(WATCH_RUN)[0].include_children is (children is not False)
+    assert ("2 child runs: 1 FAILED" in text) is (children is not False)
+    assert ("1 SUCCEEDED" in text) is (children is True)
+    assert ("ValueError" in text) is (children is not False)
+
+
+async def test_the_live_view_goes_on_without_children_when_there_are_too_many(
+    server: ScriptedServer, slept: list[float]
+) -> None:
+    too_many = Fail(grpc.StatusCode.FAILED_PRECONDITION, "VIEW_TOO_LARGE", "1001 children are active")
+    server.script(WATCH_RUN, [*with_children(("a", [child_started(1, "r.1")])), too_many], [batch([2], end=True)])
+    server.script(GET_RUN, got())
+    state, text = await live(server)
+    assert state is RunState.SUCCEEDED
+    again = server.asked(WATCH_RUN)[1]
+    assert (again.include_children, again.after_sequence) == (False, 1)
+    assert "1001 children are active; here it goes on without them" in text
 
 
 async def test_the_live_view_can_be_left(
@@ -418,6 +505,8 @@ def test_more_violations_than_the_message_names_are_all_told() -> None:
         (["start", "x", "-i", "@/no/such/file"], "cannot read"),
         (["start", "x", "-l", "nolabel"], "write key=value"),
         (["start", "x", "--watch", "--wait"], "choose one"),
+        (["start", "x", "--children"], "go with --watch"),
+        (["watch", "r", "--children", "--after", "3"], "of a single run"),
         (["start"], "Missing argument"),
         (["nonsense"], "No such command"),
         (["--ca-file", "/no/such/file", "list"], "cannot read"),

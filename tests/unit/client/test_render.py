@@ -30,6 +30,7 @@ from perdure_client import (
     StepStarted,
     StepSucceeded,
 )
+from perdure_client._family_view import FamilyView
 from perdure_client._run_view import RunView
 from perdure_client.cli._lines import EventLines
 from perdure_client.cli._render import RunDisplay
@@ -121,6 +122,56 @@ def test_no_line_is_wider_than_the_terminal_and_the_id_is_whole(width: int) -> N
     assert all(cell_len(line) <= width for line in text.splitlines())
     if width >= 20:
         assert RUN_ID in text.replace("\n", "").replace(" ", "")
+
+
+def family(*data: tuple[str, EventData]) -> FamilyView:
+    """A family after events of some runs, a second apart."""
+    view = FamilyView(root=RunView(run_id="r"))
+    sequences: dict[str, int] = {}
+    for second, (run_id, item) in enumerate(data, start=1):
+        sequences[run_id] = sequences.get(run_id, 0) + 1
+        at = BEGAN + timedelta(seconds=second)
+        event = RunEvent(
+            sequence=sequences[run_id], event_time=at, run_id=run_id, step_id=1, step_name="ask", execution=1, data=item
+        )
+        view = view.apply(event)
+    return view
+
+
+def test_children_have_a_line_each_while_they_go_on_and_are_counted_when_they_have_ended() -> None:
+    running, done = StateChanged(to_state=RunState.RUNNING), StateChanged(to_state=RunState.SUCCEEDED)
+    failed = StateChanged(to_state=RunState.FAILED, failure=ERROR)
+    view = family(
+        ("r", running), ("r", ChildStarted(child_run_id="r.1")), ("r.1", running),
+        ("r.1", ChildStarted(child_run_id="r.1.1")), ("r.1.1", running), ("r.1.1", StepStarted()),
+        ("r", ChildStarted(child_run_id="r.2")), ("r.2", running), ("r.2", done),
+        ("r", ChildStarted(child_run_id="r.3")), ("r.3", running), ("r.3", failed),
+        ("r.1.1", ApprovalRequested(approval_id="r.1.1/4", title="Go on?")),
+    )  # fmt: skip
+    assert [child.depth for child in view.children.values()] == [1, 2, 1, 1]
+    assert view.children["r.1.1"].doing == "ask"
+    console = Console(file=io.StringIO(), width=100, height=30, color_system=None)
+    now = BEGAN + timedelta(seconds=20)
+    console.print(RunDisplay(view.root, clock=lambda: now, children=view.children))
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    at = lines.index("4 child runs: 1 FAILED, 1 SUCCEEDED")
+    assert [line.split() for line in lines[at + 1 : at + 4]] == [
+        ["●", "r.1", "RUNNING", "17.0", "s", "ask"],
+        ["●", "r.1.1", "RUNNING", "15.0", "s", "ask"],
+        ["✘", "r.3", "FAILED", "1.0", "s", "RateLimitError:", "429", "too", "many", "requests", "slow", "down"],
+    ]
+    assert lines[at + 2].index("●") == lines[at + 1].index("●") + 2
+    assert any("perdure approve r.1.1/4" in line for line in lines)
+
+
+def test_many_children_leave_room_for_the_rest() -> None:
+    starts = [("r", ChildStarted(child_run_id=f"r.{number}")) for number in range(60)]
+    view = family(*starts)
+    console = Console(file=io.StringIO(), width=100, height=24, color_system=None)
+    console.print(RunDisplay(view.root, children=view.children))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert len(text.splitlines()) <= 24
+    assert "60 child runs: 52 earlier ones go on or failed" in text
 
 
 def test_a_terminal_without_unicode_gets_ascii_glyphs() -> None:

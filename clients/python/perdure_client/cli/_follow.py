@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from enum import StrEnum
 
@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.live import Live
 
 from perdure_client._client import Client
-from perdure_client._errors import PerdureError
+from perdure_client._errors import PerdureError, ViewTooLarge
 from perdure_client._events import RunEvent, StateChanged, WatchUpdate
+from perdure_client._family_view import FamilyView
 from perdure_client._run_view import RunView
 from perdure_client._types import Run, RunState
-from perdure_client.cli._lines import EventLines
+from perdure_client.cli._lines import EventLines, FamilyLines
 from perdure_client.cli._output import say, write_json_line, write_line
 from perdure_client.cli._render import RunDisplay, result
 from perdure_client.cli._text import jsonable, one_line, short_duration
@@ -46,11 +47,13 @@ class Detached(Exception):
 
 @dataclass(slots=True)
 class _Seen:
-    """How far the user has come, and whether the connection holds."""
+    """How far the user has come in the watched run, and whether the connection holds."""
 
+    run_id: str
     last_sequence: int
     state: RunState = RunState.UNKNOWN
     connected: bool = False
+    ended: bool = False
 
     def take(self, update: WatchUpdate) -> Iterator[RunEvent]:
         """Yields the events of an update, and remembers."""
@@ -59,9 +62,12 @@ class _Seen:
             self.state = update.snapshot.state
         for event in update.events:
             yield event
+            if event.run_id != self.run_id:
+                continue
             self.last_sequence = event.sequence
             if isinstance(event.data, StateChanged) and event.ends_run:
                 self.state = event.data.to_state
+                self.ended = True
 
     def say_broken(self, error: PerdureError, _delay_s: float) -> None:
         """Says once that a connection broke. One that was never there ends the command, which says why."""
@@ -71,9 +77,26 @@ class _Seen:
 
 
 def follow(
-    client: Client, run_id: str, *, after: int, style: Style, console: Console, command_prefix: str = ""
+    client: Client,
+    run_id: str,
+    *,
+    after: int,
+    style: Style,
+    console: Console,
+    command_prefix: str = "",
+    children: bool | None = None,
 ) -> RunState:
     """Shows a run from after an event until its end; returns how it ended.
+
+    Args:
+        client: Where the run is.
+        run_id: The run.
+        after: Show what came after this event; 0 for everything. Of the run alone.
+        style: How to show it.
+        console: Where.
+        command_prefix: What goes between `perdure` and a subcommand that is proposed.
+        children: Whether to show its children until the last one has ended. None: the live view shows them while the
+            run itself goes on, if there are not too many for one watch.
 
     Raises:
         Detached: The user has seen enough.
@@ -81,11 +104,11 @@ def follow(
     """
     match style:
         case Style.LIVE:
-            return _follow_live(client, run_id, after, console, command_prefix)
+            return _follow_live(client, run_id, after, console, command_prefix, children)
         case Style.LINES:
-            return _follow_lines(client, run_id, after, console, command_prefix)
+            return _follow_lines(client, run_id, after, console, command_prefix, bool(children))
         case Style.JSON:
-            return _follow_json(client, run_id, after)
+            return _follow_json(client, run_id, after, bool(children))
 
 
 def show_run(run: Run, console: Console) -> None:
@@ -93,36 +116,61 @@ def show_run(run: Run, console: Console) -> None:
     console.print(RunDisplay(RunView(run_id=run.run_id).with_run(run), final=True))
 
 
-def _follow_live(client: Client, run_id: str, after: int, console: Console, command_prefix: str) -> RunState:
-    seen = _Seen(after)
+def _follow_live(
+    client: Client, run_id: str, after: int, console: Console, command_prefix: str, children: bool | None
+) -> RunState:
+    seen = _Seen(run_id, after)
     display = RunDisplay(RunView(run_id=run_id, last_sequence=after), command_prefix=command_prefix)
-
-    def on_reconnect(error: PerdureError, delay_s: float) -> None:
-        wait = short_duration(timedelta(seconds=delay_s))
-        display.notice = f"no connection, trying again in {wait}: {_cause(error)}"
-
     live = Live(display, console=console, refresh_per_second=REFRESHES_PER_SECOND, transient=True)
     with _detaching(seen), live:
-        for update in client.watch(run_id, after_sequence=after, on_reconnect=on_reconnect):
-            view = display.view
-            if update.snapshot is not None:
-                view = view.with_run(update.snapshot)
-                if after and update.snapshot.pending_approvals:  # asked before the first event that is shown
-                    view = view.with_approvals(client.approvals(run=run_id))
-            for event in seen.take(update):
-                view = view.apply(event)
-            display.view, display.notice = view, ""
+        try:
+            _draw(
+                client, display, seen, after, children=not after if children is None else children, alone=not children
+            )
+        except ViewTooLarge as error:
+            if children:
+                raise
+            say(f"{one_line(error.message)}; here it goes on without them")
+            display.children = {}
+            _draw(client, display, seen, seen.last_sequence, children=False, alone=True)
         display.view = display.view.with_run(client.get(run_id))
     display.final = True
     console.print(display)
     return display.view.state
 
 
-def _follow_lines(client: Client, run_id: str, after: int, console: Console, command_prefix: str) -> RunState:
-    seen = _Seen(after)
-    formatted = EventLines(command_prefix)
+def _draw(client: Client, display: RunDisplay, seen: _Seen, after: int, *, children: bool, alone: bool) -> None:
+    """Keeps the display up to date until the watch ends, or, when it is of the run alone, until the run has ended."""
+
+    def on_reconnect(error: PerdureError, delay_s: float) -> None:
+        wait = short_duration(timedelta(seconds=delay_s))
+        display.notice = f"no connection, trying again in {wait}: {_cause(error)}"
+
+    family = FamilyView(root=display.view)
+    with client.watch(
+        seen.run_id, after_sequence=after, include_children=children, on_reconnect=on_reconnect
+    ) as updates:
+        for update in updates:
+            if update.snapshot is not None:
+                family = replace(family, root=family.root.with_run(update.snapshot))
+                if after and update.snapshot.pending_approvals:  # asked before the first event that is shown
+                    asked = client.approvals(run=seen.run_id)
+                    family = replace(family, root=family.root.with_approvals(asked))
+            for event in seen.take(update):
+                family = family.apply(event)
+            display.view, display.children, display.notice = family.root, family.children, ""
+            if alone and seen.ended:
+                break
+
+
+def _follow_lines(
+    client: Client, run_id: str, after: int, console: Console, command_prefix: str, children: bool
+) -> RunState:
+    seen = _Seen(run_id, after)
+    formatted = FamilyLines(command_prefix) if children else EventLines(command_prefix)
     with _detaching(seen):
-        for update in client.watch(run_id, after_sequence=after, on_reconnect=seen.say_broken):
+        watch = client.watch(run_id, after_sequence=after, include_children=children, on_reconnect=seen.say_broken)
+        for update in watch:
             for event in seen.take(update):
                 for line in formatted.lines(event):
                     write_line(line)
@@ -131,10 +179,11 @@ def _follow_lines(client: Client, run_id: str, after: int, console: Console, com
     return run.state
 
 
-def _follow_json(client: Client, run_id: str, after: int) -> RunState:
-    seen = _Seen(after)
+def _follow_json(client: Client, run_id: str, after: int, children: bool) -> RunState:
+    seen = _Seen(run_id, after)
     with _detaching(seen):
-        for update in client.watch(run_id, after_sequence=after, on_reconnect=seen.say_broken):
+        watch = client.watch(run_id, after_sequence=after, include_children=children, on_reconnect=seen.say_broken)
+        for update in watch:
             for event in seen.take(update):
                 write_json_line(jsonable(event))
     return seen.state

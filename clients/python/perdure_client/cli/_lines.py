@@ -34,10 +34,13 @@ class EventLines:
 
     Args:
         command_prefix: What goes between `perdure` and a subcommand that is proposed.
+        label: Stands in every line; empty for none.
     """
 
-    def __init__(self, command_prefix: str = "") -> None:
+    def __init__(self, command_prefix: str = "", *, label: str = "") -> None:
         self._command_prefix = command_prefix
+        self._label = f"{label}  " if label else ""
+        self._margin = f"{' ' * 8}  {self._label}| " if label else _MARGIN
         self._partial: dict[tuple[int, str], str] = {}
 
     def lines(self, event: RunEvent) -> Iterator[str]:
@@ -48,10 +51,10 @@ class EventLines:
         yield from self._flush(event.step_id)
         text = self._text(event)
         if text:
-            yield f"{local_time(event.event_time) or '--:--:--'}  {text}"
+            yield f"{local_time(event.event_time) or '--:--:--'}  {self._label}{text}"
         if isinstance(event.data, ApprovalRequested):
             for verb in ("approve", "reject"):
-                yield f"{_MARGIN}perdure{self._command_prefix} {verb} {clean(event.data.approval_id)}"
+                yield f"{self._margin}perdure{self._command_prefix} {verb} {clean(event.data.approval_id)}"
 
     def _text(self, event: RunEvent) -> str:
         step = one_line(event.step_name) or f"step {event.step_id}"
@@ -99,10 +102,26 @@ class EventLines:
         *complete, rest = (self._partial.get(key, "") + clean(delta.text)).split("\n")
         self._partial[key] = rest
         for line in complete:
-            yield _MARGIN + line
+            yield self._margin + line
 
     def _flush(self, step_id: int) -> Iterator[str]:
         """Yields what is held back of a step, before anything else is said of it."""
         for key in [key for key in self._partial if key[0] == step_id]:
             if text := self._partial.pop(key):
-                yield _MARGIN + text
+                yield self._margin + text
+
+
+class FamilyLines:
+    """Turns the events of a run and its children into lines that say of which run they are; see `EventLines`."""
+
+    def __init__(self, command_prefix: str = "") -> None:
+        self._command_prefix = command_prefix
+        self._runs: dict[str, EventLines] = {}
+
+    def lines(self, event: RunEvent) -> Iterator[str]:
+        """Yields the lines of an event; none for some."""
+        if event.run_id not in self._runs:
+            self._runs[event.run_id] = EventLines(self._command_prefix, label=clean(event.run_id))
+        yield from self._runs[event.run_id].lines(event)
+        if event.ends_run:
+            del self._runs[event.run_id]

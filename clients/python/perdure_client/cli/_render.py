@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -12,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from perdure_client._family_view import ChildView
 from perdure_client._run_view import ApprovalView, Note, RunView, StepView
 from perdure_client._types import RunState, StepState
 from perdure_client.cli._text import (
@@ -30,6 +32,7 @@ NARROW = 72
 STREAM_LINES = 6
 NOTE_LINES = 3
 PUBLISHED_LINES = 4
+CHILD_LINES = 8
 FEWEST_STEPS = 3
 _NOTE_STYLES = {"debug": "dim", "info": "", "warning": "yellow", "error": "red"}
 
@@ -50,6 +53,7 @@ class RunDisplay:
 
     Attributes:
         view: What to draw.
+        children: The run's descendants: a line for each that has not ended, or failed; the others are counted.
         notice: What the connection does, while it does not work; empty otherwise.
         final: Whether to draw everything, and the result, however many lines that takes.
         clock: Returns now.
@@ -61,6 +65,7 @@ class RunDisplay:
     final: bool = False
     clock: Callable[[], datetime] = utc_now
     command_prefix: str = ""
+    children: Mapping[str, ChildView] = field(default_factory=dict[str, ChildView])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draws."""
@@ -69,7 +74,7 @@ class RunDisplay:
         now = view.end_time or self.clock()
         parts: list[RenderableType] = [_header(view, now, width)]
         room = 10**6 if self.final else max(8, (options.height or console.height) - 2)
-        below = list(self._below(console, width, ascii_only=ascii_only))
+        below = list(self._below(console, width, now, ascii_only=ascii_only))
         room -= 2 + sum(len(console.render_lines(part, options)) for part in below)
         if view.steps:
             steps = _steps(view, now, console, width, max(FEWEST_STEPS, room), ascii_only=ascii_only)
@@ -77,16 +82,21 @@ class RunDisplay:
         parts += below
         yield Group(*parts)
 
-    def _below(self, console: Console, width: int, *, ascii_only: bool) -> Iterator[RenderableType]:
+    def _below(self, console: Console, width: int, now: datetime, *, ascii_only: bool) -> Iterator[RenderableType]:
         """Yields what stands below the steps."""
         view = self.view
         if view.progress is not None and not (self.final and view.state is RunState.SUCCEEDED):
             yield _progress(view, width, ascii_only=ascii_only)
+        if self.children:
+            yield _children(list(self.children.values()), now, console, everything=self.final, ascii_only=ascii_only)
         if not self.final:
             yield from _streams(view, console, width)
         yield from _published(view, width, everything=self.final)
         yield from _notes(view, everything=self.final)
-        for approval in view.pending_approvals:
+        questions = [*view.pending_approvals]
+        for child in self.children.values():
+            questions += child.view.pending_approvals
+        for approval in questions:
             yield _question(approval, self.command_prefix, self.clock())
         if self.notice:
             yield Text(one_line(self.notice), style="yellow", overflow="ellipsis", no_wrap=True)
@@ -200,6 +210,42 @@ def _detail(step: StepView, now: datetime, *, ended: bool) -> Text:
     elif step.preview:
         detail.append(one_line(step.preview), style="dim")
     return detail
+
+
+def _children(
+    children: list[ChildView], now: datetime, console: Console, *, everything: bool, ascii_only: bool
+) -> RenderableType:
+    """Returns a line for each child that has not ended, or failed, and how many others there are."""
+    own = [child for child in children if not child.view.state.terminal or child.view.state is RunState.FAILED]
+    shown = own if everything else own[-CHILD_LINES:]
+    done = Counter(child.view.state for child in children if child.view.state.terminal)
+    counts = [f"{number} {state}" for state, number in sorted(done.items())]
+    if len(own) > len(shown):
+        counts.append(f"{len(own) - len(shown)} earlier ones go on or failed")
+    title = Text(f"{len(children)} child run{'s' * (len(children) > 1)}", style="dim")
+    title.append(": " + ", ".join(counts) if counts else "", style="dim")
+    grid = Table.grid(padding=(0, 1), expand=console.is_terminal)
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, justify="right", style="dim")
+    grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    for child in shown:
+        grid.add_row(*_child_row(child, now, ascii_only=ascii_only))
+    return Group(title, Padding(grid, (0, 0, 0, 2), expand=console.is_terminal)) if shown else title
+
+
+def _child_row(child: ChildView, now: datetime, *, ascii_only: bool) -> tuple[Text, Text, Text, Text]:
+    view = child.view
+    style = RUN_STYLES.get(view.state, "")
+    mark = glyph(StepState.FAILED if view.state is RunState.FAILED else StepState.RUNNING, ascii_only=ascii_only)
+    name = Text("  " * (child.depth - 1)).append(f"{mark} ", style=style).append(clean(view.run_id))
+    begin = view.start_time or view.create_time
+    took = Text(short_duration((view.end_time or now) - begin) if begin else "")
+    known = view.state is not RunState.UNKNOWN
+    detail = Text(one_line(child.doing or child.name), style="dim")
+    if view.failure is not None:
+        detail = Text(one_line(str(view.failure)), style="red")
+    return name, Text(str(view.state) if known else "", style=style), took, detail
 
 
 def _progress(view: RunView, width: int, *, ascii_only: bool) -> RenderableType:

@@ -47,6 +47,14 @@ StyleOption = Annotated[
         "--output", "-o", help="live, lines or json. Without it: live on a terminal, JSON lines (events) into a pipe."
     ),
 ]
+ChildrenOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--children/--no-children",
+        help="Show the runs that it starts, and theirs, until the last one has ended. Without either: "
+        "the live view shows them while the run itself goes on.",
+    ),
+]
 AfterOption = Annotated[int, typer.Option(min=0, metavar="N", help="Show only what came after event N.")]
 
 
@@ -92,6 +100,7 @@ def start(
     ] = False,
     validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything and start nothing.")] = False,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the run until its end.")] = False,
+    children: ChildrenOption = None,
     wait: Annotated[bool, typer.Option("--wait", help="Wait for the run's end, then show it.")] = False,
     output: StyleOption = None,
 ) -> None:
@@ -104,6 +113,8 @@ def start(
     """
     if watch and wait:
         raise typer.BadParameter("choose one of --watch and --wait")
+    if children is not None and not watch:
+        raise typer.BadParameter("--children and --no-children go with --watch")
     session = session_of(context)
     run = session.client.start(
         agent,
@@ -120,7 +131,7 @@ def start(
     )
     form = Output.JSON if output is Style.JSON else chosen(None if output is None else Output.TABLE)
     if watch and not validate_only:
-        _follow_to_the_end(session, run.run_id, 0, output)
+        _follow_to_the_end(session, run.run_id, 0, output, children)
     elif wait and not validate_only:
         _wait(session, run.run_id, form)
     elif form is Output.JSON:
@@ -133,7 +144,13 @@ def start(
         write_line(f"Follow it: perdure{session.prefix} watch {clean(run.run_id)}")
 
 
-def watch(context: typer.Context, run: RunArgument, after: AfterOption = 0, output: StyleOption = None) -> None:
+def watch(
+    context: typer.Context,
+    run: RunArgument,
+    after: AfterOption = 0,
+    children: ChildrenOption = None,
+    output: StyleOption = None,
+) -> None:
     """Follows a run until its end, through restarts of servers; one that has ended is shown from its log.
 
     Ctrl-C stops the watching, never the run.
@@ -141,9 +158,12 @@ def watch(context: typer.Context, run: RunArgument, after: AfterOption = 0, outp
     Examples:
       perdure watch run-0c1f
       perdure watch run-0c1f --after 17
+      perdure watch run-0c1f --children -o lines
       perdure watch run-0c1f | jq -r 'select(.kind == "output_delta") | .data.text'
     """
-    _follow_to_the_end(session_of(context), run, after, output)
+    if children and after:
+        raise typer.BadParameter("--after is of a single run; leave it out, or --children")
+    _follow_to_the_end(session_of(context), run, after, output, children)
 
 
 def get(context: typer.Context, run: RunArgument, output: OutputOption = None) -> None:
@@ -287,14 +307,22 @@ def cancel(
         write_line(f"{clean(found.run_id)}  {found.state}")
 
 
-def _follow_to_the_end(session: Session, run_id: str, after: int, style: Style | None) -> None:
+def _follow_to_the_end(session: Session, run_id: str, after: int, style: Style | None, children: bool | None) -> None:
     screen = console()
     if style is None:
         style = Style.JSON if not sys.stdout.isatty() else Style.LINES if screen.is_dumb_terminal else Style.LIVE
     try:
-        state = follow(session.client, run_id, after=after, style=style, console=screen, command_prefix=session.prefix)
+        state = follow(
+            session.client,
+            run_id,
+            after=after,
+            style=style,
+            console=screen,
+            command_prefix=session.prefix,
+            children=children,
+        )
     except Detached as detached:
-        _say_how_to_return(session, run_id, detached.last_sequence)
+        _say_how_to_return(session, run_id, detached.last_sequence, children=bool(children))
         raise typer.Exit(INTERRUPTED) from None
     _exit_as(state)
 
@@ -312,9 +340,9 @@ def _wait(session: Session, run_id: str, form: Output) -> None:
     _exit_as(run.state)
 
 
-def _say_how_to_return(session: Session, run_id: str, last_sequence: int) -> None:
-    after = f" --after {last_sequence}" if last_sequence else ""
-    say(f"The run goes on. Return to it with: perdure{session.prefix} watch {run_id}{after}")
+def _say_how_to_return(session: Session, run_id: str, last_sequence: int, *, children: bool = False) -> None:
+    where = " --children" if children else f" --after {last_sequence}" if last_sequence else ""
+    say(f"The run goes on. Return to it with: perdure{session.prefix} watch {run_id}{where}")
 
 
 def _exit_as(state: RunState) -> None:
