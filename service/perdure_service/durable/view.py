@@ -27,8 +27,8 @@ from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import Event, EventKind, in_pieces
 from perdure_service.domain.runs import RunKey
 from perdure_service.errors import CursorOutOfRange, RunNotFound
-from perdure_service.store import event_log, runs
-from perdure_service.store.runs import Head
+from perdure_service.store import event_log, run_heads
+from perdure_service.store.run_heads import Head
 from perdure_service.store.tailer import Tailer
 
 T = TypeVar("T")
@@ -283,7 +283,7 @@ class View:
         return True
 
     async def _heads(self, workflow_ids: Sequence[str]) -> dict[str, Head]:
-        return await self._read("runs.heads", lambda conn: runs.heads(conn, self._root.namespace, workflow_ids))
+        return await self._read("runs.heads", lambda conn: run_heads.heads(conn, self._root.namespace, workflow_ids))
 
     async def _read_log(self, member: _Member) -> list[Event]:
         """Returns the next events of a member; none at the end of its log.

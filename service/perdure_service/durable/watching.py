@@ -11,8 +11,8 @@ from perdure_service.domain.runs import Run, RunKey
 from perdure_service.durable.requests import WatchBatch
 from perdure_service.durable.view import Read, View, refuse_truncated
 from perdure_service.errors import InvalidArgument
-from perdure_service.store import runs
-from perdure_service.store.runs import Head
+from perdure_service.store import run_heads
+from perdure_service.store.run_heads import Head
 from perdure_service.store.tailer import Tailer
 
 
@@ -49,7 +49,7 @@ class Watching:
             position = after_sequence
             if from_now and include_children:
                 # The places of all at one moment; what comes before the snapshot is sent after it.
-                heads = await self._read("runs.open_heads", lambda conn: runs.open_heads(conn, root))
+                heads = await self._read("runs.open_heads", lambda conn: run_heads.open_heads(conn, root))
                 position = heads[root.workflow_id].last_sequence if root.workflow_id in heads else 0
                 children = [(one, one.last_sequence) for one in heads.values() if one.key != root]
             snapshot = await self._get(namespace, run_id)
@@ -99,7 +99,7 @@ class Watching:
             InvalidArgument: It is from the future of one.
         """
         positions = place.children or {}
-        heads = await self._read("runs.heads", lambda conn: runs.heads(conn, root.namespace, list(positions)))
+        heads = await self._read("runs.heads", lambda conn: run_heads.heads(conn, root.namespace, list(positions)))
         for workflow_id, head in heads.items():
             if positions[workflow_id] > head.last_sequence:
                 known = f"{head.key.run_id} has {head.last_sequence} events"
