@@ -236,7 +236,9 @@ class Ledger:
                 state=RunState.QUEUED,
                 replaying=row["execution"] > 1,
             )
-            add(workflow_id, execution.moved(RunState.RUNNING, executor_id=executor_id))
+            begins = execution.moved(RunState.RUNNING, executor_id=executor_id)
+            execution.begun_ns = begins.time_ms * 1_000_000
+            add(workflow_id, begins)
             if execution.number > 1:
                 # Before any new text: what the dead execution wrote of steps that it did not finish is void.
                 for step_id, name in half_written(self._log(conn, workflow_id)):
@@ -281,7 +283,6 @@ class Ledger:
 
     def step_done(self, execution: Execution, function_id: int) -> None:
         """Is called after the commit of a step's checkpoint."""
-        self._spans.step_ended(execution, function_id)
         execution.steps.pop(function_id, None)
 
     @staticmethod
@@ -413,12 +414,14 @@ class Ledger:
             data["reason"] = reason
         if failure is not None:
             data["failure"] = failure.to_json()
-        events.append(Event(EventKind.STATE_CHANGED, at, data, execution=number))
-        return events, lambda: self._spans.run_ended(row, state, failure)
+        terminal = Event(EventKind.STATE_CHANGED, at, data, execution=number)
+        events.append(terminal)
+        # The trace of a run that is ended from outside is written from its log.
+        return events, lambda: self._spans.run_ended(row, terminal) if execution else None
 
-    def execution_over(self, execution: Execution, why: str | None) -> None:
-        """Is called after the commit that ends an execution; `why` is None when the run ended with it."""
-        self._spans.execution_ended(execution, why)
+    def ended_perhaps(self, workflow_id: str) -> None:
+        """Is called after an end that had to be committed twice."""
+        self._spans.run_ended_perhaps(workflow_id)
 
     # ---- reads of status ---------------------------------------------------------------------------------------------
 

@@ -10,8 +10,9 @@ log recognises them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -79,6 +80,18 @@ class Operation:
         """The runs that this commit wrote events of."""
         return list(self._packs)
 
+    def written(self) -> Iterator[tuple[str, list[Event]]]:
+        """Yields the runs that this commit wrote events of, each with the events as they are in the log."""
+        for workflow_id, packs in self._packs.items():
+            yield (
+                workflow_id,
+                [
+                    replace(event, sequence=(pack.first_sequence or 0) + index)
+                    for pack in packs
+                    for index, event in enumerate(pack.events)
+                ],
+            )
+
     def begun(self, conn: sa.Connection) -> None:
         """Is called in each new transaction."""
         self.attempts += 1
@@ -144,14 +157,21 @@ class Operation:
 class Operations:
     """The operations under way, a stack for each thread."""
 
-    def __init__(self, committed: Callable[[list[str]], None]) -> None:
+    def __init__(
+        self,
+        committed: Callable[[list[str]], None],
+        told: Callable[[Execution | None, str, Sequence[Event]], None] = lambda _execution, _workflow_id, _events: None,
+    ) -> None:
         """Creates the stack.
 
         Args:
             committed: Told the workflow ids whose logs a commit has extended, after the commit.
+            told: Told what a commit has written to each log, and which execution here has written it to its own.
+                Called in the order of the log, as the execution's slot is still held; must not raise.
         """
         self._local = threading.local()
         self._committed = committed
+        self._told = told
 
     @property
     def current(self) -> Operation | None:
@@ -205,6 +225,9 @@ class Operations:
                 slow = CheckpointTooSlow(str(error.orig))
                 raise sa.exc.OperationalError(error.statement, None, slow, hide_parameters=True) from error
             written = operation.workflow_ids
+            for workflow_id, events in operation.written():
+                own = operation.execution is not None and operation.execution.key.workflow_id == workflow_id
+                self._told(operation.execution if own else None, workflow_id, events)
         if written:
             self._committed(written)
         operation.committed()

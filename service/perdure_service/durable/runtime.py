@@ -23,17 +23,19 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.runs import RunStart
+from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import steps, system_database
 from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
 from perdure_service.durable.owners import OwnerWatch
-from perdure_service.durable.spans import Spans
+from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
+from perdure_service.durable.trace_writer import TraceWriter
 from perdure_service.durable.transactions import QUEUE
 from perdure_service.durable.writer import EventWriter
-from perdure_service.store import runs
+from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach
 from perdure_service.telemetry import RunTracer
@@ -79,11 +81,12 @@ class Runtime:
         self._max_running = max_running
         self._max_threads = max_threads
         self._queue_poll = queue_poll
-        self.spans = Spans(tracer, executor_id)
+        self._traces = TraceWriter(engine, _find_traced, lambda run, span: record(tracer, run, span))
+        self.spans = Spans(tracer, executor_id, self._traces)
         self.ledger = Ledger(self.spans)
         self._writer = EventWriter(self._write_buffered)
         self.executions = Executions(self._writer.wake)
-        self.operations = Operations(hint)
+        self.operations = Operations(hint, self.spans.committed)
         self.lease = Lease(
             engine,
             executor_id,
@@ -121,6 +124,7 @@ class Runtime:
             raise AssertionError("launch in a thread without an event loop")
         taken_back = self.lease.start()
         self._writer.start()
+        self._traces.start()
         system_database.install(self._build)
         steps.install(self.executions, self.spans, self.lease)
         _observe_workflows(self.executions)
@@ -182,6 +186,7 @@ class Runtime:
         with suppress(Exception):
             DBOS.destroy(workflow_completion_timeout_sec=0)
         self.lease.stop()
+        self._traces.stop()
 
     def _build(self, **arguments: Any) -> PerdureSystemDatabase:
         database = PerdureSystemDatabase(
@@ -264,6 +269,11 @@ class Runtime:
         with self.engine.connect() as conn:
             now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
         return int((now.astimezone(UTC) + timedelta(seconds=start.delay_s or 0.0)).timestamp() * 1000)
+
+
+def _find_traced(conn: sa.Connection, workflow_id: str) -> TracedRun | None:
+    row = traces.find(conn, workflow_id)
+    return None if row is None else traced_run(row)
 
 
 def _dbos_instance() -> Any:

@@ -85,7 +85,6 @@ class StatusDatabase(TransactionalDatabase):
             for workflow_id in operation.facts["changed"]:
                 for execution in self.executions.of(workflow_id):
                     self.executions.kill(execution, reason or "its run was taken away")
-                    self.ledger.execution_over(execution, reason or "its run was taken away")
 
         operation.begin, operation.finish, operation.done = begin, finish, done
         with self.operations.open(operation):

@@ -117,6 +117,8 @@ class PerdureSystemDatabase(StatusDatabase):
                 trace_id=record.trace_id,
                 sampled=record.sampled,
             )
+            if record.events:
+                execution.begun_ns = record.events[0].time_ms * 1_000_000
             self.executions.add(execution)
             if operation is not None:
                 operation.undo(lambda: self.executions.remove(execution))
@@ -365,7 +367,8 @@ class PerdureSystemDatabase(StatusDatabase):
             )
         if execution is not None:
             self.executions.remove(execution)
-            self.ledger.execution_over(execution, None if landed else "lost its run")
+            if operation.repeated:
+                self.ledger.ended_perhaps(workflow_id)
         if not landed:
             self.close_ended([workflow_id])
         return landed

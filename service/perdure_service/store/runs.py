@@ -266,7 +266,7 @@ def end(
                 waiting_for = NULL
             WHERE workflow_id = :workflow_id AND ended_at IS NULL
             RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent,
-                created_at, executor_id, begun_at
+                created_at, executor_id, begun_at, forked_from_workflow_id
         """),
             {
                 "workflow_id": workflow_id,
