@@ -99,6 +99,7 @@ class Runtime:
             hint=hint,
             lost=lost,
             owns_database=owns_database,
+            gone=self.spans.executors_gone,
         )
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None

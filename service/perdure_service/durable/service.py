@@ -38,7 +38,8 @@ from perdure_service.domain.runs import (
 )
 from perdure_service.durable import outside
 from perdure_service.durable.inbox import Inbox
-from perdure_service.durable.requests import Page, RunFilter, StartCommand, WatchBatch
+from perdure_service.durable.requests import Page, RunFilter, RunTrace, StartCommand, WatchBatch
+from perdure_service.durable.run_trace import trace_of
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.watching import Watching
 from perdure_service.errors import (
@@ -294,6 +295,11 @@ class RunService:
             # The text of steps may be long, and says nothing of them; an entry of DBOS's streams is a step of its own.
             found.extend(e for e in events if e.kind is not EventKind.OUTPUT_DELTA or e.step_name == STREAM_STEP)
         return found
+
+    async def trace(self, namespace: str, run_id: str, *, include_children: bool) -> RunTrace:
+        """Returns the spans of a run's trace, with those of the runs it has started if they are wanted."""
+        run = await self.get(namespace, run_id, full=False)
+        return await trace_of(self._read, run, include_children=include_children)
 
     # ---- watching ----------------------------------------------------------------------------------------------------
 

@@ -109,6 +109,11 @@ class Spans:
         if self._tracer.enabled and self._writer is not None:
             self._writer.ask(workflow_id, What.RUN, 0)
 
+    def executors_gone(self, executor_ids: Sequence[str]) -> None:
+        """Makes sure of the spans of runs that executors which are gone had ended just before."""
+        if self._tracer.enabled and self._writer is not None:
+            self._writer.ask_of(executor_ids)
+
     def _end(self, execution: Execution, span: TraceSpan) -> None:
         """Sends a span of a live execution: an attempt that is held open ends, all others are written."""
         held = execution.attempt_spans.pop(span.span_id, None)

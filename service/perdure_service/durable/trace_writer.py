@@ -1,7 +1,8 @@
 """Writes spans from the log, for what no living execution saw whole; in a thread of its own, off every path.
 
-Who asks: whoever has committed a claim, a decision, or the end of a run from outside (`Spans.committed`). What is
-asked is looked up in the log after that commit, so a claim neither waits for it nor fails with it.
+Who asks: whoever has committed a claim, a decision, or the end of a run from outside (`Spans.committed`), or has
+declared an executor gone. What is asked is looked up in the log after that commit, so a claim neither waits for it nor
+fails with it.
 
 **Which spans.** After a death, all that ended within a minute before the executor's last sign of life, or later: older
 ones have been sent (the exporter's queue is five seconds long, an export takes ten at most). Some of these had been
@@ -9,14 +10,17 @@ sent, too. That is harmless: the same events give the same ids, times and attrib
 twice, which it keeps once or shows once. The same holds when two servers write them, or when we die on the next line
 and the next claim writes them again.
 
-**What is lost all the same:** spans in the exporter's queue of a server that was killed after it had ended their runs;
-nobody claims those runs again. `GetRunTrace` has them, as it reads the log.
+A run that an executor ended just before it died is claimed by nobody again, and its last spans may have died in the
+exporter's queue; so whoever declares an executor gone has those of its last minute written, too.
+
+**What is lost all the same:** spans of the calls of libraries inside a body (they are in no log), and what a dying
+server was asked for and had not begun; the next claim asks again. `GetRunTrace` reads the log, and misses nothing.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from enum import Flag, auto
 
 import sqlalchemy as sa
@@ -25,7 +29,7 @@ import structlog
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.trace import TracedRun, TraceSpan, TraceSpanKind
 from perdure_service.domain.trace_fold import RunFold
-from perdure_service.store import event_log
+from perdure_service.store import event_log, traces
 from perdure_service.store.sqlstates import retrying
 
 EXPORT_HORIZON_MS = 60_000
@@ -71,6 +75,7 @@ class TraceWriter:
         self._find = find
         self._write = write
         self._pending: dict[str, tuple[What, int]] = {}
+        self._gone: list[str] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="trace-writer", daemon=True)
@@ -96,6 +101,12 @@ class TraceWriter:
             self._pending[workflow_id] = (before | what, min(earliest_ms, since_ms))
             self._changed.notify()
 
+    def ask_of(self, executor_ids: Sequence[str]) -> None:
+        """Asks for the spans of the runs that executors which are gone had ended last. Returns at once."""
+        with self._changed:
+            self._gone += executor_ids
+            self._changed.notify()
+
     def stop(self) -> None:
         """Writes what waits, for a moment, and ends the thread."""
         with self._changed:
@@ -107,16 +118,28 @@ class TraceWriter:
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._pending and not self._stopping:
+                while not self._pending and not self._gone and not self._stopping:
                     self._changed.wait()
-                if not self._pending:
+                if not self._pending and not self._gone:
                     return
-                workflow_id = next(iter(self._pending))
-                what, since_ms = self._pending.pop(workflow_id)
+                gone, self._gone = self._gone, []
+                workflow_id = next(iter(self._pending), "")
+                what, since_ms = self._pending.pop(workflow_id, (What.LOST, 0))
             try:
-                self._write_run(workflow_id, what, since_ms)
+                if gone:
+                    self._ask_for_ended(gone)
+                if workflow_id:
+                    self._write_run(workflow_id, what, since_ms)
             except Exception as error:  # noqa: BLE001 - logged; a trace is never worth more than that
                 log.warning("trace_writer.failed", workflow_id=workflow_id, error=type(error).__name__)
+
+    def _ask_for_ended(self, executor_ids: Sequence[str]) -> None:
+        for workflow_id in retrying(
+            self._engine,
+            "traces.ended_last",
+            lambda conn: traces.ended_last(conn, executor_ids, EXPORT_HORIZON_MS / 1000, MAX_PENDING // 2),
+        ):
+            self.ask(workflow_id, What.LOST, 0)
 
     def _write_run(self, workflow_id: str, what: What, since_ms: int) -> None:
         run = retrying(self._engine, "traces.find", lambda conn: self._find(conn, workflow_id))
