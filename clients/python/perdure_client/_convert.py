@@ -136,7 +136,7 @@ def _span_from(message: agent_run_service_pb2.TraceSpan) -> TraceSpan:
         end_time=_time(message, "end_time"),
         status=_SPAN_STATUSES.get(message.status, SpanStatus.UNSET),
         error_type=message.error_type,
-        attributes=dict(message.attributes),
+        attributes=dict(sorted(message.attributes.items())),
         links=tuple(
             SpanLink(trace_id=link.trace_id, span_id=link.span_id, run_id=link.run_id) for link in message.links
         ),

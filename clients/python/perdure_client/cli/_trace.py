@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from perdure_client._types import RunTrace, SpanKind, SpanStatus, TraceSpan
-from perdure_client.cli._context import OutputOption, RunArgument, session_of
+from perdure_client.cli._context import RunArgument, session_of
 from perdure_client.cli._output import Output, console, say, write_value
 from perdure_client.cli._text import clean, local_time, one_line, short_duration
 
@@ -22,6 +22,7 @@ PIPE_WIDTH = 100
 NARROW = 72
 """Columns below which a remark has a line of its own."""
 FEWEST_BAR = 8
+FEWEST_LABEL = 6
 DURATION_WIDTH = 11
 GOES_ON = "…"
 
@@ -51,6 +52,10 @@ class Signs:
 FINE = Signs("━", "┄", "╌", "▸", ("├─ ", "└─ ", "│  ", "   "), "→")
 ASCII = Signs("=", ".", "?", ">", ("|- ", "`- ", "|  ", "   "), "->")
 
+TraceOutputOption = Annotated[
+    Output | None, typer.Option("--output", "-o", help="table (the drawing) or json. Without it: table.")
+]
+
 
 def trace(
     context: typer.Context,
@@ -58,7 +63,7 @@ def trace(
     children: Annotated[
         bool, typer.Option("--children/--no-children", help="Whether with the runs that it has started.")
     ] = True,
-    output: OutputOption = None,
+    output: TraceOutputOption = None,
 ) -> None:
     """Draws where the time of a run went: executions, steps, attempts, waits, approvals, and the runs it has started.
 
@@ -115,13 +120,13 @@ def drawn(found: RunTrace, width: int, *, now: datetime, signs: Signs = FINE) ->
     last = max(span.end_time or span.start_time or now for span in found.spans)
     goes_on = any(span.end_time is None for span in found.spans)
     end = max(now, last) if goes_on else last
-    rows = list(_rows(found.spans, signs))
+    rows = list(_rows(found.spans, signs, 3 if width >= NARROW else 2))
     yield from _head(found, begin)
     remarks = max((len(row.remark) for row in rows), default=0)
     beside = min(remarks, width // 4) if width >= NARROW else 0
     longest = max(len(row.guides) + len(row.label) for row in rows)
     room = width - DURATION_WIDTH - 2 - (beside + 2 if beside else 0)
-    label_width = min(longest, max(room * 2 // 5, room - 60))
+    label_width = min(longest, max(room // 2, room - 60))
     bar_width = max(FEWEST_BAR, room - label_width - 1)
     yield _axis(label_width, bar_width, end - begin)
     for row in rows:
@@ -131,8 +136,9 @@ def drawn(found: RunTrace, width: int, *, now: datetime, signs: Signs = FINE) ->
     yield from _sum(found, end - begin, end, signs)
 
 
-def _rows(spans: Sequence[TraceSpan], signs: Signs) -> Iterator[_Row]:
+def _rows(spans: Sequence[TraceSpan], signs: Signs, indent: int) -> Iterator[_Row]:
     """Yields a row for each span as the tree has them; the only attempt of a step is told with the step."""
+    guides = [guide[: indent - 1] + " " for guide in signs.guides]
     known = {span.span_id for span in spans}
     below: dict[str, list[TraceSpan]] = {}
     for span in spans:
@@ -146,7 +152,7 @@ def _rows(spans: Sequence[TraceSpan], signs: Signs) -> Iterator[_Row]:
         yield _Row(own, _label(span), span, _remark(span, only, signs))
         for child in shown:
             final = child is shown[-1]
-            guide, deeper = signs.guides[1 if final else 0], signs.guides[3 if final else 2]
+            guide, deeper = guides[1 if final else 0], guides[3 if final else 2]
             yield from walk(child, inner + guide, inner + deeper)
 
     for root in below.get("", []):
@@ -221,9 +227,10 @@ def _line(
     start = span.start_time or begin
     stop = span.end_time or end
     line = Text(no_wrap=True)
-    line.append(row.guides[:label_width], style="dim")
+    guides = row.guides[: max(0, label_width - FEWEST_LABEL)]  # very deep, and very narrow: the name comes first
+    line.append(guides, style="dim")
     label = Text(row.label, style=style)
-    label.truncate(max(4, label_width - len(row.guides)), overflow="ellipsis", pad=True)
+    label.truncate(label_width - len(guides), overflow="ellipsis", pad=True)
     line.append_text(label)
     line.append(" ")
     before, length = _place(start - begin, stop - begin, end - begin, bar_width)
