@@ -58,6 +58,8 @@ class Execution:
     """Whether its caller wanted it traced."""
     begun_ns: int = field(default_factory=time.time_ns)
     """When it began, nanoseconds since 1970: as the event says that told of it."""
+    waited_s: float = 0.0
+    """How long its run waited for its first execution: since its creation, or the time it was scheduled for."""
     state: RunState = RunState.RUNNING
     dead: str = ""
     """Why it is dead; empty while it lives."""

@@ -37,7 +37,7 @@ from perdure_service.domain.runs import (
     derive_state,
     logged_state,
 )
-from perdure_service.durable import values
+from perdure_service.durable import metering, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.spans import Spans
 from perdure_service.store import approvals, event_log, runs
@@ -210,16 +210,17 @@ class Ledger:
         self, conn: sa.Connection, workflow_ids: Sequence[str], owner_xid: str, executor_id: str, add: AddEvents
     ) -> list[Execution]:
         """Logs a claim: counts an execution of each run that `owner_xid` has just taken, and returns them."""
-        taken = [
-            row[0]
+        scheduled_ms = {
+            row[0]: row[1] or 0
             for row in conn.execute(
                 sa.text(
-                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
+                    f"SELECT workflow_uuid, delay_until_epoch_ms FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
                     "AND owner_xid = :owner AND status = 'PENDING' ORDER BY workflow_uuid"
                 ),
                 {"ids": list(workflow_ids), "owner": owner_xid},
             )
-        ]
+        }
+        taken = list(scheduled_ms)
         if not taken:
             return []
         self.adopt(conn, taken, add)
@@ -233,6 +234,8 @@ class Ledger:
                 number=row["execution"],
                 trace_id=row["trace_id"],
                 sampled=_sampled(row["traceparent"]),
+                waited_s=row["begun_at"].timestamp()
+                - max(row["created_at"].timestamp(), scheduled_ms[workflow_id] / 1000),
                 state=RunState.QUEUED,
                 replaying=row["execution"] > 1,
             )
@@ -416,8 +419,13 @@ class Ledger:
             data["failure"] = failure.to_json()
         terminal = Event(EventKind.STATE_CHANGED, at, data, execution=number)
         events.append(terminal)
-        # The trace of a run that is ended from outside is written from its log.
-        return events, lambda: self._spans.run_ended(row, terminal) if execution else None
+
+        def after() -> None:
+            metering.run_ended(row["agent"], state, row["created_at"], at)
+            if execution:  # the trace of a run that is ended from outside is written from its log
+                self._spans.run_ended(row, terminal)
+
+        return events, after
 
     def ended_perhaps(self, workflow_id: str) -> None:
         """Is called after an end that had to be committed twice."""

@@ -23,6 +23,7 @@ from perdure_service.durable.executions import Execution, slot_of
 from perdure_service.store import event_log, runs
 from perdure_service.store.engine import CheckpointTooSlow
 from perdure_service.store.sqlstates import QUERY_CANCELED, sqlstate_of
+from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
 
 Hook = Callable[[sa.Connection], None]
 
@@ -61,6 +62,7 @@ class Operation:
         self.repeated = False
         self._events: dict[str, list[Event]] = {}
         self._packs: dict[str, list[Pack]] = {}
+        self._failed_by = "none"
         self._riding: list[Event] = []
 
     def add(self, workflow_id: str, *events: Event) -> None:
@@ -96,6 +98,8 @@ class Operation:
         """Is called in each new transaction."""
         self.attempts += 1
         self.repeated = self.repeated or self.attempts > 1
+        if self.attempts > 1:
+            METERS.add(DB_RETRIES, {SQLSTATE: self._failed_by})
         if self.execution is not None:
             # Events made in a transaction that failed have moved the execution's state; a repeat starts where it was,
             # unless that transaction was committed after all.
@@ -144,6 +148,10 @@ class Operation:
         after, self._after = self._after, []
         for callback in [*after, *([self.done] if self.done else [])]:
             callback()
+
+    def failed_with(self, error: sa.exc.DBAPIError) -> None:
+        """Is told why a transaction of it failed; it may be begun again."""
+        self._failed_by = sqlstate_of(error) or "none"
 
     def failed(self) -> None:
         """Is called when the operation has failed for good: events that only rode along are kept for the next one."""
@@ -220,6 +228,7 @@ class Operations:
                     yield conn
                     operation.write(conn)
             except sa.exc.DBAPIError as error:
+                operation.failed_with(error)
                 if operation.execution is None or sqlstate_of(error) != QUERY_CANCELED:
                     raise
                 slow = CheckpointTooSlow(str(error.orig))

@@ -22,9 +22,10 @@ from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
 from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
 
 from perdure_service.agents.catalogue import RegisteredAgent
+from perdure_service.domain.events import Event
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
-from perdure_service.durable import steps, system_database
+from perdure_service.durable import metering, steps, system_database
 from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
@@ -38,7 +39,8 @@ from perdure_service.durable.writer import EventWriter
 from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach
-from perdure_service.telemetry import RunTracer
+from perdure_service.telemetry import METERS, RunTracer
+from perdure_service.telemetry import metrics as m
 
 log = structlog.get_logger()
 
@@ -86,7 +88,7 @@ class Runtime:
         self.ledger = Ledger(self.spans)
         self._writer = EventWriter(self._write_buffered)
         self.executions = Executions(self._writer.wake)
-        self.operations = Operations(hint, self.spans.committed)
+        self.operations = Operations(hint, self._committed)
         self.lease = Lease(
             engine,
             executor_id,
@@ -101,6 +103,7 @@ class Runtime:
             owns_database=owns_database,
             gone=self.spans.executors_gone,
         )
+        METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
 
@@ -200,6 +203,14 @@ class Runtime:
         if self._database is None:
             self._database = database
         return database
+
+    def _committed(self, execution: Execution | None, workflow_id: str, events: Sequence[Event]) -> None:
+        """Tells of a commit. It has happened, so nothing that goes wrong here may look like its failure."""
+        try:
+            metering.committed(execution, events)
+            self.spans.committed(execution, workflow_id, events)
+        except Exception as error:  # noqa: BLE001 - logged
+            log.error("telemetry.failed", workflow_id=workflow_id, error=type(error).__name__)
 
     def _write_buffered(self, execution: Execution) -> None:
         self.database.write_buffered(execution)

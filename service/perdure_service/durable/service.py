@@ -57,7 +57,8 @@ from perdure_service.store import approvals as approval_store
 from perdure_service.store import event_log, runs
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
-from perdure_service.telemetry import derive_trace_id, parse_traceparent
+from perdure_service.telemetry import METERS, derive_trace_id, parse_traceparent
+from perdure_service.telemetry import metrics as m
 
 T = TypeVar("T")
 
@@ -93,6 +94,10 @@ class RunService:
         self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="rpc-db-")
         self._inbox = Inbox(self._read_inbox, poll_s)
         self._watching = Watching(self._read, partial(self.get, full=False), tailer)
+        METERS.observe(
+            m.WATCHERS,
+            lambda: [(tailer.watchers, {m.WATCH: "run"}), (self._inbox.watchers, {m.WATCH: "approvals"})],
+        )
 
     def close(self) -> None:
         """Ends the threads."""

@@ -16,6 +16,7 @@ from dbos._sys_db_postgres import PostgresSystemDatabase
 
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import DEADLINE_PASSED, TERMINAL_STATUSES, RunState
+from perdure_service.durable import metering
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.transactions import QUEUE, Claim, TransactionalDatabase
@@ -197,6 +198,7 @@ class StatusDatabase(TransactionalDatabase):
             )
             for execution in taken:
                 self.executions.add(execution)
+            operation.after(lambda: metering.begun(taken))
 
         operation.finish = finish
         with self.operations.open(operation):

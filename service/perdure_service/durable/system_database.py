@@ -27,7 +27,7 @@ from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase
 
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
-from perdure_service.durable import values
+from perdure_service.durable import metering, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
@@ -122,6 +122,7 @@ class PerdureSystemDatabase(StatusDatabase):
             self.executions.add(execution)
             if operation is not None:
                 operation.undo(lambda: self.executions.remove(execution))
+                operation.after(lambda: metering.begun([execution]))
         return written, created
 
     def init_child_workflow(

@@ -243,7 +243,8 @@ def begin_executions(
             UPDATE perdure.run SET execution = execution + 1, executor_id = :executor_id, ended_at = NULL,
                 begun_at = coalesce(begun_at, now()), waiting_for = NULL, end_reason = NULL
             WHERE workflow_id = ANY(:workflow_ids)
-            RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent, created_at
+            RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent,
+                created_at, begun_at
         """),
         {"executor_id": executor_id, "workflow_ids": list(workflow_ids)},
     ).mappings()

@@ -1,6 +1,6 @@
 """What this process tells of itself: the names and ids of spans, the tracer, the instruments, and where it all goes."""
 
-from perdure_service.telemetry.export import SHUTDOWN_TIMEOUT_S, Telemetry, start_telemetry
+from perdure_service.telemetry.export import METRICS_VARIABLE, SHUTDOWN_TIMEOUT_S, Telemetry, start_telemetry
 from perdure_service.telemetry.ids import (
     TraceParent,
     derive_span_id,
@@ -8,6 +8,7 @@ from perdure_service.telemetry.ids import (
     format_traceparent,
     parse_traceparent,
 )
+from perdure_service.telemetry.metrics import METERS, METRICS, QUEUE_AGE, RPC_DURATION, RUNS
 from perdure_service.telemetry.names import (
     AGENT,
     AGENT_VERSION,
@@ -79,11 +80,17 @@ __all__ = [
     "GEN_AI_REQUEST_MODEL",
     "GEN_AI_RESPONSE_MODEL",
     "INPUT_TOKENS",
+    "METERS",
+    "METRICS",
+    "METRICS_VARIABLE",
     "NAMESPACE",
     "OUTPUT_TOKENS",
+    "QUEUE_AGE",
+    "RPC_DURATION",
     "RPC_METHOD",
     "RPC_STATUS",
     "RPC_SYSTEM",
+    "RUNS",
     "RUN_ID",
     "SERVICE_NAME",
     "SHUTDOWN_TIMEOUT_S",

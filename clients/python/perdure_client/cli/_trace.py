@@ -1,4 +1,4 @@
-"""The command `trace`: a run as a waterfall, a tree of spans beside bars on one axis of time, from the database alone."""
+"""The command `trace`: a run as a waterfall, a tree of spans beside bars on one axis of time, from the database."""
 
 from __future__ import annotations
 
