@@ -16,20 +16,21 @@ import structlog
 from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
+from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
 from perdure_service.durable.migrate import migrate_all, verify_dbos
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
-from perdure_service.rpc.server import RpcServer
+from perdure_service.rpc.server import RpcServer, check_address
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
 from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations, run_heads
 from perdure_service.store.engine import create_engine
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
-from perdure_service.telemetry import start_telemetry
+from perdure_service.telemetry import METERS, METRICS_VARIABLE, QUEUE_AGE, RUNS, start_telemetry
 
 log = structlog.get_logger()
 
@@ -114,8 +115,16 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     engine = create_engine(url, pool_size=settings.database_pool_size, statement_timeout=settings.statement_timeout)
     executor_id = new_executor_id()
     structlog.contextvars.bind_contextvars(executor_id=executor_id)
-    telemetry = start_telemetry(instance_id=executor_id, version=settings.application_version)
+    if settings.metrics_address is not None:
+        check_address(settings.metrics_address, insecure=True, variable=METRICS_VARIABLE)
+    telemetry = start_telemetry(
+        instance_id=executor_id, version=settings.application_version, metrics_address=settings.metrics_address
+    )
     telemetry.install()
+    metering.observe_pool(engine)
+    open_runs = metering.OpenRuns(engine)
+    METERS.observe(RUNS, open_runs.runs)
+    METERS.observe(QUEUE_AGE, open_runs.queue_age)
     resources.bind(resources.Resources(engine, settings))
     agents = catalogue.load(settings.agents, entry_points=True)
     models.prepare(settings.model)

@@ -64,6 +64,11 @@ class Settings(BaseSettings):
     health_address: str | None = Field(
         None, description="Where to serve health in plaintext for probes, e.g. 0.0.0.0:50052. Unset: nowhere else."
     )
+    metrics_address: str | None = Field(
+        None,
+        description="Where to serve metrics for Prometheus in plaintext, e.g. 127.0.0.1:9464. Unset: nowhere; "
+        "OpenTelemetry's own variables send them by OTLP.",
+    )
     insecure: bool = Field(
         False, description="Allow an address that is not loopback although there is no authentication."
     )

@@ -219,6 +219,19 @@ def blocking_workflow(seconds: float = 1.0) -> str:
 expose(blocking_workflow, name="blocking")
 
 
+@agent(name="storied")
+async def storied(delay_s: float = 0.0) -> list[Any]:
+    """Has everything that a trace tells of."""
+    told: list[Any] = [await flaky_step(1)]
+    told.append((await run.approval("Go on?")).approved)
+    child = await DBOS.start_workflow_async(plain_child, 1, 0.1)
+    told.append(await count_one(0, delay_s, ""))
+    told.append(await child.get_result())
+    await DBOS.sleep_async(0.2)
+    told.append(await run.signal("more"))
+    return told
+
+
 @agent(name="catcher")
 async def catcher() -> None:
     """Catches the failure of a step, and fails of something else."""

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from perdure.v1.agent_run_service_pb2 import StartAgentRequest
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceStub
-from perdure_client import Client
+from perdure_client import Client, RunState
 
 from tests.helpers.server import ServerProcess, create_effects_table
 from tests.helpers.waiting import eventually
@@ -82,22 +83,107 @@ def test_the_trace_of_a_run_is_a_tree_under_the_callers_span(server: ServerProce
     }
 
 
-def test_the_trace_goes_on_where_another_process_ended_it(server: ServerProcess, sink: Sink) -> None:
+def _once(spans: list[Span]) -> dict[str, Span]:
+    """Returns spans by their ids; one that was sent twice must be the same."""
+    known: dict[str, Span] = {}
+    for span in spans:
+        assert known.setdefault(span.span_id.hex(), span) == span, f"{span.name} has two contents"
+    return known
+
+
+def test_the_whole_tree_is_there_although_a_server_was_killed(server: ServerProcess, sink: Sink) -> None:
     server.start()
-    _start(server, "counter", "killed", '{"steps": 3, "delay_s": 0.8}')
-    eventually(lambda: any(name.startswith("step count_one 1 1") for name in _tree(sink, "killed")))
+    _start(server, "storied", "told", '{"delay_s": 1}')
+    with Client(server.address) as client:
+        approval = eventually(lambda: next(client.approvals(run="told"), None))
+        client.approve(approval)
+        eventually(lambda: [one for one in client.steps("told") if one.step_name == "count_one"])
     server.kill()
     server.start()
     with Client(server.address) as client:
-        client.wait("killed", timeout=30)
+        eventually(lambda: client.get("told").state is RunState.AWAITING_INPUT, 30)
+        client.signal("told", "more", "word")
+        run = client.wait("told", timeout=30)
+        assert run.output == ["after 2", True, 0, "child 1", "word"]
+        answer = client.trace("told")
+        alone = client.trace("told", children=False)
     server.stop()
-    tree = {name: parent for name, (parent, _) in _tree(sink, "killed").items()}
-    assert tree["agent_run counter"] == CALLER_SPAN
-    assert tree["execution 2"] == "agent_run counter"
-    steps = {name: parent for name, parent in tree.items() if name.startswith("step ")}
-    assert {name.split()[-1] for name in steps} == {"1", "2", "3"}, "each finished step has one span"
-    assert len(steps) == 3
-    assert steps["step count_one 2 3"] == "execution 2"
+
+    told = [span for span in sink.spans if str(attributes_of(span).get("perdure.run_id")).startswith("told")]
+    assert {span.trace_id.hex() for span in told} == {TRACE_ID} == {answer.trace_id}
+    spans = _once(told)
+    for span in spans.values():
+        assert span.parent_span_id.hex() in {*spans, CALLER_SPAN}, f"the parent of {span.name} is missing"
+
+    [child] = [span.run_id for span in answer.spans if span.name == "agent_run plain_child"]
+    assert sorted(_label(span) for span in spans.values()) == sorted(
+        [
+            "agent_run storied",
+            "execution 1: ExecutionLost",
+            "step flaky_step 1",
+            "attempt flaky_step 1 1: FlakyError",
+            "attempt flaky_step 1 2",
+            "approval 1",
+            "step count_one 1: ExecutionLost",
+            "attempt count_one 1 1: ExecutionLost",
+            "wait recovery",
+            "wait queued",
+            "execution 2",
+            "step count_one 2",
+            "attempt count_one 2 1",
+            "step DBOS.getResult 2",
+            "wait sleep 2",
+            "wait signal more 2",
+            *(_label(span) for span in spans.values() if attributes_of(span)["perdure.run_id"] == child),
+        ]
+    )
+    run_of_child = next(span for span in spans.values() if span.name == "agent_run plain_child")
+    assert _label(spans[run_of_child.parent_span_id.hex()]) == "execution 1: ExecutionLost"
+    recovery = next(span for span in spans.values() if span.name == "wait recovery")
+    lost = next(span for span in spans.values() if _label(span) == "execution 1: ExecutionLost")
+    assert attributes_of(recovery)["perdure.from_executor_id"] == attributes_of(lost)["perdure.executor_id"]
+    assert recovery.end_time_unix_nano == lost.end_time_unix_nano >= recovery.start_time_unix_nano
+
+    # What the API answers from the database is what was exported.
+    assert {span.span_id: (span.parent_span_id, span.name, dict(span.attributes)) for span in answer.spans} == {
+        span_id: (span.parent_span_id.hex(), span.name, {k: str(v) for k, v in attributes_of(span).items()})
+        for span_id, span in spans.items()
+    }
+    assert {span.run_id for span in answer.spans} == {"told", child}
+    assert [span for span in answer.spans if span.run_id == "told"] == list(alone.spans)
+
+
+def _label(span: Span) -> str:
+    attributes = attributes_of(span)
+    parts = [span.name]
+    if span.name == "attempt":
+        parts.append(str(attributes["perdure.step_name"]))
+    if not span.name.startswith("agent_run"):
+        parts += [str(attributes[key]) for key in ("perdure.execution", "perdure.attempt") if key in attributes]
+    error = attributes.get("error.type")
+    return " ".join(parts) + (f": {error}" if error else "")
+
+
+def test_a_run_that_is_cancelled_while_no_executor_has_it_is_told_to_its_end(server: ServerProcess, sink: Sink) -> None:
+    server.start()
+    _start(server, "listener", "cut", "{}")
+    with Client(server.address) as client:
+        eventually(lambda: client.get("cut").state is RunState.AWAITING_INPUT)
+    server.kill()
+    # Another kind of server: it does not have the agent, so nobody takes the run again.
+    other = ServerProcess(server.database_url, "perdure_service.agents.notes", **server.environment)
+    with other, Client(other.address) as client:
+        eventually(lambda: client.get("cut").state is RunState.QUEUED)
+        client.cancel("cut", reason="enough")
+        other.stop()
+    spans = _once([span for span in sink.spans if attributes_of(span).get("perdure.run_id") == "cut"])
+    assert sorted(_label(span) for span in spans.values()) == [
+        "agent_run listener: CANCELLED",
+        "execution 1: ExecutionLost",
+        "wait queued",
+        "wait recovery",
+        "wait signal more 1",
+    ]
 
 
 def test_a_run_without_a_callers_span_has_a_trace_of_its_own(server: ServerProcess, sink: Sink) -> None:

@@ -27,6 +27,7 @@ from perdure_client._types import (
     JsonValue,
     Run,
     RunState,
+    RunTrace,
     StartedRun,
     Step,
 )
@@ -303,6 +304,18 @@ class AsyncClient:
             run: The run, or its id.
         """
         return iterate(self._core.list_steps(run))
+
+    async def trace(self, run: Run | str, *, children: bool = True) -> RunTrace:
+        """Returns the spans of a run's trace as its log tells of them now, whether or not they were exported anywhere.
+
+        Args:
+            run: The run, or its id.
+            children: Whether with the spans of the runs that it has started.
+
+        Raises:
+            RunNotFound: No such run in the namespace.
+        """
+        return await self._core.trace(run, children=children)
 
     async def signal(self, run: Run | str, name: str, payload: JsonValue = None) -> bool:
         """Sends a named input to a run. It is kept until the run asks for it.

@@ -22,10 +22,15 @@ from perdure_client._types import (
     Progress,
     Run,
     RunState,
+    RunTrace,
+    SpanKind,
+    SpanLink,
+    SpanStatus,
     StartedRun,
     Step,
     StepState,
     TimeoutOutcome,
+    TraceSpan,
 )
 
 RUN_STATES = {
@@ -46,6 +51,15 @@ _TIMEOUT_OUTCOMES = {
     for outcome in TimeoutOutcome
     if outcome is not TimeoutOutcome.UNKNOWN
 } | {approval_pb2.APPROVAL_TIMEOUT_OUTCOME_UNSPECIFIED: TimeoutOutcome.REJECT}
+
+
+_SPAN_KINDS = {
+    getattr(agent_run_service_pb2, f"SPAN_KIND_{kind}"): kind for kind in SpanKind if kind is not SpanKind.UNKNOWN
+}
+_SPAN_STATUSES = {
+    agent_run_service_pb2.SPAN_STATUS_OK: SpanStatus.OK,
+    agent_run_service_pb2.SPAN_STATUS_ERROR: SpanStatus.ERROR,
+}
 
 
 def run_from(message: agent_run_pb2.AgentRun) -> Run:
@@ -99,6 +113,33 @@ def step_from(message: agent_run_service_pb2.Step) -> Step:
         error=_failure(message.error) if message.HasField("error") else None,
         output_preview=message.output_preview,
         child_run_id=message.child_run_id,
+    )
+
+
+def trace_from(response: agent_run_service_pb2.GetRunTraceResponse) -> RunTrace:
+    """Returns a trace."""
+    return RunTrace(
+        trace_id=response.trace_id,
+        spans=tuple(_span_from(span) for span in response.spans),
+        truncated=response.truncated,
+    )
+
+
+def _span_from(message: agent_run_service_pb2.TraceSpan) -> TraceSpan:
+    return TraceSpan(
+        span_id=message.span_id,
+        parent_span_id=message.parent_span_id,
+        name=message.name,
+        kind=_SPAN_KINDS.get(message.kind, SpanKind.UNKNOWN),
+        run_id=message.run_id,
+        start_time=_time(message, "start_time"),
+        end_time=_time(message, "end_time"),
+        status=_SPAN_STATUSES.get(message.status, SpanStatus.UNSET),
+        error_type=message.error_type,
+        attributes=dict(sorted(message.attributes.items())),
+        links=tuple(
+            SpanLink(trace_id=link.trace_id, span_id=link.span_id, run_id=link.run_id) for link in message.links
+        ),
     )
 
 

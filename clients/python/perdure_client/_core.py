@@ -18,7 +18,7 @@ from perdure_client._events import EventKind, RunEvent
 from perdure_client._retry import Patience
 from perdure_client._rpc_errors import from_rpc_error
 from perdure_client._transport import Method, Transport
-from perdure_client._types import AgentInfo, Approval, JsonValue, Run, StartedRun, Step
+from perdure_client._types import AgentInfo, Approval, JsonValue, Run, RunTrace, StartedRun, Step
 from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata
 
 _LONGEST_WAIT_S = 60.0
@@ -220,6 +220,13 @@ class Core:
             return [_convert.step_from(step) for step in page.steps], page.next_page_token
 
         return Pages(fetch)
+
+    async def trace(self, run: Run | str, *, children: bool) -> RunTrace:
+        """Returns the trace of a run."""
+        request = agent_run_service_pb2.GetRunTraceRequest(
+            namespace=self.config.namespace, run_id=_requests.run_id_of(run), exclude_children=not children
+        )
+        return _convert.trace_from(await self.call(_transport.GET_RUN_TRACE, request))
 
     def list_approvals(self, request: approval_service_pb2.ListApprovalsRequest) -> Pages[Approval]:
         """Lists approvals, oldest first."""

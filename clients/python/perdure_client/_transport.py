@@ -39,6 +39,7 @@ WATCH_RUN = _method("AgentRunService", runs.WatchRunRequest, runs.WatchRunRespon
 WAIT_RUN = _method("AgentRunService", runs.WaitRunRequest, runs.WaitRunResponse)
 LIST_RUN_EVENTS = _method("AgentRunService", runs.ListRunEventsRequest, runs.ListRunEventsResponse)
 LIST_STEPS = _method("AgentRunService", runs.ListStepsRequest, runs.ListStepsResponse)
+GET_RUN_TRACE = _method("AgentRunService", runs.GetRunTraceRequest, runs.GetRunTraceResponse)
 SIGNAL_RUN = _method("AgentRunService", runs.SignalRunRequest, runs.SignalRunResponse)
 CANCEL_RUN = _method("AgentRunService", runs.CancelRunRequest, runs.CancelRunResponse)
 LIST_APPROVALS = _method("ApprovalService", approvals.ListApprovalsRequest, approvals.ListApprovalsResponse)

@@ -255,6 +255,102 @@ class Step:
         return self.end_time - self.start_time if self.start_time and self.end_time else None
 
 
+class SpanKind(StrEnum):
+    """What a span of a trace is about."""
+
+    UNKNOWN = "UNKNOWN"
+    """Something that this version of the library does not know; the server is newer."""
+    RUN = "RUN"
+    """A run, from its creation to its end."""
+    EXECUTION = "EXECUTION"
+    """One execution of a run, by one executor."""
+    STEP = "STEP"
+    """A step, all attempts and delays together."""
+    ATTEMPT = "ATTEMPT"
+    """One try of a step."""
+    WAIT = "WAIT"
+    """A time in which the run waited: in the queue, for a signal, for a sleep to end."""
+    APPROVAL = "APPROVAL"
+    """A question put to a person, until it was answered."""
+
+
+class SpanStatus(StrEnum):
+    """How what a span is about went."""
+
+    UNSET = "UNSET"
+    """Not over, or neither good nor bad."""
+    OK = "OK"
+    """It succeeded."""
+    ERROR = "ERROR"
+    """It failed, or was cut off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanLink:
+    """A span of another run that a span goes back to.
+
+    Attributes:
+        trace_id: Its W3C trace id (32 hex digits).
+        span_id: Its span id (16 hex digits).
+        run_id: The run it is the span of.
+    """
+
+    trace_id: str
+    span_id: str
+    run_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceSpan:
+    """A span of a run's trace, as it is exported.
+
+    Attributes:
+        span_id: Its id (16 hex digits).
+        parent_span_id: Its parent's id; the caller's span is one that the trace does not contain. Empty for none.
+        name: Its name.
+        kind: What it is about.
+        run_id: The run it belongs to.
+        start_time: When it began.
+        end_time: When it ended; None while it has not.
+        status: How it went.
+        error_type: The class of its error, or what cut it off; empty for none.
+        attributes: What else is known of it; numbers as text.
+        links: What it goes back to.
+    """
+
+    span_id: str
+    parent_span_id: str = ""
+    name: str
+    kind: SpanKind
+    run_id: str
+    start_time: datetime | None = None
+    end_time: datetime | None = None
+    status: SpanStatus = SpanStatus.UNSET
+    error_type: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict[str, str])
+    links: tuple[SpanLink, ...] = ()
+
+    @property
+    def duration(self) -> timedelta | None:
+        """How long it took; None while it has not ended."""
+        return self.end_time - self.start_time if self.start_time and self.end_time else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTrace:
+    """A run's trace.
+
+    Attributes:
+        trace_id: The W3C trace id (32 hex digits).
+        spans: The spans, parents before children, siblings by their beginning.
+        truncated: Whether there are more spans than one answer holds, and the last ones are missing.
+    """
+
+    trace_id: str
+    spans: tuple[TraceSpan, ...]
+    truncated: bool = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Approval:
     """A question put to a person.

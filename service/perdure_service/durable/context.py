@@ -173,7 +173,7 @@ class BoundRun:
         woken = LoopAwareEvent()
         self._db.notifications_map.add(payload, woken, components)
         started_ms = now_ms()
-        self._execution.steps[step_id] = StepProgress(APPROVAL_STEP, time.time_ns())
+        self._execution.steps[step_id] = StepProgress(APPROVAL_STEP)
         try:
             await asyncio.to_thread(self._ask, question)
             while True:

@@ -19,6 +19,8 @@ from typing import Any
 
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
 from perdure_service.domain.runs import Failure, RunKey, RunState
+from perdure_service.domain.trace_fold import ExecutionFold
+from perdure_service.telemetry import RunSpan
 
 REPLAYED_KINDS = frozenset({EventKind.PROGRESS, EventKind.LOG})
 """What a replay must not say again. Text of the workflow's own code is void after a recovery, and is written again."""
@@ -31,11 +33,12 @@ def now_ms() -> int:
 
 @dataclass(slots=True)
 class StepProgress:
-    """What this process knows of a step it runs. Times in nanoseconds since 1970."""
+    """What this process knows of a step it runs."""
 
     name: str
-    start_ns: int
     attempt: int = 0
+    next_attempt_ms: int | None = None
+    """When the attempt begins that has been announced, milliseconds since 1970; None when none has."""
     wrote_output: bool = False
     preview: str = ""
     error: BaseException | None = None
@@ -54,6 +57,9 @@ class Execution:
     sampled: bool = True
     """Whether its caller wanted it traced."""
     begun_ns: int = field(default_factory=time.time_ns)
+    """When it began, nanoseconds since 1970: as the event says that told of it."""
+    waited_s: float = 0.0
+    """How long its run waited for its first execution: since its creation, or the time it was scheduled for."""
     state: RunState = RunState.RUNNING
     dead: str = ""
     """Why it is dead; empty while it lives."""
@@ -70,6 +76,10 @@ class Execution:
     slot: threading.RLock = field(default_factory=threading.RLock)
     replaying: bool = False
     """Whether its code has not yet come to an operation that is not recorded."""
+    fold: ExecutionFold | None = None
+    """What its committed events say of its spans; None while nobody wants any."""
+    attempt_spans: dict[int, RunSpan] = field(default_factory=dict)
+    """The spans of attempts that the log does not yet have as over, by their ids."""
     _replayed_notes: list[Event] = field(default_factory=list)
     _buffer: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)

@@ -33,6 +33,11 @@ class Inbox:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken = asyncio.Event()
 
+    @property
+    def watchers(self) -> int:
+        """How many watchers there are."""
+        return len(self._watchers)
+
     def wake(self) -> None:
         """Says that something may have changed."""
         loop = self._loop

@@ -59,6 +59,7 @@ class Lease:
         hint: Callable[[Sequence[str]], None],
         lost: Callable[[], None],
         owns_database: bool,
+        gone: Callable[[Sequence[str]], None] = lambda _executor_ids: None,
     ) -> None:
         """Creates the lease; `start` takes it.
 
@@ -74,6 +75,7 @@ class Lease:
             hint: Told of runs that have news.
             lost: Called once when this executor was declared gone; it must end the process.
             owns_database: Whether no other executor can be alive (`dev`).
+            gone: Told of executors that this one has declared gone.
         """
         self._engine = engine
         self._executor_id = executor_id
@@ -86,6 +88,8 @@ class Lease:
         self._hint = hint
         self._lost = lost
         self._owns_database = owns_database
+        self._gone = gone
+        self._declared_gone: set[str] = set()
         self._valid_until = 0.0
         self._first_success = 0.0
         self._stop = threading.Event()
@@ -108,7 +112,7 @@ class Lease:
                 ttl=self._ttl,
             )
             if self._owns_database:
-                executors.tombstone_others(conn, self._executor_id)
+                self._declared_gone.update(executors.tombstone_others(conn, self._executor_id))
 
         before = time.monotonic()
         retrying(self._engine, "lease.register", register)
@@ -146,7 +150,7 @@ class Lease:
 
     def _requeue(self, conn: sa.Connection) -> list[executors.Requeued]:
         """Declares the expired gone and gives back what they had, in one transaction."""
-        executors.tombstone_expired(conn, self._executor_id)
+        self._declared_gone.update(executors.tombstone_expired(conn, self._executor_id))
         return executors.requeue_orphans(conn, QUEUE, now_ms(), self._ledger.adopt)
 
     def take_back(self) -> int:
@@ -164,6 +168,9 @@ class Lease:
                 log.info("run.taken_back", workflow_id=one.workflow_id, from_executor_id=one.from_executor_id)
             if len(batch) < executors.BATCH:
                 break
+        if self._declared_gone:
+            self._gone(sorted(self._declared_gone))
+            self._declared_gone.clear()
         return count
 
     def _run(self) -> None:

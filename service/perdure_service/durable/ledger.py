@@ -37,7 +37,7 @@ from perdure_service.domain.runs import (
     derive_state,
     logged_state,
 )
-from perdure_service.durable import values
+from perdure_service.durable import metering, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.spans import Spans
 from perdure_service.store import approvals, event_log, runs
@@ -210,16 +210,17 @@ class Ledger:
         self, conn: sa.Connection, workflow_ids: Sequence[str], owner_xid: str, executor_id: str, add: AddEvents
     ) -> list[Execution]:
         """Logs a claim: counts an execution of each run that `owner_xid` has just taken, and returns them."""
-        taken = [
-            row[0]
+        scheduled_ms = {
+            row[0]: row[1] or 0
             for row in conn.execute(
                 sa.text(
-                    f"SELECT workflow_uuid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
+                    f"SELECT workflow_uuid, delay_until_epoch_ms FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
                     "AND owner_xid = :owner AND status = 'PENDING' ORDER BY workflow_uuid"
                 ),
                 {"ids": list(workflow_ids), "owner": owner_xid},
             )
-        ]
+        }
+        taken = list(scheduled_ms)
         if not taken:
             return []
         self.adopt(conn, taken, add)
@@ -233,10 +234,14 @@ class Ledger:
                 number=row["execution"],
                 trace_id=row["trace_id"],
                 sampled=_sampled(row["traceparent"]),
+                waited_s=row["begun_at"].timestamp()
+                - max(row["created_at"].timestamp(), scheduled_ms[workflow_id] / 1000),
                 state=RunState.QUEUED,
                 replaying=row["execution"] > 1,
             )
-            add(workflow_id, execution.moved(RunState.RUNNING, executor_id=executor_id))
+            begins = execution.moved(RunState.RUNNING, executor_id=executor_id)
+            execution.begun_ns = begins.time_ms * 1_000_000
+            add(workflow_id, begins)
             if execution.number > 1:
                 # Before any new text: what the dead execution wrote of steps that it did not finish is void.
                 for step_id, name in half_written(self._log(conn, workflow_id)):
@@ -281,7 +286,6 @@ class Ledger:
 
     def step_done(self, execution: Execution, function_id: int) -> None:
         """Is called after the commit of a step's checkpoint."""
-        self._spans.step_ended(execution, function_id)
         execution.steps.pop(function_id, None)
 
     @staticmethod
@@ -413,12 +417,19 @@ class Ledger:
             data["reason"] = reason
         if failure is not None:
             data["failure"] = failure.to_json()
-        events.append(Event(EventKind.STATE_CHANGED, at, data, execution=number))
-        return events, lambda: self._spans.run_ended(row, state, failure)
+        terminal = Event(EventKind.STATE_CHANGED, at, data, execution=number)
+        events.append(terminal)
 
-    def execution_over(self, execution: Execution, why: str | None) -> None:
-        """Is called after the commit that ends an execution; `why` is None when the run ended with it."""
-        self._spans.execution_ended(execution, why)
+        def after() -> None:
+            metering.run_ended(row["agent"], state, row["created_at"], at)
+            if execution:  # the trace of a run that is ended from outside is written from its log
+                self._spans.run_ended(row, terminal)
+
+        return events, after
+
+    def ended_perhaps(self, workflow_id: str) -> None:
+        """Is called after an end that had to be committed twice."""
+        self._spans.run_ended_perhaps(workflow_id)
 
     # ---- reads of status ---------------------------------------------------------------------------------------------
 

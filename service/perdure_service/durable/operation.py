@@ -10,8 +10,9 @@ log recognises them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,7 @@ from perdure_service.durable.executions import Execution, slot_of
 from perdure_service.store import event_log, runs
 from perdure_service.store.engine import CheckpointTooSlow
 from perdure_service.store.sqlstates import QUERY_CANCELED, sqlstate_of
+from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
 
 Hook = Callable[[sa.Connection], None]
 
@@ -60,6 +62,7 @@ class Operation:
         self.repeated = False
         self._events: dict[str, list[Event]] = {}
         self._packs: dict[str, list[Pack]] = {}
+        self._failed_by = "none"
         self._riding: list[Event] = []
 
     def add(self, workflow_id: str, *events: Event) -> None:
@@ -79,10 +82,24 @@ class Operation:
         """The runs that this commit wrote events of."""
         return list(self._packs)
 
+    def written(self) -> Iterator[tuple[str, list[Event]]]:
+        """Yields the runs that this commit wrote events of, each with the events as they are in the log."""
+        for workflow_id, packs in self._packs.items():
+            yield (
+                workflow_id,
+                [
+                    replace(event, sequence=(pack.first_sequence or 0) + index)
+                    for pack in packs
+                    for index, event in enumerate(pack.events)
+                ],
+            )
+
     def begun(self, conn: sa.Connection) -> None:
         """Is called in each new transaction."""
         self.attempts += 1
         self.repeated = self.repeated or self.attempts > 1
+        if self.attempts > 1:
+            METERS.add(DB_RETRIES, {SQLSTATE: self._failed_by})
         if self.execution is not None:
             # Events made in a transaction that failed have moved the execution's state; a repeat starts where it was,
             # unless that transaction was committed after all.
@@ -132,6 +149,10 @@ class Operation:
         for callback in [*after, *([self.done] if self.done else [])]:
             callback()
 
+    def failed_with(self, error: sa.exc.DBAPIError) -> None:
+        """Is told why a transaction of it failed; it may be begun again."""
+        self._failed_by = sqlstate_of(error) or "none"
+
     def failed(self) -> None:
         """Is called when the operation has failed for good: events that only rode along are kept for the next one."""
         if self.execution is not None and not self.execution.dead:
@@ -144,14 +165,21 @@ class Operation:
 class Operations:
     """The operations under way, a stack for each thread."""
 
-    def __init__(self, committed: Callable[[list[str]], None]) -> None:
+    def __init__(
+        self,
+        committed: Callable[[list[str]], None],
+        told: Callable[[Execution | None, str, Sequence[Event]], None] = lambda _execution, _workflow_id, _events: None,
+    ) -> None:
         """Creates the stack.
 
         Args:
             committed: Told the workflow ids whose logs a commit has extended, after the commit.
+            told: Told what a commit has written to each log, and which execution here has written it to its own.
+                Called in the order of the log, as the execution's slot is still held; must not raise.
         """
         self._local = threading.local()
         self._committed = committed
+        self._told = told
 
     @property
     def current(self) -> Operation | None:
@@ -200,11 +228,15 @@ class Operations:
                     yield conn
                     operation.write(conn)
             except sa.exc.DBAPIError as error:
+                operation.failed_with(error)
                 if operation.execution is None or sqlstate_of(error) != QUERY_CANCELED:
                     raise
                 slow = CheckpointTooSlow(str(error.orig))
                 raise sa.exc.OperationalError(error.statement, None, slow, hide_parameters=True) from error
             written = operation.workflow_ids
+            for workflow_id, events in operation.written():
+                own = operation.execution is not None and operation.execution.key.workflow_id == workflow_id
+                self._told(operation.execution if own else None, workflow_id, events)
         if written:
             self._committed(written)
         operation.committed()

@@ -53,7 +53,7 @@ class OwnerWatch:
             engine: The database.
             executor_id: This process's.
             executions: What is executed here.
-            ledger: Told of executions that are over; adopts what foreign clients made.
+            ledger: Adopts what foreign clients made.
             hint: Told of runs that have news.
             interval_s: Seconds between two looks.
         """
@@ -91,7 +91,6 @@ class OwnerWatch:
         self._suspects = suspects
         for one in lost:
             self._executions.kill(one, "its run was taken away")
-            self._ledger.execution_over(one, "its run was taken away")
         return lost
 
     def search(self) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import Event
 from perdure_service.domain.runs import Run, RunKey, RunState
+from perdure_service.domain.trace import TraceSpan
 
 T = TypeVar("T")
 
@@ -75,3 +76,12 @@ class WatchBatch:
     snapshot: Run | None = None
     caught_up: bool = False
     end_of_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RunTrace:
+    """A run's trace: its spans in the order of the tree, and whether some are missing."""
+
+    trace_id: str
+    spans: Sequence[TraceSpan]
+    truncated: bool

@@ -22,21 +22,25 @@ from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
 from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
 
 from perdure_service.agents.catalogue import RegisteredAgent
+from perdure_service.domain.events import Event
 from perdure_service.domain.runs import RunStart
-from perdure_service.durable import steps, system_database
+from perdure_service.domain.trace import TracedRun
+from perdure_service.durable import metering, steps, system_database
 from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
 from perdure_service.durable.owners import OwnerWatch
-from perdure_service.durable.spans import Spans
+from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
+from perdure_service.durable.trace_writer import TraceWriter
 from perdure_service.durable.transactions import QUEUE
 from perdure_service.durable.writer import EventWriter
-from perdure_service.store import runs
+from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach
-from perdure_service.telemetry import RunTracer
+from perdure_service.telemetry import METERS, RunTracer
+from perdure_service.telemetry import metrics as m
 
 log = structlog.get_logger()
 
@@ -79,11 +83,12 @@ class Runtime:
         self._max_running = max_running
         self._max_threads = max_threads
         self._queue_poll = queue_poll
-        self.spans = Spans(tracer, executor_id)
+        self._traces = TraceWriter(engine, _find_traced, lambda run, span: record(tracer, run, span))
+        self.spans = Spans(tracer, executor_id, self._traces)
         self.ledger = Ledger(self.spans)
         self._writer = EventWriter(self._write_buffered)
         self.executions = Executions(self._writer.wake)
-        self.operations = Operations(hint)
+        self.operations = Operations(hint, self._committed)
         self.lease = Lease(
             engine,
             executor_id,
@@ -96,7 +101,9 @@ class Runtime:
             hint=hint,
             lost=lost,
             owns_database=owns_database,
+            gone=self.spans.executors_gone,
         )
+        METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
 
@@ -121,6 +128,7 @@ class Runtime:
             raise AssertionError("launch in a thread without an event loop")
         taken_back = self.lease.start()
         self._writer.start()
+        self._traces.start()
         system_database.install(self._build)
         steps.install(self.executions, self.spans, self.lease)
         _observe_workflows(self.executions)
@@ -182,6 +190,7 @@ class Runtime:
         with suppress(Exception):
             DBOS.destroy(workflow_completion_timeout_sec=0)
         self.lease.stop()
+        self._traces.stop()
 
     def _build(self, **arguments: Any) -> PerdureSystemDatabase:
         database = PerdureSystemDatabase(
@@ -194,6 +203,14 @@ class Runtime:
         if self._database is None:
             self._database = database
         return database
+
+    def _committed(self, execution: Execution | None, workflow_id: str, events: Sequence[Event]) -> None:
+        """Tells of a commit. It has happened, so nothing that goes wrong here may look like its failure."""
+        try:
+            metering.committed(execution, events)
+            self.spans.committed(execution, workflow_id, events)
+        except Exception as error:  # noqa: BLE001 - logged
+            log.error("telemetry.failed", workflow_id=workflow_id, error=type(error).__name__)
 
     def _write_buffered(self, execution: Execution) -> None:
         self.database.write_buffered(execution)
@@ -264,6 +281,11 @@ class Runtime:
         with self.engine.connect() as conn:
             now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
         return int((now.astimezone(UTC) + timedelta(seconds=start.delay_s or 0.0)).timestamp() * 1000)
+
+
+def _find_traced(conn: sa.Connection, workflow_id: str) -> TracedRun | None:
+    row = traces.find(conn, workflow_id)
+    return None if row is None else traced_run(row)
 
 
 def _dbos_instance() -> Any:

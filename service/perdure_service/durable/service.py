@@ -38,7 +38,8 @@ from perdure_service.domain.runs import (
 )
 from perdure_service.durable import outside
 from perdure_service.durable.inbox import Inbox
-from perdure_service.durable.requests import Page, RunFilter, StartCommand, WatchBatch
+from perdure_service.durable.requests import Page, RunFilter, RunTrace, StartCommand, WatchBatch
+from perdure_service.durable.run_trace import trace_of
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.watching import Watching
 from perdure_service.errors import (
@@ -56,7 +57,8 @@ from perdure_service.store import approvals as approval_store
 from perdure_service.store import event_log, runs
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
-from perdure_service.telemetry import derive_trace_id, parse_traceparent
+from perdure_service.telemetry import METERS, derive_trace_id, parse_traceparent
+from perdure_service.telemetry import metrics as m
 
 T = TypeVar("T")
 
@@ -92,6 +94,10 @@ class RunService:
         self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="rpc-db-")
         self._inbox = Inbox(self._read_inbox, poll_s)
         self._watching = Watching(self._read, partial(self.get, full=False), tailer)
+        METERS.observe(
+            m.WATCHERS,
+            lambda: [(tailer.watchers, {m.WATCH: "run"}), (self._inbox.watchers, {m.WATCH: "approvals"})],
+        )
 
     def close(self) -> None:
         """Ends the threads."""
@@ -291,6 +297,11 @@ class RunService:
             # The text of steps may be long, and says nothing of them; an entry of DBOS's streams is a step of its own.
             found.extend(e for e in events if e.kind is not EventKind.OUTPUT_DELTA or e.step_name == STREAM_STEP)
         return found
+
+    async def trace(self, namespace: str, run_id: str, *, include_children: bool) -> RunTrace:
+        """Returns the spans of a run's trace, with those of the runs it has started if they are wanted."""
+        run = await self.get(namespace, run_id, full=False)
+        return await trace_of(self._read, run, include_children=include_children)
 
     # ---- watching ----------------------------------------------------------------------------------------------------
 

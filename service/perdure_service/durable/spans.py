@@ -1,114 +1,172 @@
-"""The spans of a run: made by us, with ids derived from run, execution, step and attempt.
+"""Writes the spans of runs: made by the fold of `domain.trace_fold` from what this process has committed.
 
-The tree: the caller's span › the run › each execution of it › each step › each attempt › what its body did. As the ids
-are derived, a parent need not exist when its child is sent, and any process can write a span that another's death
-left unwritten. An attempt's span is open, and current, while its body runs; the others are written when they end.
+What an executor commits in an execution of its own is folded as it is committed, so a step's span is sent when its
+checkpoint is. An attempt's span is open, and current, while its body runs, so that what the body does nests in it; it
+begins and ends at the times of its events, and what never reached the log is never sent. Everything that an executor
+does not see whole is left to the `TraceWriter`, which reads the log: the waits before a claim, an execution that died,
+an approval, the end of a run from outside.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perdure_service import telemetry
-from perdure_service.domain.runs import Failure, RunState
+from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.runs import RunKey, RunState
+from perdure_service.domain.trace import (
+    RunLink,
+    TracedRun,
+    TraceSpan,
+    attempt_span_id,
+    execution_span_id,
+)
+from perdure_service.domain.trace_fold import ExecutionFold, ended_run_span
 from perdure_service.durable.executions import Execution, StepProgress
-from perdure_service.telemetry import RunSpan, RunTracer, derive_span_id, format_traceparent, parse_traceparent
+from perdure_service.durable.trace_writer import TraceWriter, What
+from perdure_service.telemetry import RunSpan, RunTracer, derive_span_id, format_traceparent
 
 
 class Spans:
-    """Writes the spans of runs; does nothing, cheaply, when there is nowhere to send them."""
+    """See the module. Does nothing, cheaply, when there is nowhere to send them."""
 
-    def __init__(self, tracer: RunTracer, executor_id: str = "") -> None:
+    def __init__(self, tracer: RunTracer, executor_id: str = "", writer: TraceWriter | None = None) -> None:
         self._tracer = tracer
         self._executor_id = executor_id
+        self._writer = writer
 
     @staticmethod
     def traceparent_of_execution(workflow_id: str, trace_id: str, execution: int) -> str:
         """Returns what a child run started by this execution has as its caller."""
-        return format_traceparent(int(trace_id, 16), derive_span_id(workflow_id, execution))
+        return format_traceparent(int(trace_id, 16), execution_span_id(workflow_id, execution))
 
-    def attempt(self, execution: Execution, step_id: int, step: StepProgress) -> RunSpan:
-        """Opens the span of an attempt and makes it current, so that what its body does nests in it."""
-        return self._tracer.span(
+    def attempt(self, execution: Execution, step_id: int, step: StepProgress, start_ms: int) -> RunSpan:
+        """Opens the span of an attempt and makes it current, so that what its body does nests in it.
+
+        Args:
+            execution: Which execution.
+            step_id: Which step.
+            step: The step; its `attempt` is the one that begins.
+            start_ms: When, as the log tells.
+        """
+        workflow_id = execution.key.workflow_id
+        span_id = attempt_span_id(workflow_id, execution.number, step_id, step.attempt)
+        span = self._tracer.span(
             telemetry.ATTEMPT_SPAN,
             trace_id=int(execution.trace_id, 16),
-            span_id=derive_span_id(execution.key.workflow_id, execution.number, step_id, step.attempt),
-            parent_span_id=derive_span_id(execution.key.workflow_id, execution.number, step_id),
-            attributes={**self._step_attributes(execution, step_id, step), telemetry.ATTEMPT: step.attempt},
+            span_id=span_id,
+            parent_span_id=derive_span_id(workflow_id, execution.number, step_id),
+            start_ns=start_ms * 1_000_000,
             sampled=execution.sampled,
             activate=True,
         )
+        if span.recording:
+            execution.attempt_spans[span_id] = span
+        return span
 
-    def step_ended(self, execution: Execution, step_id: int) -> None:
-        """Writes the span of a step whose checkpoint is committed."""
-        step = execution.steps.get(step_id)
-        if step is None:
+    def committed(self, execution: Execution | None, workflow_id: str, events: Sequence[Event]) -> None:
+        """Is told of events that have just been committed, in the order of a run's log.
+
+        Args:
+            execution: The execution of this process that committed them; None for an outside writer.
+            workflow_id: Whose log they are in.
+            events: With their sequences.
+        """
+        if not self._tracer.enabled:
             return
-        self._tracer.record_span(
-            telemetry.step_span_name(step.name),
-            trace_id=int(execution.trace_id, 16),
-            span_id=derive_span_id(execution.key.workflow_id, execution.number, step_id),
-            parent_span_id=derive_span_id(execution.key.workflow_id, execution.number),
-            start_ns=step.start_ns,
-            end_ns=time.time_ns(),
-            attributes=self._step_attributes(execution, step_id, step),
-            sampled=execution.sampled,
-            status="ok" if step.error is None else "error",
-            error_type="" if step.error is None else type(step.error).__name__,
-        )
+        if execution is not None:
+            if execution.fold is None:
+                run = TracedRun(execution.key, execution.agent, execution.agent_version, execution.trace_id)
+                begun_ms = execution.begun_ns // 1_000_000
+                execution.fold = ExecutionFold(run, execution.number, self._executor_id, begun_ms)
+            for event in events:
+                for span in execution.fold.apply(event):
+                    self._end(execution, span)
+        if self._writer is not None:
+            for event in events:
+                what = _left_to_the_log(event, outside=execution is None)
+                if what is not None:
+                    self._writer.ask(workflow_id, what, event.time_ms)
 
-    def execution_ended(self, execution: Execution, why: str | None) -> None:
-        """Writes the span of an execution; `why` is None when the run ended with it."""
-        self._tracer.record_span(
-            telemetry.EXECUTION_SPAN,
-            trace_id=int(execution.trace_id, 16),
-            span_id=derive_span_id(execution.key.workflow_id, execution.number),
-            parent_span_id=derive_span_id(execution.key.workflow_id, "run"),
-            start_ns=execution.begun_ns,
-            end_ns=time.time_ns(),
-            attributes=self._run_attributes(execution),
-            sampled=execution.sampled,
-            status="unset" if why is None else "error",
-            error_type="" if why is None else "ExecutionLost",
-        )
+    def run_ended(self, row: Mapping[str, Any], terminal: Event) -> None:
+        """Writes the span of a run that an execution of this process has ended.
 
-    def run_ended(self, row: Mapping[str, Any], state: RunState, failure: Failure | None) -> None:
-        """Writes the span of a run, from its creation to its end, under the caller's span if it had one."""
-        caller = parse_traceparent(row["traceparent"])
-        created: datetime = row["created_at"]
-        self._tracer.record_span(
-            telemetry.run_span_name(row["agent"]),
-            trace_id=int(row["trace_id"], 16),
-            span_id=derive_span_id(row["workflow_id"], "run"),
-            parent_span_id=caller.span_id if caller else None,
-            start_ns=int(created.timestamp() * 1_000_000) * 1_000,
-            end_ns=time.time_ns(),
-            attributes={
-                telemetry.RUN_ID: row["run_id"],
-                telemetry.NAMESPACE: row["namespace"],
-                telemetry.AGENT: row["agent"],
-                telemetry.AGENT_VERSION: row["agent_version"],
-                telemetry.EXECUTION: row["execution"],
-            },
-            sampled=caller.sampled if caller else True,
-            status="ok" if state is RunState.SUCCEEDED else "error",
-            error_type="" if state is RunState.SUCCEEDED else (failure.type if failure else state.value),
-        )
+        Args:
+            row: The run's.
+            terminal: The last event of its log.
+        """
+        if not self._tracer.enabled:
+            return
+        if row["forked_from_workflow_id"] is not None and self._writer is not None:
+            self._writer.ask(row["workflow_id"], What.RUN, terminal.time_ms)  # it knows where the origin's span is
+            return
+        run = traced_run(row)
+        record(self._tracer, run, ended_run_span(run, terminal))
 
-    def _run_attributes(self, execution: Execution) -> dict[str, str | int | float | bool]:
-        return {
-            telemetry.RUN_ID: execution.key.run_id,
-            telemetry.NAMESPACE: execution.key.namespace,
-            telemetry.AGENT: execution.agent,
-            telemetry.AGENT_VERSION: execution.agent_version,
-            telemetry.EXECUTION: execution.number,
-            telemetry.EXECUTOR_ID: self._executor_id,
-        }
+    def run_ended_perhaps(self, workflow_id: str) -> None:
+        """Makes sure of the span of a run whose end had to be committed twice, so that nobody knows by whom it was."""
+        if self._tracer.enabled and self._writer is not None:
+            self._writer.ask(workflow_id, What.RUN, 0)
 
-    def _step_attributes(
-        self, execution: Execution, step_id: int, step: StepProgress
-    ) -> dict[str, str | int | float | bool]:
-        return {**self._run_attributes(execution), telemetry.STEP_ID: step_id, telemetry.STEP_NAME: step.name}
+    def executors_gone(self, executor_ids: Sequence[str]) -> None:
+        """Makes sure of the spans of runs that executors which are gone had ended just before."""
+        if self._tracer.enabled and self._writer is not None:
+            self._writer.ask_of(executor_ids)
+
+    def _end(self, execution: Execution, span: TraceSpan) -> None:
+        """Sends a span of a live execution: an attempt that is held open ends, all others are written."""
+        held = execution.attempt_spans.pop(span.span_id, None)
+        if held is None:
+            run = TracedRun(execution.key, execution.agent, execution.agent_version, execution.trace_id)
+            record(self._tracer, run, span, sampled=execution.sampled)
+            return
+        for name, value in span.attributes.items():
+            held.set_attribute(name, value)
+        assert span.end_ms is not None, "the fold returns what has ended"
+        held.end(span.status, span.error_type, end_ns=span.end_ms * 1_000_000)
+
+
+def record(tracer: RunTracer, run: TracedRun, span: TraceSpan, *, sampled: bool | None = None) -> None:
+    """Writes a span that has ended."""
+    assert span.end_ms is not None, "only what has ended is written"
+    tracer.record_span(
+        span.name,
+        trace_id=int(run.trace_id, 16),
+        span_id=span.span_id,
+        parent_span_id=span.parent_span_id,
+        start_ns=span.start_ms * 1_000_000,
+        end_ns=span.end_ms * 1_000_000,
+        attributes=span.attributes,
+        links=[link.place for link in span.links],
+        sampled=run.sampled if sampled is None else sampled,
+        status=span.status,
+        error_type=span.error_type,
+    )
+
+
+def traced_run(row: Mapping[str, Any]) -> TracedRun:
+    """Returns what the fold must know of a run, from its row and, if it has them, its origin's columns."""
+    origin = None
+    if row.get("origin_trace_id"):
+        origin = RunLink(row["origin_trace_id"], row["forked_from_workflow_id"], row["origin_run_id"])
+    return TracedRun(
+        RunKey(row["namespace"], row["run_id"], row["workflow_id"]),
+        row["agent"],
+        row["agent_version"],
+        row["trace_id"],
+        row["traceparent"],
+        int(row["created_at"].timestamp() * 1000),
+        origin,
+    )
+
+
+def _left_to_the_log(event: Event, *, outside: bool) -> What | None:
+    """Returns what an event ends that its writer cannot tell of, None for nothing."""
+    if event.kind is EventKind.APPROVAL_DECIDED:
+        return What.APPROVALS
+    if event.kind is not EventKind.STATE_CHANGED or not outside:
+        return None
+    # An outside writer's RUNNING with an executor is a claim; a start that runs at once has waited for nothing.
+    claimed = event.data["to"] == RunState.RUNNING and "executor_id" in event.data and "from" in event.data
+    return What.LOST if claimed or event.ends_run else None

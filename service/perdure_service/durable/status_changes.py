@@ -16,6 +16,7 @@ from dbos._sys_db_postgres import PostgresSystemDatabase
 
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import DEADLINE_PASSED, TERMINAL_STATUSES, RunState
+from perdure_service.durable import metering
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.transactions import QUEUE, Claim, TransactionalDatabase
@@ -85,7 +86,6 @@ class StatusDatabase(TransactionalDatabase):
             for workflow_id in operation.facts["changed"]:
                 for execution in self.executions.of(workflow_id):
                     self.executions.kill(execution, reason or "its run was taken away")
-                    self.ledger.execution_over(execution, reason or "its run was taken away")
 
         operation.begin, operation.finish, operation.done = begin, finish, done
         with self.operations.open(operation):
@@ -198,6 +198,7 @@ class StatusDatabase(TransactionalDatabase):
             )
             for execution in taken:
                 self.executions.add(execution)
+            operation.after(lambda: metering.begun(taken))
 
         operation.finish = finish
         with self.operations.open(operation):

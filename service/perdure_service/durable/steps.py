@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from dbos import _core
 from dbos._error import DBOSWorkflowConflictIDError
 
 from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.trace_fold import next_attempt_ms
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, Executions, StepProgress, now_ms
 from perdure_service.durable.leases import Lease
@@ -78,28 +78,28 @@ class StepObserver:
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
         step = execution.steps.get(step_id)
         if step is None:
-            step = execution.steps[step_id] = StepProgress(self._name, time.time_ns())
+            step = execution.steps[step_id] = StepProgress(self._name)
         step.attempt += 1
         step.error = None
+        begins = self._event(EventKind.STEP_STARTED, {"max_attempts": self._max_attempts}, 1)
+        start_ms, step.next_attempt_ms = step.next_attempt_ms or begins.time_ms, None
         if step.attempt == 1:
-            execution.note(self._event(EventKind.STEP_STARTED, {"max_attempts": self._max_attempts}, 1))
+            execution.note(begins)
         elif step.wrote_output:
             step.wrote_output = False
             execution.note(self._event(EventKind.ATTEMPT_RESET, {}, step.attempt))
         here = CurrentStep(execution, step_id, step.attempt, [])
         token = current_step.set(here)
         context = structlog.contextvars.bind_contextvars(step_name=self._name, attempt=step.attempt)
-        span = self._spans.attempt(execution, step_id, step)
+        span = self._spans.attempt(execution, step_id, step, start_ms)
         try:
             with execution.body():
                 yield step
         except BaseException as error:
             step.error = error
-            span.end("error", type(error).__name__)
             raise
-        else:
-            span.end("ok")
         finally:
+            span.leave()
             here.closed.append(True)
             structlog.contextvars.reset_contextvars(**context)
             current_step.reset(token)
@@ -110,7 +110,9 @@ class StepObserver:
         if repeat and step is not None and step.attempt < self._max_attempts:
             delay_s = min(self._interval_s * self._backoff ** (step.attempt - 1), MAX_RETRY_DELAY_S)
             data = {"error": values.failure_of(error, self._name).to_json(), "delay_ms": int(delay_s * 1000)}
-            self._execution.note(self._event(EventKind.STEP_RETRYING, data, step.attempt))
+            retrying = self._event(EventKind.STEP_RETRYING, data, step.attempt)
+            step.next_attempt_ms = next_attempt_ms(retrying)
+            self._execution.note(retrying)
         return repeat
 
     def _event(self, kind: EventKind, data: dict[str, Any], attempt: int) -> Event:

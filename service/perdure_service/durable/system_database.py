@@ -27,7 +27,7 @@ from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase
 
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
-from perdure_service.durable import values
+from perdure_service.durable import metering, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
@@ -117,9 +117,12 @@ class PerdureSystemDatabase(StatusDatabase):
                 trace_id=record.trace_id,
                 sampled=record.sampled,
             )
+            if record.events:
+                execution.begun_ns = record.events[0].time_ms * 1_000_000
             self.executions.add(execution)
             if operation is not None:
                 operation.undo(lambda: self.executions.remove(execution))
+                operation.after(lambda: metering.begun([execution]))
         return written, created
 
     def init_child_workflow(
@@ -365,7 +368,8 @@ class PerdureSystemDatabase(StatusDatabase):
             )
         if execution is not None:
             self.executions.remove(execution)
-            self.ledger.execution_over(execution, None if landed else "lost its run")
+            if operation.repeated:
+                self.ledger.ended_perhaps(workflow_id)
         if not landed:
             self.close_ended([workflow_id])
         return landed

@@ -12,7 +12,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
 
 from perdure_service.durable.service import RunService, StartCommand
-from perdure_service.rpc import convert, convert_events, requests
+from perdure_service.rpc import convert, convert_events, convert_trace, requests
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.streams import Streams, closing
@@ -25,6 +25,8 @@ WAIT_SHARE = 0.9
 LARGE_REQUEST_BYTES = 2**16
 RESPONSE_BYTES = 2**20
 """About the most that one response of a stream carries. Clients take 4 MiB unless they say otherwise."""
+TRACE_BYTES = 3 * 2**20
+"""About the most that a trace takes, for the same reason."""
 
 
 class AgentRuns(AgentRunServiceServicer):
@@ -35,6 +37,7 @@ class AgentRuns(AgentRunServiceServicer):
         self._settings = settings
         self._streams = streams
         self._response_bytes = min(RESPONSE_BYTES, settings.max_message_bytes // 2)
+        self._trace_bytes = min(TRACE_BYTES, settings.max_message_bytes * 3 // 4)
 
     async def StartAgent(self, request: pb.StartAgentRequest, context: RpcContext) -> pb.StartAgentResponse:
         """Starts an agent."""
@@ -114,6 +117,12 @@ class AgentRuns(AgentRunServiceServicer):
             which.namespace, which.run_id, page_size=which.page_size, page_token=which.page_token
         )
         return pb.ListStepsResponse(steps=map(convert.step, page.items), next_page_token=page.next_token)
+
+    async def GetRunTrace(self, request: pb.GetRunTraceRequest, context: RpcContext) -> pb.GetRunTraceResponse:
+        """Returns the spans of a run's trace."""
+        which = requests.get_run_trace(request)
+        trace = await self._service.trace(which.namespace, which.run_id, include_children=which.include_children)
+        return convert_trace.run_trace(trace, self._trace_bytes)
 
     async def SignalRun(self, request: pb.SignalRunRequest, context: RpcContext) -> pb.SignalRunResponse:
         """Sends a named input to a run."""

@@ -7,6 +7,7 @@ from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_pb2, run_e
 from perdure_service.domain.approvals import ApprovalState, TimeoutOutcome
 from perdure_service.domain.events import EventKind, StepState
 from perdure_service.domain.runs import RunState
+from perdure_service.domain.trace import TraceSpanKind
 
 RUN_STATES = {state: agent_run_pb2.AgentRunState.Value(f"AGENT_RUN_STATE_{state}") for state in RunState}
 STEP_STATES = {state: agent_run_service_pb2.StepState.Value(f"STEP_STATE_{state}") for state in StepState}
@@ -16,6 +17,12 @@ TIMEOUT_OUTCOMES = {
     for outcome in TimeoutOutcome
 }
 EVENT_KINDS = {kind: run_event_pb2.RunEventKind.Value(f"RUN_EVENT_KIND_{kind.upper()}") for kind in EventKind}
+SPAN_KINDS = {kind: agent_run_service_pb2.SpanKind.Value(f"SPAN_KIND_{kind}") for kind in TraceSpanKind}
+SPAN_STATUSES = {
+    "unset": agent_run_service_pb2.SPAN_STATUS_UNSPECIFIED,
+    "ok": agent_run_service_pb2.SPAN_STATUS_OK,
+    "error": agent_run_service_pb2.SPAN_STATUS_ERROR,
+}
 
 # Requests: the unspecified number is missing where it is refused.
 RUN_STATE_OF = {int(number): state for state, number in RUN_STATES.items()}

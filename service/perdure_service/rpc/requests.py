@@ -52,6 +52,15 @@ class LogPage:
 
 
 @dataclass(frozen=True, slots=True)
+class TraceLookup:
+    """Whose trace, and whether with those of the runs it has started."""
+
+    namespace: str
+    run_id: str
+    include_children: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Watch:
     """Where a stream begins and what it carries; empty `kinds` means all."""
 
@@ -147,6 +156,20 @@ def get_run(request: pb.GetRunRequest | pb.WaitRunRequest) -> RunLookup:
         namespace_of(found, request.namespace),
         found.run_id(request.run_id),
         found.enum("view", request.view, enums.IS_FULL_VIEW, False),
+    )
+    found.raise_any()
+    return lookup
+
+
+def get_run_trace(request: pb.GetRunTraceRequest) -> TraceLookup:
+    """Returns whose trace is asked for.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+    """
+    found = Violations()
+    lookup = TraceLookup(
+        namespace_of(found, request.namespace), found.run_id(request.run_id), not request.exclude_children
     )
     found.raise_any()
     return lookup

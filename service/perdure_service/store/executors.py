@@ -66,12 +66,16 @@ def remove(conn: sa.Connection, executor_id: str) -> None:
     )
 
 
-def tombstone_others(conn: sa.Connection, executor_id: str) -> None:
-    """Declares every other executor gone: for a server that owns its database alone (`dev`)."""
-    conn.execute(
-        sa.text("UPDATE perdure.executor SET tombstoned_at = now() WHERE executor_id <> :e AND tombstoned_at IS NULL"),
+def tombstone_others(conn: sa.Connection, executor_id: str) -> Sequence[str]:
+    """Declares every other executor gone: for a server that owns its database alone (`dev`); returns their ids."""
+    rows = conn.execute(
+        sa.text(
+            "UPDATE perdure.executor SET tombstoned_at = now() WHERE executor_id <> :e AND tombstoned_at IS NULL "
+            "RETURNING executor_id"
+        ),
         {"e": executor_id},
     )
+    return [row[0] for row in rows]
 
 
 def tombstone_expired(conn: sa.Connection, executor_id: str) -> Sequence[str]:

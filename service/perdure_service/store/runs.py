@@ -243,7 +243,8 @@ def begin_executions(
             UPDATE perdure.run SET execution = execution + 1, executor_id = :executor_id, ended_at = NULL,
                 begun_at = coalesce(begun_at, now()), waiting_for = NULL, end_reason = NULL
             WHERE workflow_id = ANY(:workflow_ids)
-            RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent, created_at
+            RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent,
+                created_at, begun_at
         """),
         {"executor_id": executor_id, "workflow_ids": list(workflow_ids)},
     ).mappings()
@@ -266,7 +267,7 @@ def end(
                 waiting_for = NULL
             WHERE workflow_id = :workflow_id AND ended_at IS NULL
             RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent,
-                created_at, executor_id, begun_at
+                created_at, executor_id, begun_at, forked_from_workflow_id
         """),
             {
                 "workflow_id": workflow_id,

@@ -17,6 +17,7 @@ import sqlalchemy as sa
 import structlog
 
 from perdure_service.errors import Contention, PerdureError, StoreUnavailable
+from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
 
 SERIALIZATION_FAILURE = "40001"
 STATEMENT_COMPLETION_UNKNOWN = "40003"
@@ -150,5 +151,6 @@ def retrying(engine: sa.Engine, name: str, fn: Callable[[sa.Connection], T], *, 
                 log.warning("store.transaction_failed", transaction=name, sqlstate=code, attempt=attempt)
                 raise told from error
             log.info("store.transaction_repeated", transaction=name, sqlstate=code, attempt=attempt)
+            METERS.add(DB_RETRIES, {SQLSTATE: code or "none"})
         time.sleep(backoff_s)
     raise AssertionError("unreachable: the last attempt returns or raises")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from contextlib import suppress
 import structlog
 
 from perdure_service.store.event_log import News
+from perdure_service.telemetry.metrics import EVENT_LAG, METERS
 
 MAILBOX_PACKS = 64
 """Packs that wait for a watcher at most; one that falls further behind reads the log itself."""
@@ -129,6 +131,12 @@ class Tailer:
         if quiet:
             loop.call_soon_threadsafe(self._wake.set)
 
+    @property
+    def watchers(self) -> int:
+        """How many subscriptions there are."""
+        with self._lock:
+            return len({one for feed in self._feeds.values() for one in feed.subscriptions})
+
     def subscribe(self, *workflow_ids: str) -> Subscription:
         """Registers a watcher; it reads the logs first, then waits. Register, then read, then wait: no gap."""
         subscription = Subscription()
@@ -220,6 +228,7 @@ class Tailer:
                 self._tell_to_read(pack.workflow_id)
                 continue
             feed.position = pack.first_sequence + len(pack.events) - 1
+            METERS.record(EVENT_LAG, time.time() - pack.events[-1].time_ms / 1000, {})
             for subscription in feed.subscriptions:
                 subscription.deliver(pack)
 

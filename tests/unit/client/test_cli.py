@@ -50,7 +50,7 @@ from tests.unit.client.scripted import Fail, Hang, ScriptedServer, batch, end_ev
 
 Invoke = Callable[..., Awaitable[Any]]
 COMMANDS = (
-    "start watch get list steps events signal cancel approvals approve reject agents".split()  # noqa: SIM905
+    "start watch get list steps events trace signal cancel approvals approve reject agents".split()  # noqa: SIM905
 )
 
 

@@ -24,11 +24,12 @@ RevisionConflict Run RunConflict RunEvent RunFailed RunFinished RunInputMismatch
 SignalReceived StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded StoreUnavailable
 TimeoutOutcome TooManyStreams Unauthenticated Unavailable Unimplemented UnknownData VersionUnavailable ViewTooLarge
 Violation WaitTimeout Watch WatchUpdate Watching __version__
+RunTrace SpanKind SpanLink SpanStatus TraceSpan
 """
 
 METHOD_NAMES = """
 address agents approvals approve cancel close decide events get get_agent get_approval list namespace reject run signal
-start steps wait watch watch_approvals
+start steps trace wait watch watch_approvals
 """
 
 

@@ -10,7 +10,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import grpc
+from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2, metrics_service_pb2_grpc
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
+from opentelemetry.proto.metrics.v1 import metrics_pb2
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 
@@ -19,6 +21,7 @@ class Sink(trace_service_pb2_grpc.TraceServiceServicer):
 
     def __init__(self) -> None:
         self.spans: list[trace_pb2.Span] = []
+        self.metrics: list[metrics_pb2.Metric] = []
         self.resources: list[dict[str, Any]] = []
         self.endpoint = ""
         self.paths: list[str] = []
@@ -48,11 +51,25 @@ def ids_of(span: trace_pb2.Span) -> tuple[int, int, int | None]:
     return int.from_bytes(span.trace_id), int.from_bytes(span.span_id), parent
 
 
+class MetricsSink(metrics_service_pb2_grpc.MetricsServiceServicer):
+    """Keeps metrics beside the spans of a sink."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def Export(self, request: Any, context: Any) -> Any:
+        for of_resource in request.resource_metrics:
+            for scope in of_resource.scope_metrics:
+                self._sink.metrics.extend(scope.metrics)
+        return metrics_service_pb2.ExportMetricsServiceResponse()
+
+
 @contextmanager
 def grpc_sink() -> Iterator[Sink]:
     sink = Sink()
     server = grpc.server(futures.ThreadPoolExecutor(2))
     trace_service_pb2_grpc.add_TraceServiceServicer_to_server(sink, server)
+    metrics_service_pb2_grpc.add_MetricsServiceServicer_to_server(MetricsSink(sink), server)
     sink.endpoint = f"http://127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
     try:
