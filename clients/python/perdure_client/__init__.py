@@ -58,6 +58,7 @@ from perdure_client._events import (
     EventData,
     EventKind,
     LogLine,
+    ModelUsage,
     OutputDelta,
     Published,
     Recovered,
@@ -87,6 +88,7 @@ from perdure_client._types import (
     Step,
     StepState,
     TimeoutOutcome,
+    Usage,
 )
 
 __all__ = [
@@ -121,6 +123,7 @@ __all__ = [
     "InvalidArgument",
     "JsonValue",
     "LogLine",
+    "ModelUsage",
     "NamespaceNotFound",
     "NotFound",
     "OutputDelta",
@@ -159,6 +162,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "UnknownData",
+    "Usage",
     "VersionUnavailable",
     "Violation",
     "WaitTimeout",

@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from dbos._serialization import Serializer
 
-from perdure_service.agents.catalogue import by_workflow
+from perdure_service.agents.catalogue import budget_of, by_workflow
 from perdure_service.domain.approvals import ApprovalState
 from perdure_service.domain.events import (
     APPROVAL_STEP,
@@ -235,6 +235,8 @@ class Ledger:
                 sampled=_sampled(row["traceparent"]),
                 state=RunState.QUEUED,
                 replaying=row["execution"] > 1,
+                budget=budget_of(row["agent"], row["agent_version"]),
+                tokens=row["tokens"],
             )
             add(workflow_id, execution.moved(RunState.RUNNING, executor_id=executor_id))
             if execution.number > 1:
