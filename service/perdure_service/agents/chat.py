@@ -214,8 +214,11 @@ async def _read(response: StreamedResponse, name: str, streams: Streams, spent: 
     if not (answer.provider_details or {}).get("finish_reason"):
         raise UnfinishedAnswer("the model's answer broke off: its stream ended without a finish_reason")
     text = "".join(part.content for part in answer.parts if isinstance(part, TextPart))
-    calls = (part for part in answer.parts if isinstance(part, ToolCallPart))
-    return Reply(text, model, tuple(Call(part.tool_call_id, part.tool_name, part.args_as_json_str()) for part in calls))
+    calls = [part for part in answer.parts if isinstance(part, ToolCallPart)]
+    # As the model wrote them: what is no JSON, `args_as_json_str` would hide.
+    written = [part.args if isinstance(part.args, str) else part.args_as_json_str() for part in calls]
+    named = zip(calls, written, strict=True)
+    return Reply(text, model, tuple(Call(part.tool_call_id, part.tool_name, arguments) for part, arguments in named))
 
 
 def _stream(event: Any, told: dict[int, str], streams: Streams) -> None:

@@ -177,7 +177,7 @@ async def _call(call: Call, tools: dict[str, Tool], problem: str) -> str:
     except json.JSONDecodeError as broken:
         return f"error: the arguments are not JSON: {broken}"
     except InputSchemaViolation as violation:
-        return f"error: {violation}"
+        return "error: " + "; ".join(f"{path} {text}" for path, text in violation.violations[:MAX_PROBLEMS])
     try:
         result = await tool.call(**tool.signature.to_values((), named))
     except ToolError as refused:

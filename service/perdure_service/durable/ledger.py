@@ -100,6 +100,8 @@ class Ledger:
         parent = status.get("parent_workflow_id") or None
         if start is None:
             start = self._start_of(conn, status, parent)
+            declared = by_workflow(status["name"] or "")
+            input_argument = (declared.input_argument if declared else "") or None
         if not runs.insert(
             conn,
             start,

@@ -342,7 +342,10 @@ def _input_json(row: sa.RowMapping) -> str | None:
     arguments = json.loads(row["inputs"])
     named = arguments.get("namedArgs") or {}
     argument = row["input_argument"]
-    value = named.get(argument) if argument is not None else named
+    value: Any = named
+    if argument is not None:
+        # A parent may have called it by position.
+        value = named.get(argument, next(iter(arguments.get("positionalArgs") or ()), None))
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
