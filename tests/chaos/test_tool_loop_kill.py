@@ -5,11 +5,16 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
 import pytest
-from perdure_client import Client, Run, RunEvent, Usage
+from perdure_client import ChildStarted, Client, Run, RunEvent, Usage
 from perdure_client._run_view import RunView
 from perdure_service.domain.events import EventKind
+from perdure_service.store import documents
+from perdure_service.store.engine import create_engine
 
 from tests.helpers import eventually, judge, scaled
 from tests.helpers.model_endpoint import ModelEndpoint, Turn, serving
@@ -93,3 +98,40 @@ def _view(run: Run, events: list[RunEvent]) -> RunView:
     for event in list(events):
         view = view.apply(event)
     return view
+
+
+def test_a_kill_while_children_work_starts_no_child_again_and_repeats_no_finished_one(
+    server: ServerProcess, database_url: str, endpoint: ModelEndpoint, tmp_path: Path
+) -> None:
+    (tmp_path / "leases.md").write_text("# Leases\n\nLeases expire after fifteen seconds.", encoding="utf-8")
+    engine = create_engine(database_url, pool_size=2, statement_timeout=timedelta(seconds=30))
+    documents.load_folder(engine, tmp_path, lambda _: None)
+    engine.dispose()
+    quick, slow = "When do leases expire?", "Why do leases expire?"
+
+    def answer(body: dict[str, Any]) -> Turn:
+        return Turn(("Fifteen ", "seconds [1]."), hold=slow in body["messages"][-1]["content"])
+
+    endpoint.answers = answer
+    with Client(server.address) as client:
+        run = client.start("briefing", {"topic": "Leases", "questions": [quick, slow]}, run_id="children")
+
+        def one_is_done() -> bool:
+            children = [event.data.child_run_id for event in client.events(run) if isinstance(event.data, ChildStarted)]
+            return sorted(client.get(child).state for child in children) == ["RUNNING", "SUCCEEDED"]
+
+        eventually(lambda: one_is_done() and len(endpoint.calls) == 2, 30, what="one child is done, one asks the model")
+        endpoint.answers = lambda _body: Turn(("Fifteen ", "seconds [1]."))
+        server.kill()
+        server.start()
+        ended = client.wait(run, timeout=60)
+    assert ended.succeeded, ended.failure
+    assert [section["answer"] for section in ended.output["sections"]] == ["Fifteen seconds [1]."] * 2  # type: ignore[call-overload, index]
+    asked = Counter(call[2]["messages"][-1]["content"].rpartition("Question: ")[2] for call in endpoint.calls)
+    assert (asked[quick], asked[slow]) == (1, 2)
+    assert sum(asked.values()) == 4, "the fourth asked for the summary"
+    log = judge.assert_consistent(database_url, "default.children.r")
+    started = [event.data["child_run_id"] for event in log if event.kind is EventKind.CHILD_STARTED]
+    assert len(started) == len(set(started)) == 2
+    for child in started:
+        judge.assert_consistent(database_url, f"default.{child.replace('children.', 'children.r-')}")
