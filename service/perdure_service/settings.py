@@ -5,14 +5,31 @@ from __future__ import annotations
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from perdure_service.errors import ConfigurationError
 
 DBOS_CONFIG_FILE = Path("dbos-config.yaml")
+
+
+def _host(value: str) -> str:
+    """Refuses what is not `host` or `host:port`."""
+    found = urlsplit(f"//{value}")
+    try:
+        well = bool(found.hostname) and found.netloc == value and "@" not in value and found.port != 0
+    except ValueError:  # a port that is no port
+        well = False
+    if not well or not value.isascii() or any(character.isspace() for character in value):
+        raise ValueError(f"{value!r} must be a host, or host:port")
+    return value.lower()
+
+
+Host = Annotated[str, AfterValidator(_host)]
+"""A name or an address, `host` or `host:port`; of an IPv6 address with brackets."""
 
 
 class ModelSettings(BaseModel):
@@ -76,6 +93,9 @@ class Settings(BaseSettings):
     agents: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="Modules to load agents from, separated by commas, beside the entry points `perdure.agents`."
     )
+    fetch_allow: Annotated[tuple[Host, ...], NoDecode] = Field(
+        (), description="Hosts that agents may read by HTTP, `host` or `host:port`, by commas. Unset: none."
+    )
     namespaces: Annotated[tuple[str, ...], NoDecode] = Field(
         ("default",), description="The namespaces that exist, separated by commas."
     )
@@ -122,7 +142,7 @@ class Settings(BaseSettings):
     model: ModelSettings = Field(default_factory=lambda: ModelSettings())  # type: ignore[call-arg]
     embedder: EmbedderSettings = Field(default_factory=lambda: EmbedderSettings())  # type: ignore[call-arg]
 
-    @field_validator("agents", "namespaces", mode="before")
+    @field_validator("agents", "namespaces", "fetch_allow", mode="before")
     @classmethod
     def _split_commas(cls, value: Any) -> Any:
         if isinstance(value, str):

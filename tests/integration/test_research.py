@@ -42,6 +42,7 @@ class RunDouble:
     def __init__(self) -> None:
         self.said: dict[str, list[str]] = defaultdict(list)
         self.written: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        self.used: dict[str, list[tuple[int, int, str]]] = defaultdict(list)
         self.asked: dict[str, dict[str, Any]] = {}
 
     @property
@@ -56,6 +57,9 @@ class RunDouble:
 
     def log(self, message: str, level: str = "info") -> None:
         self.said[self.id].append(f"{level}: {message}")
+
+    def usage(self, *, input_tokens: int, output_tokens: int, model: str = "") -> None:
+        self.used[self.id].append((input_tokens, output_tokens, model))
 
     def output(self, stream: str = "output") -> Stream:
         assert stream == "answer"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from perdure_service.agents import models
+from perdure_service.agents import chat, models
 from perdure_service.agents.embedder import embedder_of
 from perdure_service.settings import EmbedderSettings, ModelSettings
 from perdure_service.store.documents import Passage
@@ -32,9 +33,16 @@ def endpoint() -> Iterator[ModelEndpoint]:
         yield endpoint
 
 
+def nobody(**_: Any) -> None:
+    """Does not want to know what a call used."""
+
+
 async def ask(settings: ModelSettings) -> tuple[models.Answer, list[str]]:
     pieces: list[str] = []
-    return await models.answer("When do leases expire?", PASSAGES, settings, pieces.append), pieces
+    used: dict[str, Any] = {}
+    answer = await models.answer("When do leases expire?", PASSAGES, settings, pieces.append, used.update)
+    assert used == {"input_tokens": 30, "output_tokens": 12, "model": "small-2"}
+    return answer, pieces
 
 
 async def test_a_models_answer_is_streamed_with_its_name_and_sources(endpoint: ModelEndpoint) -> None:
@@ -54,7 +62,7 @@ async def test_a_models_answer_is_streamed_with_its_name_and_sources(endpoint: M
 async def test_the_text_comes_while_the_model_writes(endpoint: ModelEndpoint) -> None:
     endpoint.pause_s = 0.1
     times: list[float] = []
-    await models.answer("q", PASSAGES, endpoint.settings(), lambda _: times.append(time.monotonic()))
+    await models.answer("q", PASSAGES, endpoint.settings(), lambda _: times.append(time.monotonic()), nobody)
     assert times[-1] - times[0] > 0.1
 
 
@@ -76,13 +84,13 @@ async def test_a_failed_call_is_made_once_and_says_whether_to_repeat_it(
     with pytest.raises(Exception, match=r"status_code|broke off") as caught:
         await ask(endpoint.settings())
     assert len(endpoint.calls) == 1, "retries are the step's"
-    assert models.is_transient(caught.value) is again
+    assert chat.is_transient(caught.value) is again
 
 
 async def test_an_endpoint_that_is_not_there_is_tried_again() -> None:
     with pytest.raises(Exception, match="onnection") as caught:
         await ask(ModelSettings(base_url="http://127.0.0.1:9/v1"))
-    assert models.is_transient(caught.value)
+    assert chat.is_transient(caught.value)
 
 
 async def test_model_spans_have_no_content(endpoint: ModelEndpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,10 +100,10 @@ async def test_model_spans_have_no_content(endpoint: ModelEndpoint, monkeypatch:
     monkeypatch.setattr("pydantic_ai.models.instrumented.get_tracer_provider", lambda: provider)
     await ask(endpoint.settings())
     spans = {span.name: dict(span.attributes or {}) for span in exporter.get_finished_spans()}
-    chat = spans["chat small"]
-    assert chat["gen_ai.operation.name"] == "chat"
-    assert chat["gen_ai.response.model"] == "small-2"
-    assert "invoke_agent writer" in spans
+    chat_span = spans["chat small"]
+    assert chat_span["gen_ai.operation.name"] == "chat"
+    assert chat_span["gen_ai.response.model"] == "small-2"
+    assert (chat_span["gen_ai.usage.input_tokens"], chat_span["gen_ai.usage.output_tokens"]) == (30, 12)
     text = json.dumps(list(spans.values()), default=str)
     assert "expire" not in text
     assert "passages" not in text

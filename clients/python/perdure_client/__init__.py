@@ -59,6 +59,7 @@ from perdure_client._events import (
     EventData,
     EventKind,
     LogLine,
+    ModelUsage,
     OutputDelta,
     Published,
     Recovered,
@@ -93,6 +94,7 @@ from perdure_client._types import (
     StepState,
     TimeoutOutcome,
     TraceSpan,
+    Usage,
 )
 
 __all__ = [
@@ -127,6 +129,7 @@ __all__ = [
     "InvalidArgument",
     "JsonValue",
     "LogLine",
+    "ModelUsage",
     "NamespaceNotFound",
     "NotFound",
     "OutputDelta",
@@ -170,6 +173,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "UnknownData",
+    "Usage",
     "VersionUnavailable",
     "ViewTooLarge",
     "Violation",

@@ -31,6 +31,7 @@ from perdure_client._types import (
     StepState,
     TimeoutOutcome,
     TraceSpan,
+    Usage,
 )
 
 RUN_STATES = {
@@ -97,7 +98,12 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "parent_run_id": message.parent_run_id,
         "trace_id": message.trace_id,
         "last_sequence": message.last_sequence,
+        "usage": _run_usage(message.usage) if message.HasField("usage") else None,
     }
+
+
+def _run_usage(message: agent_run_pb2.RunUsage) -> Usage:
+    return Usage(input_tokens=message.input_tokens, output_tokens=message.output_tokens)
 
 
 def step_from(message: agent_run_service_pb2.Step) -> Step:
@@ -176,6 +182,8 @@ def agent_from(message: agent_catalog_service_pb2.Agent) -> AgentInfo:
         input_schema=_json(message.input_schema_json),
         output_schema=_json(message.output_schema_json),
         current=message.current,
+        max_steps=message.max_steps,
+        max_tokens=message.max_tokens,
     )
 
 
@@ -271,6 +279,12 @@ def _log(message: run_event_pb2.RunLog) -> events.LogLine:
     return events.LogLine(message=message.message, level=message.level)
 
 
+def _usage(message: run_event_pb2.ModelUsage) -> events.ModelUsage:
+    return events.ModelUsage(
+        model=message.model, input_tokens=message.input_tokens, output_tokens=message.output_tokens
+    )
+
+
 _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "state_changed": _state_changed,
     "step_started": _step_started,
@@ -287,6 +301,7 @@ _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "child_started": _child_started,
     "recovered": _recovered,
     "log": _log,
+    "usage": _usage,
 }
 
 

@@ -48,6 +48,8 @@ class EventKind(StrEnum):
     """`Recovered`: the run's executor was gone, and the run was given back to the queue."""
     LOG = "log"
     """`LogLine`: a line the agent logged for its watchers."""
+    USAGE = "usage"
+    """`ModelUsage`: a model call was paid for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +241,21 @@ class LogLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ModelUsage:
+    """A model call was paid for, whatever became of its step.
+
+    Attributes:
+        model: The model's name; empty when the agent did not say.
+        input_tokens: Tokens sent.
+        output_tokens: Tokens received.
+    """
+
+    model: str = ""
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnknownData:
     """What happened is of a kind that this version of the library does not know; the server is newer."""
 
@@ -259,6 +276,7 @@ EventData: TypeAlias = (
     | ChildStarted
     | Recovered
     | LogLine
+    | ModelUsage
     | UnknownData
 )
 """The types of `RunEvent.data`."""
@@ -279,6 +297,7 @@ _KIND_OF: dict[type[EventData], EventKind] = {
     ChildStarted: EventKind.CHILD_STARTED,
     Recovered: EventKind.RECOVERED,
     LogLine: EventKind.LOG,
+    ModelUsage: EventKind.USAGE,
     UnknownData: EventKind.UNKNOWN,
 }
 

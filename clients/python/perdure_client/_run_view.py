@@ -15,6 +15,7 @@ from perdure_client._events import (
     AttemptReset,
     ChildStarted,
     LogLine,
+    ModelUsage,
     OutputDelta,
     Published,
     Recovered,
@@ -26,7 +27,7 @@ from perdure_client._events import (
     StepStarted,
     StepSucceeded,
 )
-from perdure_client._types import Approval, ApprovalState, Failure, JsonValue, Progress, Run, RunState, StepState
+from perdure_client._types import Approval, ApprovalState, Failure, JsonValue, Progress, Run, RunState, StepState, Usage
 
 TAIL_CHARACTERS = 8_000
 """How much of a stream's text is kept: what a large terminal can show."""
@@ -129,6 +130,7 @@ class RunView:
         failure: Why it failed.
         output: What it returned; only after `with_run`.
         trace_id: Its trace; empty for none.
+        usage: What its model calls used, as far as the view knows.
         last_sequence: The last event seen.
         known_sequence: The last event that the snapshot's state includes already.
         event_execution: The execution of the last event seen; the snapshot's may be ahead of it.
@@ -155,6 +157,7 @@ class RunView:
     failure: Failure | None = None
     output: JsonValue = None
     trace_id: str = ""
+    usage: Usage = field(default_factory=Usage)
     last_sequence: int = 0
     known_sequence: int = 0
     event_execution: int = 0
@@ -182,6 +185,7 @@ class RunView:
             failure=run.failure,
             output=run.output,
             trace_id=run.trace_id,
+            usage=run.usage or self.usage,
             known_sequence=run.last_sequence,
         )
 
@@ -224,6 +228,13 @@ class RunView:
                 return view._interrupted()._note(event, text, "warning")
             case LogLine(message=message, level=level):
                 return view._note(event, message, level)
+            case ModelUsage(input_tokens=sent, output_tokens=received):
+                if event.sequence <= view.known_sequence:
+                    return view  # the snapshot counts it
+                usage = Usage(
+                    input_tokens=view.usage.input_tokens + sent, output_tokens=view.usage.output_tokens + received
+                )
+                return replace(view, usage=usage)
             case _:  # of a newer server
                 return view
 

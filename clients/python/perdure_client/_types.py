@@ -124,6 +124,24 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """What the model calls of a run used, failed attempts included.
+
+    Attributes:
+        input_tokens: Tokens sent.
+        output_tokens: Tokens received.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    @property
+    def total_tokens(self) -> int:
+        """Sent and received together: what an agent's `max_tokens` bounds."""
+        return self.input_tokens + self.output_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """Why a run, or a step, failed.
 
@@ -173,6 +191,7 @@ class Run:
         parent_run_id: The run that started this one; empty for a run started by a client.
         trace_id: The W3C trace id (32 hex digits) of the run's one trace; empty for none.
         last_sequence: The number of events the run has: the sequence of its last event.
+        usage: What its model calls used; None while nothing was reported.
     """
 
     namespace: str
@@ -198,6 +217,7 @@ class Run:
     parent_run_id: str = ""
     trace_id: str = ""
     last_sequence: int = 0
+    usage: Usage | None = None
 
     @property
     def done(self) -> bool:
@@ -407,6 +427,8 @@ class AgentInfo:
         input_schema: The JSON Schema of its input; None when it does not say.
         output_schema: The JSON Schema of its output; None when it does not say.
         current: Whether `start` takes this version when it is given none.
+        max_steps: How many steps a run of it may begin; 0 for no limit.
+        max_tokens: How many tokens the model calls of a run may use; 0 for no limit.
     """
 
     agent: str
@@ -415,3 +437,5 @@ class AgentInfo:
     input_schema: JsonValue = None
     output_schema: JsonValue = None
     current: bool = False
+    max_steps: int = 0
+    max_tokens: int = 0

@@ -7,5 +7,6 @@ from perdure_service.agents.context import run
 from perdure_service.agents.declaration import agent, expose
 from perdure_service.domain.approvals import ApprovalResult
 from perdure_service.domain.authoring import ApprovalTimeout, SignalTimeout
+from perdure_service.domain.budgets import BudgetExceeded
 
-__all__ = ["ApprovalResult", "ApprovalTimeout", "SignalTimeout", "agent", "expose", "run"]
+__all__ = ["ApprovalResult", "ApprovalTimeout", "BudgetExceeded", "SignalTimeout", "agent", "expose", "run"]

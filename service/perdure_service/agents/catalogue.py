@@ -14,6 +14,7 @@ from typing import Any
 import structlog
 
 from perdure_service.domain.agents import AgentSpec
+from perdure_service.domain.budgets import UNLIMITED, Budget
 from perdure_service.errors import ConfigurationError
 
 ENTRY_POINTS = "perdure.agents"
@@ -95,6 +96,12 @@ def find(name: str, version: str = "") -> RegisteredAgent | None:
 def by_workflow(workflow_name: str) -> RegisteredAgent | None:
     """Returns the agent whose DBOS workflow has this name, None if there is none."""
     return next((_marked(agent) for agent in _agents.values() if agent.workflow_name == workflow_name), None)
+
+
+def budget_of(name: str, version: str) -> Budget:
+    """Returns what a run of an agent may use, as this process has it declared; no limit for what is not an agent."""
+    agent = _agents.get((name, version))
+    return agent.spec.budget if agent else UNLIMITED
 
 
 def clear() -> None:

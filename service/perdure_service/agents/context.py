@@ -44,6 +44,9 @@ class _CurrentRun:
     def log(self, message: str, level: Literal["debug", "info", "warning", "error"] = "info") -> None:
         self._context("log()").log(message, level)
 
+    def usage(self, *, input_tokens: int, output_tokens: int, model: str = "") -> None:
+        self._context("usage()").usage(input_tokens=input_tokens, output_tokens=output_tokens, model=model)
+
     async def approval(
         self,
         title: str,

@@ -19,13 +19,20 @@ from dbos import DBOS, WorkflowSerializationFormat
 from perdure_service.agents import catalogue
 from perdure_service.agents.signatures import Signature, read_signature
 from perdure_service.domain.agents import AGENT_NAME, AGENT_VERSION, AgentSpec
+from perdure_service.domain.budgets import UNLIMITED, Budget
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def agent(
-    *, name: str, version: str = "1", description: str | None = None, current: bool = True
+    *,
+    name: str,
+    version: str = "1",
+    description: str | None = None,
+    current: bool = True,
+    max_steps: int = 0,
+    max_tokens: int = 0,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares the decorated function, `async def` or `def`, to be an agent: a DBOS workflow with a catalogue entry.
 
@@ -39,16 +46,21 @@ def agent(
         version: Which program it is. Change it when runs of the old one could not continue in the new one.
         description: For the catalogue; the first line of the docstring by default.
         current: Whether callers that name no version get this one.
+        max_steps: How many steps with a body a run may begin; 0 for no limit. One that would begin another fails with
+            `BudgetExceeded`.
+        max_tokens: How many tokens its model calls may use, as `run.usage` says, sent and received; 0 for no limit.
+            A run that has used them up fails at its next step.
 
     Raises:
-        TypeError: The name, the version or the signature cannot be an agent's; the message says what to change.
+        TypeError: The name, the version, the budget or the signature cannot be an agent's; the message says what to
+            change.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         if hasattr(function, "dbos_function_name"):
             raise TypeError(f"{function.__qualname__} is DBOS's already; expose() a workflow, or remove its decorator")
         signature = read_signature(function, annotations_required=True)
-        spec = _spec(name, version, description, current, function, signature)
+        spec = _spec(name, version, description, current, function, signature, _budget(max_steps, max_tokens))
         entry = catalogue.RegisteredAgent(
             spec, _body(function, signature), spec.workflow_name, signature.arguments, signature.input_argument
         )
@@ -106,6 +118,7 @@ def _spec(
     current: bool,
     function: Callable[..., Any],
     signature: Signature,
+    budget: Budget = UNLIMITED,
 ) -> AgentSpec:
     if not AGENT_NAME.fullmatch(name):
         raise TypeError(f"{name!r} cannot be an agent's name; it must match {AGENT_NAME.pattern}")
@@ -113,7 +126,14 @@ def _spec(
         raise TypeError(f"{version!r} cannot be an agent's version; it must match {AGENT_VERSION.pattern}")
     if description is None:
         description = (inspect.getdoc(function) or "").partition("\n")[0]
-    return AgentSpec(name, version, description, signature.input_schema(), signature.output_schema(), current)
+    return AgentSpec(name, version, description, signature.input_schema(), signature.output_schema(), current, budget)
+
+
+def _budget(max_steps: int, max_tokens: int) -> Budget:
+    for name, limit in (("max_steps", max_steps), ("max_tokens", max_tokens)):
+        if type(limit) is not int or limit < 0:
+            raise TypeError(f"{name} is {limit!r}; it must be a whole number, 0 for no limit")
+    return Budget(max_steps, max_tokens)
 
 
 def _body(function: Callable[..., Any], signature: Signature) -> Callable[..., Any]:

@@ -1,11 +1,11 @@
-"""Decides who writes an answer: the model that is set, asked through pydantic-ai, or nobody, and then it is quotes.
+"""Decides who writes an answer: the model that is set, or nobody, and then it is quotes.
 
 A model is asked inside a DBOS step of ours, not through pydantic-ai's own DBOS steps (`DBOSDurability`). Both were
 tried with pydantic-ai 2.68: its capability streams live from within its step, retries, and repeats no finished call
-after a crash, so it is right for authors whose agents use tools. Here a step of ours is better: its name does not
-depend on whether a model is set, so a run goes on when the setting changes between a crash and its recovery (with the
-capability: DBOSUnexpectedStepError); its result is a plain dict and not a pickled class of another library, which its
-next release may not read; and without a model nothing of pydantic-ai has to be installed.
+after a crash. A step of ours is better here: its name does not depend on whether a model is set, so a run goes on when
+the setting changes between a crash and its recovery (with the capability: DBOSUnexpectedStepError); its result is a
+plain dict and not a pickled class of another library, which its next release may not read; and without a model nothing
+of pydantic-ai has to be installed.
 """
 
 from __future__ import annotations
@@ -14,15 +14,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
 
-from perdure_service.errors import ConfigurationError
+from perdure_service.agents import chat
+from perdure_service.agents.chat import Spent, Streams
 from perdure_service.settings import ModelSettings
 from perdure_service.store.document_chunks import sentences
 from perdure_service.store.documents import Passage
-
-if TYPE_CHECKING:
-    from pydantic_ai import InstrumentationSettings
 
 EXTRACTIVE = "extractive"
 """What stands for the model's name when no model was asked."""
@@ -41,11 +38,6 @@ _WORD = re.compile(r"[^\W_]+")
 _CITATION = re.compile(r"\[(\d{1,4}(?:\s*,\s*\d{1,4})*)\]")
 _STEM_CHARACTERS = 6
 """Words are compared by this many letters: enough to take `approved` and `approval` for one."""
-_TRANSIENT_STATUSES = frozenset({408, 409, 425, 429})
-
-
-class UnfinishedAnswer(Exception):
-    """The endpoint closed the stream before the answer's end; asking again may help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,15 +59,15 @@ def prepare(settings: ModelSettings) -> None:
         ConfigurationError: A model is set, but its client is not installed.
     """
     if settings.base_url is not None:
-        _require_client()
+        chat.require_client()
     if "pydantic_ai" in sys.modules:
         from pydantic_ai import Agent
 
-        Agent.instrument_all(_instrumentation())
+        Agent.instrument_all(chat.instrumentation())
 
 
 async def answer(
-    question: str, passages: Sequence[Passage], settings: ModelSettings, write: Callable[[str], None]
+    question: str, passages: Sequence[Passage], settings: ModelSettings, write: Callable[[str], None], spent: Spent
 ) -> Answer:
     """Returns an answer to the question from the passages, after telling `write` its text piece by piece.
 
@@ -84,24 +76,16 @@ async def answer(
         passages: What to answer from, the best first; at least one.
         settings: Which model; without a base_url the answer is made of quotes.
         write: Is given the text as it comes.
+        spent: Is told what the call used.
 
     Raises:
-        ConfigurationError: A model is set, but its client is not installed.
-        pydantic_ai.exceptions.ModelAPIError: The endpoint refused or cannot be reached; see `is_transient`.
-        UnfinishedAnswer: It broke off.
+        ConfigurationError, pydantic_ai.exceptions.ModelAPIError, UnfinishedAnswer: As `chat.ask` does.
     """
     if settings.base_url is None:
         return _quote(question, passages, write)
-    text, model = await _ask(_prompt(question, passages), settings, write)
-    return Answer(text, model, _cited(text, len(passages)))
-
-
-def is_transient(error: BaseException) -> bool:
-    """Returns whether asking again may help: not when the request, the key or the installation is wrong."""
-    if isinstance(error, ConfigurationError):
-        return False
-    status = getattr(error, "status_code", None)
-    return not isinstance(status, int) or status >= 500 or status in _TRANSIENT_STATUSES
+    prompt = [{"role": "user", "content": _prompt(question, passages)}]
+    reply = await chat.ask(INSTRUCTIONS, prompt, settings, Streams(write), spent)
+    return Answer(reply.text, reply.model, _cited(reply.text, len(passages)))
 
 
 def best_sentence(question: str, passage: Passage) -> str:
@@ -114,42 +98,6 @@ def best_sentence(question: str, passage: Passage) -> str:
 # ---- a model ---------------------------------------------------------------------------------------------------------
 
 
-async def _ask(prompt: str, settings: ModelSettings, write: Callable[[str], None]) -> tuple[str, str]:
-    """Returns a model's text and name. The client lives for one request: agents may run on any event loop."""
-    _require_client()
-    from openai import AsyncOpenAI, Omit
-    from pydantic_ai import Agent
-    from pydantic_ai import ModelSettings as RequestSettings
-    from pydantic_ai.capabilities import Instrumentation
-    from pydantic_ai.models.openai import OpenAIChatModel
-    from pydantic_ai.providers.openai import OpenAIProvider
-
-    key = settings.api_key.get_secret_value() if settings.api_key else ""
-    # Without a key the client insists that the header is left out in so many words.
-    request = RequestSettings() if key else RequestSettings(extra_headers=cast(Any, {"Authorization": Omit()}))
-    # Retries are the step's: each is an attempt that a watcher sees.
-    async with AsyncOpenAI(
-        base_url=settings.base_url, api_key=key or "none", timeout=settings.timeout_s, max_retries=0
-    ) as client:
-        writer = Agent(
-            OpenAIChatModel(settings.name, provider=OpenAIProvider(openai_client=client)),
-            name="writer",
-            instructions=INSTRUCTIONS,
-            model_settings=request,
-            capabilities=[Instrumentation(_instrumentation())],
-        )
-        pieces: list[str] = []
-        async with writer.run_stream(prompt) as response:
-            async for piece in response.stream_text(delta=True, debounce_by=None):
-                pieces.append(piece)
-                write(piece)
-            # pydantic-ai takes the end of a stream for the end of the answer; only the endpoint's own word tells them
-            # apart, and half an answer must not be published.
-            if not (response.response.provider_details or {}).get("finish_reason"):
-                raise UnfinishedAnswer("the model's answer broke off: its stream ended without a finish_reason")
-            return "".join(pieces), response.response.model_name or settings.name
-
-
 def _prompt(question: str, passages: Sequence[Passage]) -> str:
     numbered = "\n\n".join(
         f"[{number}] {passage.heading}\n{passage.body}" for number, passage in enumerate(passages, start=1)
@@ -160,21 +108,6 @@ def _prompt(question: str, passages: Sequence[Passage]) -> str:
 def _cited(text: str, count: int) -> tuple[int, ...]:
     numbers = {int(number) for group in _CITATION.findall(text) for number in group.split(",")}
     return tuple(number - 1 for number in sorted(numbers) if 1 <= number <= count) or tuple(range(count))
-
-
-def _require_client() -> None:
-    try:
-        import pydantic_ai.models.openai  # noqa: F401 - whether it is there, with the client it needs
-    except ImportError as error:
-        raise ConfigurationError(
-            "PERDURE_MODEL__BASE_URL is set; install the model's client: pip install 'perdure[agents]'"
-        ) from error
-
-
-def _instrumentation() -> InstrumentationSettings:
-    from pydantic_ai import InstrumentationSettings
-
-    return InstrumentationSettings(include_content=False, include_model_request_parameters=False)
 
 
 # ---- no model --------------------------------------------------------------------------------------------------------

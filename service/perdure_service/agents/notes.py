@@ -8,7 +8,7 @@ from typing import Any
 
 from dbos import DBOS
 
-from perdure_service.agents import expose, models
+from perdure_service.agents import expose, models, run
 from perdure_service.agents.resources import resources
 from perdure_service.store import documents
 from perdure_service.store.documents import Passage
@@ -24,7 +24,8 @@ def find_passages(question: str, limit: int) -> list[dict[str, Any]]:
 def call_model(question: str, passages: list[dict[str, Any]]) -> str:
     """Has the note written, by the model that is set or of quotes."""
     found = [Passage(**passage) for passage in passages]
-    return asyncio.run(models.answer(question, found, resources().settings.model, lambda _: None)).text
+    asked = models.answer(question, found, resources().settings.model, lambda _: None, run.usage)
+    return asyncio.run(asked).text
 
 
 @DBOS.step(retries_allowed=True, max_attempts=10)

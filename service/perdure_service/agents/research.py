@@ -14,7 +14,7 @@ from typing import Any
 from dbos import DBOS
 from pydantic import BaseModel, ConfigDict, Field
 
-from perdure_service.agents import agent, models, run
+from perdure_service.agents import agent, chat, models, run
 from perdure_service.agents.embedder import embedder_of
 from perdure_service.agents.resources import Resources, resources
 from perdure_service.errors import ConfigurationError, PerdureError
@@ -71,7 +71,7 @@ class ResearchReport(BaseModel):
     report_id: str = Field(default="", description="The published report; empty when it was not.")
 
 
-@agent(name="research", version="1")
+@agent(name="research", version="1", max_steps=10, max_tokens=200_000)
 async def research(request: ResearchRequest) -> ResearchReport:
     """Answers a question from the loaded documents, with sources, after a person's approval."""
     run.progress("Searching the documents", 0, STAGES)
@@ -103,33 +103,33 @@ async def research(request: ResearchRequest) -> ResearchReport:
     )
 
 
-def _may_help(error: BaseException) -> bool:
+def may_help(error: BaseException) -> bool:
     """Returns whether to try a step again: not when the server itself is set up wrongly."""
     return not isinstance(error, ConfigurationError) and (
         not isinstance(error, PerdureError) or error.retry_delay_s is not None
     )
 
 
-@DBOS.step(name="research.retrieve", retries_allowed=True, max_attempts=5, interval_seconds=0.5, should_retry=_may_help)
+@DBOS.step(name="research.retrieve", retries_allowed=True, max_attempts=5, interval_seconds=0.5, should_retry=may_help)
 async def retrieve(question: str, limit: int) -> list[dict[str, Any]]:
     """Returns the passages to answer from, the best first."""
-    found = await asyncio.to_thread(_find, resources(), question, limit)
+    found = await asyncio.to_thread(find, resources(), question, limit)
     return [asdict(passage) for passage in found]
 
 
 @DBOS.step(
-    name="research.write", retries_allowed=True, max_attempts=4, interval_seconds=1.0, should_retry=models.is_transient
+    name="research.write", retries_allowed=True, max_attempts=4, interval_seconds=1.0, should_retry=chat.is_transient
 )
 async def write(question: str, passages: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns answer, model and sources; watchers see the answer as it is written."""
     found = [Passage(**passage) for passage in passages]
     stream = run.output("answer")
-    answer = await models.answer(question, found, resources().settings.model, stream.write)
+    answer = await models.answer(question, found, resources().settings.model, stream.write, run.usage)
     sources = [_source(question, found[index]) for index in answer.cited]
     return {"answer": answer.text, "model": answer.model, "sources": sources}
 
 
-@DBOS.step(name="research.publish", retries_allowed=True, max_attempts=10, interval_seconds=0.5, should_retry=_may_help)
+@DBOS.step(name="research.publish", retries_allowed=True, max_attempts=10, interval_seconds=0.5, should_retry=may_help)
 async def publish(question: str, draft: dict[str, Any]) -> str:
     """Saves the report and returns its id: this step's key, so that a second try finds the first one's report."""
     report_id = run.idempotency_key()
@@ -145,7 +145,7 @@ async def publish(question: str, draft: dict[str, Any]) -> str:
     return report_id
 
 
-def _find(available: Resources, question: str, limit: int) -> list[Passage]:
+def find(available: Resources, question: str, limit: int) -> list[Passage]:
     """Returns what words find and, with an embedder, what meaning finds, merged by rank."""
     by_words = documents.search(available.engine, question, limit)
     embedder = embedder_of(available.settings.embedder)

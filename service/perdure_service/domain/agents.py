@@ -9,6 +9,7 @@ from typing import Any
 
 from jsonschema import Draft202012Validator
 
+from perdure_service.domain.budgets import UNLIMITED, Budget
 from perdure_service.errors import InputSchemaViolation
 
 AGENT_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
@@ -19,7 +20,7 @@ MAX_VIOLATIONS = 20
 
 @dataclass(frozen=True, slots=True)
 class AgentSpec:
-    """A catalogue entry. `output_schema` is None when the agent does not say what it returns."""
+    """A catalogue entry. `output_schema` is None when it does not say what it returns; `budget` is of each run."""
 
     name: str
     version: str
@@ -27,6 +28,7 @@ class AgentSpec:
     input_schema: Mapping[str, Any]
     output_schema: Mapping[str, Any] | None = None
     current: bool = True
+    budget: Budget = UNLIMITED
 
     @property
     def workflow_name(self) -> str:

@@ -36,6 +36,16 @@ class RunContext(Protocol):
     def log(self, message: str, level: Literal["debug", "info", "warning", "error"] = "info") -> None:
         """Writes a line to the run's log. Does not wait."""
 
+    def usage(self, *, input_tokens: int, output_tokens: int, model: str = "") -> None:
+        """Says what a model call used, whatever becomes of the step: it is paid for. Does not wait.
+
+        Call it once a call, inside the step that made it: a replay does not run finished steps, so it counts once.
+
+        Raises:
+            RuntimeError: It is called outside of a step.
+            ValueError: A number is negative.
+        """
+
     async def approval(
         self,
         title: str,

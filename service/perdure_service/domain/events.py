@@ -30,6 +30,7 @@ class EventKind(StrEnum):
     CHILD_STARTED = "child_started"
     RECOVERED = "recovered"
     LOG = "log"
+    USAGE = "usage"
 
 
 @dataclass(frozen=True, slots=True)

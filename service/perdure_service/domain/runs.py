@@ -241,6 +241,14 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What the model calls of a run used, failed attempts included, in tokens."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """A run as a caller sees it."""
 
@@ -267,3 +275,4 @@ class Run:
     failure: Failure | None = None
     input_json: str | None = None
     output_json: str | None = None
+    usage: Usage = Usage()

@@ -42,6 +42,10 @@ RECHECK_S = 30.0
 """How often a wait for a decision looks at the row although nothing woke it: a lost notification costs no more."""
 
 
+MAX_NAME_CHARS = 256
+"""The longest name of a model that an event keeps."""
+
+
 def approval_topic(step_id: int) -> str:
     """Returns the topic on which a decision wakes the run."""
     return f"{APPROVAL_STEP}.{step_id}"
@@ -103,6 +107,16 @@ class BoundRun:
     def log(self, message: str, level: Literal["debug", "info", "warning", "error"] = "info") -> None:
         """See `RunContext`."""
         self._note(EventKind.LOG, {"message": str(message)[:MAX_TEXT_CHARS], "level": level})
+
+    def usage(self, *, input_tokens: int, output_tokens: int, model: str = "") -> None:
+        """See `RunContext`."""
+        if current_step.get() is None:
+            raise RuntimeError("usage belongs to the step that called the model; call this inside a @DBOS.step()")
+        sent, received = int(input_tokens), int(output_tokens)
+        if sent < 0 or received < 0:
+            raise ValueError(f"a call cannot use {sent} and {received} tokens")
+        name = str(model)[:MAX_NAME_CHARS]
+        self._note(EventKind.USAGE, {"model": name, "input_tokens": sent, "output_tokens": received})
 
     def _note(self, kind: EventKind, data: dict[str, Any]) -> None:
         step = current_step.get()

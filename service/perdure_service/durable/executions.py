@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from perdure_service.domain.budgets import UNLIMITED, Budget
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
 from perdure_service.domain.runs import Failure, RunKey, RunState
 from perdure_service.domain.trace_fold import ExecutionFold
@@ -67,6 +68,12 @@ class Execution:
     """Whether it may finish the step bodies it is in, and begin nothing more: this executor stops."""
     bodies: int = 0
     """Step bodies in progress."""
+    budget: Budget = UNLIMITED
+    """What the run may use."""
+    tokens: int = 0
+    """What its model calls have used: what was committed when it was claimed, and what this execution added."""
+    steps_met: int = 0
+    """Steps with a body that its code has come to, recorded ones included, so that every replay counts the same."""
     last_failure: Failure | None = None
     """The failure of the step that failed last, to say where a failed run failed."""
     steps: dict[int, StepProgress] = field(default_factory=dict)
@@ -90,6 +97,9 @@ class Execution:
 
         Text that continues the last delta of the same stream, step and attempt joins it.
         """
+        if event.kind is EventKind.USAGE:
+            with self._lock:
+                self.tokens += event.data["input_tokens"] + event.data["output_tokens"]
         if self.dead:
             return
         if self.replaying and event.step_id == 0 and event.kind in REPLAYED_KINDS:
@@ -104,6 +114,12 @@ class Execution:
                 self._buffer.append(event)
         if self._wake_writer is not None:
             self._wake_writer(self)
+
+    def meet_step(self) -> int:
+        """Counts a step with a body that the code comes to; returns how many they are with it."""
+        with self._lock:
+            self.steps_met += 1
+            return self.steps_met
 
     def passed(self, *, recorded: bool) -> None:
         """Is told of every operation that the workflow's code comes to, and whether it had been recorded before.

@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from dbos._serialization import Serializer
 
-from perdure_service.agents.catalogue import by_workflow
+from perdure_service.agents.catalogue import budget_of, by_workflow
 from perdure_service.domain.approvals import ApprovalState
 from perdure_service.domain.events import (
     APPROVAL_STEP,
@@ -100,6 +100,8 @@ class Ledger:
         parent = status.get("parent_workflow_id") or None
         if start is None:
             start = self._start_of(conn, status, parent)
+            declared = by_workflow(status["name"] or "")
+            input_argument = (declared.input_argument if declared else "") or None
         if not runs.insert(
             conn,
             start,
@@ -238,6 +240,8 @@ class Ledger:
                 - max(row["created_at"].timestamp(), scheduled_ms[workflow_id] / 1000),
                 state=RunState.QUEUED,
                 replaying=row["execution"] > 1,
+                budget=budget_of(row["agent"], row["agent_version"]),
+                tokens=row["tokens"],
             )
             begins = execution.moved(RunState.RUNNING, executor_id=executor_id)
             execution.begun_ns = begins.time_ms * 1_000_000

@@ -3,6 +3,17 @@
 DBOS records a step when it is over; that it began, that an attempt failed and when the next one comes is visible only
 around the body. `install` puts `observed_invoke_step` in the place of DBOS's own (`dbos._core.invoke_step`, which the
 decorator, `run_step` and `run_step_async` all call): it wraps body and retry verdict, and leaves the rest to DBOS.
+
+**The budget** is looked at when an attempt begins, and nowhere else. A step that is recorded has no attempt: it
+replays, whatever the budget says. A refusal is the step's recorded failure, so that every replay gets the same one,
+whatever was counted then. Before it is recorded nobody has seen it, and the next execution may decide anew:
+
+* The number of steps is the step's place among those that the code has come to, recorded ones included. It depends on
+  nothing but the code and its recorded results, as everything in a replay does.
+* Tokens only grow: an execution begins with what its run's log holds, and adds what its steps report. What a killed
+  process had not committed is not counted; what was committed is counted although the step's checkpoint was not.
+
+The order of locks and rows does not matter, as nothing is read from the database here.
 """
 
 from __future__ import annotations
@@ -19,6 +30,7 @@ import structlog
 from dbos import _core
 from dbos._error import DBOSWorkflowConflictIDError
 
+from perdure_service.domain.budgets import BudgetExceeded
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.trace_fold import next_attempt_ms
 from perdure_service.durable import values
@@ -61,6 +73,7 @@ class StepObserver:
         interval_s: float,
         backoff: float,
     ) -> None:
+        self._place = execution.meet_step()
         self._execution = execution
         self._step_id = step_id
         self._name = name
@@ -72,10 +85,11 @@ class StepObserver:
 
     @contextmanager
     def attempt(self) -> Iterator[StepProgress]:
-        """Surrounds a body: refuses to begin in a dead execution, and tells of the beginning."""
+        """Surrounds a body: refuses to begin in a dead execution or beyond the budget, and tells of the beginning."""
         execution, step_id = self._execution, self._step_id
         if not execution.may_go_on:
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
+        execution.budget.check(steps=self._place, tokens=execution.tokens)
         step = execution.steps.get(step_id)
         if step is None:
             step = execution.steps[step_id] = StepProgress(self._name)
@@ -151,12 +165,16 @@ def _observed_verdict(
     if inspect.iscoroutinefunction(func):
 
         async def async_verdict(error: BaseException) -> bool:
+            if isinstance(error, BudgetExceeded):
+                return False
             repeat = True if should_retry is None else should_retry(error)
             return observer.verdict(error, bool(await repeat if inspect.isawaitable(repeat) else repeat))
 
         return async_verdict
 
     def verdict(error: BaseException) -> bool:
+        if isinstance(error, BudgetExceeded):
+            return False
         return observer.verdict(error, True if should_retry is None else bool(should_retry(error)))
 
     return verdict

@@ -25,6 +25,7 @@ from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._error import DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
 from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase, WorkflowStatusInternal
 
+from perdure_service.agents.catalogue import budget_of
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
 from perdure_service.durable import metering, values
@@ -116,6 +117,7 @@ class PerdureSystemDatabase(StatusDatabase):
                 number=1,
                 trace_id=record.trace_id,
                 sampled=record.sampled,
+                budget=budget_of(record.agent, record.agent_version),
             )
             if record.events:
                 execution.begun_ns = record.events[0].time_ms * 1_000_000

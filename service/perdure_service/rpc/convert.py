@@ -9,7 +9,7 @@ from perdure.v1 import agent_catalog_service_pb2, agent_run_pb2, agent_run_servi
 from perdure_service.domain.agents import AgentSpec
 from perdure_service.domain.approvals import Approval
 from perdure_service.domain.events import Step
-from perdure_service.domain.runs import Progress, Run
+from perdure_service.domain.runs import Progress, Run, Usage
 from perdure_service.rpc import enums, fields
 
 
@@ -37,6 +37,7 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         parent_run_id=fields.text(run.parent_run_id),
         trace_id=fields.text(run.trace_id),
         last_sequence=fields.int64(run.last_sequence),
+        usage=_usage(run.usage),
     )
     if full:
         message.input_json = fields.text(run.input_json)
@@ -93,6 +94,16 @@ def agent(spec: AgentSpec) -> agent_catalog_service_pb2.Agent:
         input_schema_json=json.dumps(dict(spec.input_schema)),
         output_schema_json="" if spec.output_schema is None else json.dumps(dict(spec.output_schema)),
         current=spec.current,
+        max_steps=fields.int64(spec.budget.max_steps),
+        max_tokens=fields.int64(spec.budget.max_tokens),
+    )
+
+
+def _usage(value: Usage) -> agent_run_pb2.RunUsage | None:
+    if value == Usage():
+        return None
+    return agent_run_pb2.RunUsage(
+        input_tokens=fields.int64(value.input_tokens), output_tokens=fields.int64(value.output_tokens)
     )
 
 

@@ -176,6 +176,14 @@ def _log(data: Data) -> Message:
     return pb.RunLog(message=fields.text(data.get("message")), level=fields.text(data.get("level")))
 
 
+def _usage(data: Data) -> Message:
+    return pb.ModelUsage(
+        model=fields.text(data.get("model")),
+        input_tokens=fields.int64(data.get("input_tokens")),
+        output_tokens=fields.int64(data.get("output_tokens")),
+    )
+
+
 _MEMBERS: dict[EventKind, Callable[[Data], Message]] = {
     EventKind.STATE_CHANGED: _state_changed,
     EventKind.STEP_STARTED: _step_started,
@@ -192,4 +200,5 @@ _MEMBERS: dict[EventKind, Callable[[Data], Message]] = {
     EventKind.CHILD_STARTED: _child_started,
     EventKind.RECOVERED: _recovered,
     EventKind.LOG: _log,
+    EventKind.USAGE: _usage,
 }

@@ -8,9 +8,10 @@ from collections.abc import Iterable
 import sqlalchemy as sa
 
 from perdure_service.domain.agents import AgentSpec
+from perdure_service.domain.budgets import Budget
 from perdure_service.store.runs import decode_token, encode_token
 
-_COLUMNS = "name, version, description, input_schema, output_schema, is_current"
+_COLUMNS = "name, version, description, input_schema, output_schema, is_current, max_steps, max_tokens"
 
 
 def publish(conn: sa.Connection, specs: Iterable[AgentSpec], *, alone: bool = False) -> None:
@@ -32,10 +33,12 @@ def publish(conn: sa.Connection, specs: Iterable[AgentSpec], *, alone: bool = Fa
         conn.execute(
             sa.text(f"""
                 INSERT INTO perdure.agent ({_COLUMNS})
-                VALUES (:name, :version, :description, :input_schema, :output_schema, :is_current)
+                VALUES (:name, :version, :description, :input_schema, :output_schema, :is_current,
+                    :max_steps, :max_tokens)
                 ON CONFLICT (name, version) DO UPDATE SET description = excluded.description,
                     input_schema = excluded.input_schema, output_schema = excluded.output_schema,
-                    is_current = excluded.is_current, registered_at = now()
+                    is_current = excluded.is_current, max_steps = excluded.max_steps,
+                    max_tokens = excluded.max_tokens, registered_at = now()
             """),
             {
                 "name": spec.name,
@@ -44,6 +47,8 @@ def publish(conn: sa.Connection, specs: Iterable[AgentSpec], *, alone: bool = Fa
                 "input_schema": json.dumps(spec.input_schema),
                 "output_schema": None if spec.output_schema is None else json.dumps(spec.output_schema),
                 "is_current": spec.current,
+                "max_steps": spec.budget.max_steps,
+                "max_tokens": spec.budget.max_tokens,
             },
         )
 
@@ -76,7 +81,7 @@ def list_page(conn: sa.Connection, *, page_size: int, page_token: str) -> tuple[
 
 
 def _spec(row: sa.Row[tuple[object, ...]]) -> AgentSpec:
-    name, version, description, input_schema, output_schema, current = row
+    name, version, description, input_schema, output_schema, current, max_steps, max_tokens = row
     return AgentSpec(
         str(name),
         str(version),
@@ -84,4 +89,5 @@ def _spec(row: sa.Row[tuple[object, ...]]) -> AgentSpec:
         json.loads(str(input_schema)),
         None if output_schema is None else json.loads(str(output_schema)),
         bool(current),
+        Budget(int(str(max_steps)), int(str(max_tokens))),
     )

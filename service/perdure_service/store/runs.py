@@ -23,6 +23,7 @@ from perdure_service.domain.runs import (
     RunKey,
     RunStart,
     RunState,
+    Usage,
     derive_state,
     logged_state,
 )
@@ -42,7 +43,7 @@ _INSERT = sa.text("""
 _COLUMNS = """
     r.workflow_id, r.namespace, r.run_id, r.agent, r.agent_version, r.input_argument, r.input_sha256, r.request_id,
     r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at, r.execution,
-    r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure,
+    r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure, r.input_tokens, r.output_tokens,
     s.status, s.workflow_deadline_epoch_ms,
     (SELECT count(*) FROM perdure.approval AS a
      WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
@@ -218,16 +219,28 @@ def logged_states(conn: sa.Connection, workflow_ids: Sequence[str]) -> dict[str,
 
 
 def apply_events(conn: sa.Connection, workflow_id: str, events: Sequence[Event]) -> None:
-    """Brings the run's row up to what a pack of its log says: progress, and what it waits for."""
+    """Brings the run's row up to what a pack of its log says: progress, usage, and what it waits for.
+
+    Usage is a sum, so a pack must be applied once: in the transaction that appends it, and not when it is presented
+    again. The row holds what the log's `usage` events add up to, at every commit.
+    """
     changes: dict[str, Any] = {}
+    used = {"input_tokens": 0, "output_tokens": 0}
     for event in events:
         if event.kind is EventKind.PROGRESS:
             changes["progress"] = json.dumps(dict(event.data))
         elif event.kind is EventKind.STATE_CHANGED:
             changes["waiting_for"] = event.data.get("waiting_for")
             changes["state_reason"] = str(event.data.get("reason", ""))
-    if changes:
-        assignments = ", ".join(f"{name} = :{name}" for name in changes)
+        elif event.kind is EventKind.USAGE:
+            for name in used:
+                used[name] += int(event.data.get(name, 0))
+    added = {name: tokens for name, tokens in used.items() if tokens}
+    assignments = ", ".join(
+        [*(f"{name} = :{name}" for name in changes), *(f"{name} = {name} + :{name}" for name in added)]
+    )
+    if assignments:
+        changes |= added
         conn.execute(
             sa.text(f"UPDATE perdure.run SET {assignments} WHERE workflow_id = :workflow_id"),
             {**changes, "workflow_id": workflow_id},
@@ -244,7 +257,7 @@ def begin_executions(
                 begun_at = coalesce(begun_at, now()), waiting_for = NULL, end_reason = NULL
             WHERE workflow_id = ANY(:workflow_ids)
             RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent,
-                created_at, begun_at
+                created_at, begun_at, input_tokens + output_tokens AS tokens
         """),
         {"executor_id": executor_id, "workflow_ids": list(workflow_ids)},
     ).mappings()
@@ -318,6 +331,7 @@ def _run(row: sa.RowMapping) -> Run:
         failure=Failure.from_json(json.loads(row["failure"])) if row["failure"] else None,
         input_json=_input_json(row) if "inputs" in row else None,
         output_json=row.get("output"),
+        usage=Usage(row["input_tokens"], row["output_tokens"]),
     )
 
 
@@ -328,7 +342,10 @@ def _input_json(row: sa.RowMapping) -> str | None:
     arguments = json.loads(row["inputs"])
     named = arguments.get("namedArgs") or {}
     argument = row["input_argument"]
-    value = named.get(argument) if argument is not None else named
+    value: Any = named
+    if argument is not None:
+        # A parent may have called it by position.
+        value = named.get(argument, next(iter(arguments.get("positionalArgs") or ()), None))
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 

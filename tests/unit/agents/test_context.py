@@ -31,6 +31,7 @@ def bound() -> Iterator[MagicMock]:
         ("progress()", lambda: run.progress("x")),
         ("output()", lambda: run.output()),
         ("log()", lambda: run.log("x")),
+        ("usage()", lambda: run.usage(input_tokens=1, output_tokens=1)),
         ("idempotency_key()", lambda: run.idempotency_key()),
         ("approval()", lambda: run.approval("x")),
         ("signal()", lambda: run.signal("x")),

@@ -15,6 +15,7 @@ from dbos import DBOS, pydantic_args_validator
 from jsonschema import Draft202012Validator
 from perdure_service.agents import agent, catalogue, expose
 from perdure_service.domain.agents import check_input
+from perdure_service.domain.budgets import Budget
 from perdure_service.errors import InputSchemaViolation
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator
 from typing_extensions import TypedDict
@@ -399,3 +400,22 @@ def test_what_plain_json_would_break_is_not_exposed(workflow: Any, advice: str) 
     with pytest.raises(TypeError, match=advice):
         expose(workflow, name="it")
     assert catalogue.registered() == []
+
+
+def test_a_budget_is_part_of_the_declaration() -> None:
+    @agent(name="frugal", max_steps=3, max_tokens=100)
+    async def frugal() -> None: ...
+
+    found = catalogue.find("frugal")
+    assert found is not None
+    assert found.spec.budget == Budget(3, 100) == catalogue.budget_of("frugal", "1")
+    assert catalogue.budget_of("frugal", "2") == Budget()
+
+
+@pytest.mark.parametrize(("limits", "name"), [({"max_steps": -1}, "max_steps"), ({"max_tokens": 1.5}, "max_tokens")])
+def test_a_budget_that_is_none_is_refused(limits: dict[str, Any], name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name} is .* a whole number"):
+        agent(name="frugal", **limits)(_nothing)
+
+
+async def _nothing() -> None: ...

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import pytest
-from perdure_service.agents import models
+from perdure_service.agents import chat, models
 from perdure_service.agents.embedder import EndpointEmbedder, embedder_of
 from perdure_service.errors import ConfigurationError
 from perdure_service.settings import EmbedderSettings, ModelSettings
@@ -23,9 +23,13 @@ PASSAGES = [
 ]  # fmt: skip
 
 
+def nobody(**_: object) -> None:
+    """Does not want to know what a call used."""
+
+
 async def test_without_a_model_the_answer_is_made_of_quotes_and_says_so() -> None:
     pieces: list[str] = []
-    answer = await models.answer(QUESTION, PASSAGES, ModelSettings(), pieces.append)
+    answer = await models.answer(QUESTION, PASSAGES, ModelSettings(), pieces.append, nobody)
     assert answer.model == "extractive"
     assert "".join(pieces) == answer.text
     assert len(pieces) > 2
@@ -41,19 +45,20 @@ async def test_without_a_model_the_answer_is_made_of_quotes_and_says_so() -> Non
 
 
 async def test_when_nothing_is_shared_the_best_passage_is_quoted_all_the_same() -> None:
-    answer = await models.answer("漢字?", PASSAGES, ModelSettings(), lambda _: None)
+    answer = await models.answer("漢字?", PASSAGES, ModelSettings(), lambda _: None, nobody)
     assert "“People decide.” [1]" in answer.text
     assert answer.cited == (0,)
 
 
 async def test_the_same_question_gets_the_same_quotes() -> None:
-    answers = {(await models.answer(QUESTION, PASSAGES, ModelSettings(), lambda _: None)).text for _ in range(3)}
+    asked = [models.answer(QUESTION, PASSAGES, ModelSettings(), lambda _: None, nobody) for _ in range(3)]
+    answers = {(await one).text for one in asked}
     assert len(answers) == 1
 
 
 async def test_quotes_are_few_and_short() -> None:
     long = Passage("c3", "l.md", "L", "L", " ".join(["approval"] * 300), 0.1)
-    answer = await models.answer(QUESTION, [long] * 9, ModelSettings(), lambda _: None)
+    answer = await models.answer(QUESTION, [long] * 9, ModelSettings(), lambda _: None, nobody)
     assert len(answer.text) < models.MAX_QUOTES * (models.MAX_QUOTE_CHARACTERS + 50) + len(models.NO_MODEL)
     assert "…”" in answer.text
 
@@ -81,11 +86,11 @@ class _StatusError(Exception):
     [
         (_StatusError(400), False), (_StatusError(401), False), (_StatusError(404), False), (_StatusError(408), True),
         (_StatusError(429), True), (_StatusError(500), True), (_StatusError(503), True), (OSError(), True),
-        (models.UnfinishedAnswer(), True), (ConfigurationError("x"), False),
+        (chat.UnfinishedAnswer(), True), (ConfigurationError("x"), False),
     ],
 )  # fmt: skip
 def test_only_what_may_pass_is_tried_again(error: Exception, again: bool) -> None:
-    assert models.is_transient(error) is again
+    assert chat.is_transient(error) is again
 
 
 @pytest.fixture
@@ -109,9 +114,9 @@ async def test_a_model_without_its_client_is_a_configuration_error(nothing_insta
     with pytest.raises(ConfigurationError, match=r"perdure\[agents\]"):
         models.prepare(settings)
     with pytest.raises(ConfigurationError, match=r"perdure\[agents\]"):
-        await models.answer(QUESTION, PASSAGES, settings, lambda _: None)
+        await models.answer(QUESTION, PASSAGES, settings, lambda _: None, nobody)
     models.prepare(ModelSettings())
-    assert (await models.answer(QUESTION, PASSAGES, ModelSettings(), lambda _: None)).model == "extractive"
+    assert (await models.answer(QUESTION, PASSAGES, ModelSettings(), lambda _: None, nobody)).model == "extractive"
 
 
 def test_no_embedder_is_the_default_and_a_missing_one_says_what_to_install(nothing_installed: None) -> None:

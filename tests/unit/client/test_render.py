@@ -16,6 +16,7 @@ from perdure_client import (
     EventData,
     Failure,
     LogLine,
+    ModelUsage,
     OutputDelta,
     Progress,
     Published,
@@ -340,3 +341,11 @@ def test_json_has_iso_times_durations_in_seconds_and_the_kind() -> None:
 
 def test_clean_keeps_what_is_text() -> None:
     assert clean("ä\tb\n漢🙂") == "ä\tb\n漢🙂"
+
+
+def test_what_the_model_calls_used_is_shown_live_and_as_a_line() -> None:
+    used = ModelUsage(model="small", input_tokens=1200, output_tokens=34)
+    assert "1,200 + 34 tokens" in drawn(view_of((StepStarted(), 1), (used, 1)))
+    assert "tokens" not in drawn(view_of((StepStarted(), 1)))
+    (line,) = EventLines().lines(events((used, 1))[0])
+    assert line.endswith("step_1 asked small: 1200 tokens sent, 34 received")

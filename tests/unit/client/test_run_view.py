@@ -17,6 +17,7 @@ from perdure_client import (
     EventData,
     Failure,
     LogLine,
+    ModelUsage,
     OutputDelta,
     Progress,
     Published,
@@ -32,6 +33,7 @@ from perdure_client import (
     StepState,
     StepSucceeded,
     UnknownData,
+    Usage,
 )
 from perdure_client._run_view import NOTES, TAIL_CHARACTERS, RunView
 
@@ -72,6 +74,17 @@ def log() -> Log:
     log.add(StateChanged(to_state=RunState.QUEUED), execution=0)
     log.add(StateChanged(from_state=RunState.QUEUED, to_state=RunState.RUNNING))
     return log
+
+
+def test_usage_adds_up_and_what_the_snapshot_counts_is_not_counted_again(log: Log) -> None:
+    log.add(ModelUsage(model="small", input_tokens=7, output_tokens=3), step=1)
+    log.add(ModelUsage(model="small", input_tokens=5, output_tokens=1), step=1)
+    assert log.view().usage == Usage(input_tokens=12, output_tokens=4)
+    snapshot = Run(
+        namespace="default", run_id="r", agent="a", state=RunState.RUNNING, last_sequence=3,
+        usage=Usage(input_tokens=7, output_tokens=3),
+    )  # fmt: skip
+    assert log.view(RunView(run_id="r").with_run(snapshot)).usage == Usage(input_tokens=12, output_tokens=4)
 
 
 def test_the_states_and_times_of_a_run(log: Log) -> None:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_pb2, run_event_pb2
+from perdure.v1 import agent_catalog_service_pb2, agent_run_pb2, agent_run_service_pb2, approval_pb2, run_event_pb2
 from perdure_client import (
     ApprovalDecided,
     ApprovalRequested,
@@ -16,6 +16,7 @@ from perdure_client import (
     EventKind,
     Failure,
     LogLine,
+    ModelUsage,
     OutputDelta,
     Progress,
     Published,
@@ -31,8 +32,9 @@ from perdure_client import (
     StepSucceeded,
     TimeoutOutcome,
     UnknownData,
+    Usage,
 )
-from perdure_client._convert import approval_from, event_from, run_from, step_from
+from perdure_client._convert import agent_from, approval_from, event_from, run_from, step_from
 
 AT = {"seconds": 1_700_000_000, "nanos": 500_000_000}
 TIME = datetime(2023, 11, 14, 22, 13, 20, 500_000, tzinfo=UTC)
@@ -79,6 +81,10 @@ EVENTS: list[tuple[dict[str, Any], Any]] = [
         Recovered(from_executor_id="e", gap=timedelta(seconds=3)),
     ),
     ({"log": {"message": "m", "level": "warning"}}, LogLine(message="m", level="warning")),
+    (
+        {"usage": {"model": "small", "input_tokens": 7, "output_tokens": 3}},
+        ModelUsage(model="small", input_tokens=7, output_tokens=3),
+    ),
     ({}, UnknownData()),
 ]
 
@@ -135,9 +141,17 @@ def test_a_run_has_parsed_json_aware_times_and_nothing_that_was_not_sent() -> No
     assert (run.input, run.output, run.labels) == ({"n": 2**60}, "done", {"a": "b"})
     assert run.create_time == TIME
     assert run.create_time.tzinfo is UTC
-    assert (run.start_time, run.end_time, run.progress, run.failure) == (None, None, None, None)
+    assert (run.start_time, run.end_time, run.progress, run.failure, run.usage) == (None,) * 5
     assert run.done
     assert run.succeeded
+
+
+def test_a_run_and_its_agent_tell_what_was_used_and_what_may_be() -> None:
+    run = run_from(agent_run_pb2.AgentRun(usage={"input_tokens": 7, "output_tokens": 3}))  # type: ignore[arg-type]
+    assert run.usage == Usage(input_tokens=7, output_tokens=3)
+    assert run.usage.total_tokens == 10
+    agent = agent_from(agent_catalog_service_pb2.Agent(max_steps=4, max_tokens=5))
+    assert (agent.max_steps, agent.max_tokens) == (4, 5)
 
 
 def test_an_approval_that_does_not_say_what_its_timeout_means_is_rejected_then() -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_pb2, run_event_pb2
 from perdure_service.domain.agents import AgentSpec
 from perdure_service.domain.approvals import ApprovalState, TimeoutOutcome
+from perdure_service.domain.budgets import Budget
 from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import Event, EventKind, Step, StepState
-from perdure_service.domain.runs import Failure, Progress, RunKey, RunState
+from perdure_service.domain.runs import Failure, Progress, RunKey, RunState, Usage
 from perdure_service.rpc import convert, convert_events, enums, fields
 
 from tests.unit.rpc.doubles import KEY, NOON, a_batch, a_run, an_approval, an_event
@@ -95,6 +96,11 @@ EVENTS: list[tuple[EventKind, dict[str, Any], dict[str, Any]]] = [
         {"from_executor_id": "host-1", "gap": fields.duration_of_ms(15_000)},
     ),
     (EventKind.LOG, {"message": "hm", "level": "warning"}, {"message": "hm", "level": "warning"}),
+    (
+        EventKind.USAGE,
+        {"model": "small", "input_tokens": 7, "output_tokens": 3},
+        {"model": "small", "input_tokens": 7, "output_tokens": 3},
+    ),
 ]
 
 
@@ -220,6 +226,7 @@ def test_a_run_has_all_its_fields():
         failure=FAILURE,
         input_json='{"q":1}',
         output_json="null",
+        usage=Usage(12, 5),
     )
     message = convert.agent_run(run, full=True)
     assert message == agent_run_pb2.AgentRun(
@@ -246,6 +253,7 @@ def test_a_run_has_all_its_fields():
         parent_run_id="bar",
         trace_id="0" * 31 + "1",
         last_sequence=3,
+        usage=agent_run_pb2.RunUsage(input_tokens=12, output_tokens=5),
     )
     filled = {field.name for field, _ in message.ListFields()}
     assert filled == {field.name for field in agent_run_pb2.AgentRun.DESCRIPTOR.fields}
@@ -253,7 +261,7 @@ def test_a_run_has_all_its_fields():
 
 def test_what_a_run_does_not_have_is_unset():
     message = convert.agent_run(a_run(), full=True)
-    unset = ("start_time", "end_time", "deadline_time", "progress", "failure")
+    unset = ("start_time", "end_time", "deadline_time", "progress", "failure", "usage")
     assert not any(message.HasField(name) for name in unset)
     assert message.output_json == ""
 
@@ -307,7 +315,10 @@ def test_an_agent_has_its_schemas_as_json_in_their_own_order():
     assert list(json.loads(message.input_schema_json)["properties"]) == ["b", "a"]
     assert message.output_schema_json == ""
     assert (message.agent, message.agent_version, message.current) == ("research", "1", True)
-    with_output = AgentSpec("research", "1", "", {}, {"type": "string"}, False)
+    assert (message.max_steps, message.max_tokens) == (0, 0)
+    with_output = AgentSpec("research", "1", "", {}, {"type": "string"}, False, Budget(20, 1_000))
+    limited = convert.agent(with_output)
+    assert (limited.max_steps, limited.max_tokens) == (20, 1_000)
     assert json.loads(convert.agent(with_output).output_schema_json) == {"type": "string"}
 
 

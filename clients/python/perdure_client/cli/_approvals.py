@@ -137,7 +137,7 @@ def agents(
     if form is Output.JSON:
         for agent in listed:
             write_json_line(jsonable(agent))
-    elif not write_rows(("AGENT", "VERSION", "", "WHAT IT DOES"), (_agent_row(agent) for agent in listed)):
+    elif not write_rows(("AGENT", "VERSION", "", "BUDGET", "WHAT IT DOES"), (_agent_row(agent) for agent in listed)):
         say("No agents. The server loads them with --agents, or from the entry points `perdure.agents`.")
 
 
@@ -219,7 +219,14 @@ def _show_approval(session: Session, approval: Approval, form: Output) -> None:
 
 
 def _agent_row(agent: AgentInfo) -> tuple[str | Text, ...]:
-    return agent.agent, agent.agent_version, "current" if agent.current else "", one_line(agent.description)
+    current = "current" if agent.current else ""
+    return agent.agent, agent.agent_version, current, _budget(agent), one_line(agent.description)
+
+
+def _budget(agent: AgentInfo) -> str:
+    """Returns what a run of an agent may use, for people; empty for no limit."""
+    limits = ((agent.max_steps, "steps"), (agent.max_tokens, "tokens"))
+    return ", ".join(f"{limit:,} {unit}" for limit, unit in limits if limit)
 
 
 def _show_agent(session: Session, agent: AgentInfo) -> None:
@@ -227,6 +234,8 @@ def _show_agent(session: Session, agent: AgentInfo) -> None:
     screen.print(Text(f"{clean(agent.agent)}@{clean(agent.agent_version)}", style="bold"))
     if agent.description:
         screen.print(Text(clean(agent.description)))
+    if budget := _budget(agent):
+        screen.print(Text(f"a run may use {budget}", style="dim"))
     for name, schema in (("input", agent.input_schema), ("output", agent.output_schema)):
         if schema is not None:
             screen.print(Text(f"\n{name}:", style="dim"))

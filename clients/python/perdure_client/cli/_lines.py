@@ -10,6 +10,7 @@ from perdure_client._events import (
     AttemptReset,
     ChildStarted,
     LogLine,
+    ModelUsage,
     OutputDelta,
     Published,
     Recovered,
@@ -94,6 +95,9 @@ class EventLines:
                 return f"recovered after its executor was gone; stood still for {short_duration(gap)}"
             case LogLine(message=message, level=level):
                 return (f"{one_line(level)}: " if level else "") + one_line(message)
+            case ModelUsage(model=model, input_tokens=sent, output_tokens=received):
+                asked = f"{step} asked {one_line(model)}" if model else f"{step} asked a model"
+                return f"{asked}: {sent} tokens sent, {received} received"
             case OutputDelta() | UnknownData():
                 return ""
 

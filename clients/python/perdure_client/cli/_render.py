@@ -24,6 +24,7 @@ from perdure_client.cli._text import (
     local_time,
     one_line,
     short_duration,
+    tokens,
     value_text,
 )
 
@@ -123,6 +124,8 @@ def _header(view: RunView, now: datetime, width: int) -> RenderableType:
         state.append(
             f"  recovered {view.recoveries}x, stood still {short_duration(view.standstill)}", style="not bold yellow"
         )
+    if view.usage.total_tokens:
+        state.append(f"  {tokens(view.usage)}", style="not bold dim")
     if view.state_reason and not view.state.terminal:
         state.append(f"  {one_line(view.state_reason)}", style="not bold dim")
     if title.cell_len + 2 + state.cell_len <= width:

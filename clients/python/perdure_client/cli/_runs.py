@@ -35,6 +35,7 @@ from perdure_client.cli._text import (
     local_time,
     one_line,
     short_duration,
+    tokens,
     value_text,
 )
 
@@ -361,6 +362,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("context", clean(run.context_id)),
         ("parent", clean(run.parent_run_id)),
         ("events", str(run.last_sequence)),
+        ("used", tokens(run.usage) if run.usage else ""),
         ("to decide", str(run.pending_approvals or "")),
         ("input", _value_cell(run.input)),
     ]

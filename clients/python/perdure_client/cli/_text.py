@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any
 
 from perdure_client._events import RunEvent
-from perdure_client._types import ApprovalState, JsonValue, RunState, StepState
+from perdure_client._types import ApprovalState, JsonValue, RunState, StepState, Usage
 
 # Control characters but for newline and tab: C0, DEL, C1, and those that reorder text (Trojan Source, CVE-2021-42574).
 _STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -91,6 +91,11 @@ def local_time(time: datetime | None, *, now: datetime | None = None) -> str:
 def age(time: datetime | None, *, now: datetime | None = None) -> str:
     """Returns how long ago it was, for a table; empty for no time."""
     return "" if time is None else short_duration((now or datetime.now(UTC)) - time)
+
+
+def tokens(usage: Usage) -> str:
+    """Returns what model calls used, for people."""
+    return f"{usage.input_tokens:,} + {usage.output_tokens:,} tokens"
 
 
 def value_text(value: JsonValue, *, indent: int | None = None) -> str:
