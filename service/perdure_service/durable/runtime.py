@@ -28,6 +28,7 @@ from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
+from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
 from perdure_service.durable.spans import Spans
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
@@ -71,6 +72,7 @@ class Runtime:
         hint: Callable[[Sequence[str]], None],
         lost: Callable[[], None],
         owns_database: bool = False,
+        max_output_bytes: int = 2**20,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
@@ -99,6 +101,7 @@ class Runtime:
         )
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
+        self._limit = OutputLimit(max_output_bytes)
 
     @property
     def database(self) -> PerdureSystemDatabase:
@@ -123,6 +126,7 @@ class Runtime:
         self._writer.start()
         system_database.install(self._build)
         steps.install(self.executions, self.spans, self.lease)
+        self._limit.install()
         _observe_workflows(self.executions)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
@@ -189,6 +193,7 @@ class Runtime:
             operations=self.operations,
             ledger=self.ledger,
             registered=_registered_names,
+            limit=self._limit,
             **arguments,
         )
         if self._database is None:
