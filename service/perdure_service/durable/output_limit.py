@@ -17,13 +17,12 @@ from __future__ import annotations
 from typing import Any
 
 from dbos import _core
-from dbos._serialization import Serializer, serialize_exception
+from dbos._serialization import Serializer, serialize_exception, serialize_value_as
 from dbos._sys_db import OperationResultInternal
 
 from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.durable import values
 
-_serialize_value_as = _core.serialize_value_as
 _serialize_error = _core._serialize_exception_for_persistence
 
 
@@ -37,7 +36,7 @@ class OutputLimit:
         """Makes DBOS measure the outputs of runs, and store what agents return and raise whatever text is in it."""
 
         def measured(value: Any, serialization: str | None, serializer: Serializer) -> tuple[str | None, str]:
-            text, name = _serialize_value_as(value, serialization, serializer)
+            text, name = serialize_value_as(value, serialization, serializer)
             text = _encodable(text or "")
             self.check_text("the output of the run", text)
             return text, name
@@ -46,7 +45,7 @@ class OutputLimit:
             return _encodable(_serialize_error(error, serialization, serializer))
 
         # What `persist` calls; looked up by these names in the module.
-        _core.serialize_value_as = measured  # type: ignore[assignment]
+        _core.serialize_value_as = measured  # type: ignore[attr-defined]
         _core._serialize_exception_for_persistence = storable
 
     def check_text(self, what: str, text: str) -> None:

@@ -130,6 +130,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             result = await serve()
         except BaseException as error:
+            if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
+                # The generated servicer's own answer: the schema has the method, this server does not.
+                span.end()
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not have the method")
             if _passes(error):
                 span.set_attribute(telemetry.RPC_STATUS, "CANCELLED")
                 span.end()

@@ -20,10 +20,10 @@ AsyncClient AsyncWatch AsyncWatching AttemptReset ChildStarted Client ClientClos
 Contention CursorOutOfRange DeadlineExceeded Decision Draining EventData EventKind FailedPrecondition Failure
 InputSchemaViolation InternalError InvalidArgument JsonValue LogLine NamespaceNotFound NotFound OutputDelta Overloaded
 PayloadTooLarge PerdureError PermissionDenied Progress ProtocolViolation Published QuotaExceeded Recovered
-ResourceExhausted RevisionConflict Run RunConflict RunEvent RunFailed RunFinished RunInputMismatch RunNotFound RunState ServerUnavailable
-SignalReceived StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded StoreUnavailable
-TimeoutOutcome TooManyStreams Unauthenticated Unavailable Unimplemented UnknownData VersionUnavailable Violation
-WaitTimeout Watch WatchUpdate Watching __version__
+ResourceExhausted RevisionConflict Run RunConflict RunEvent RunFailed RunFinished RunInputMismatch RunNotFound
+RunState ServerUnavailable SignalReceived StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState
+StepSucceeded StoreUnavailable TimeoutOutcome TooManyStreams Unauthenticated Unavailable Unimplemented UnknownData
+VersionUnavailable Violation WaitTimeout Watch WatchUpdate Watching __version__
 """
 
 METHOD_NAMES = """
