@@ -153,6 +153,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         hint=hint,
         lost=lost,
         owns_database=dev,
+        max_output_bytes=settings.max_output_bytes,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(
@@ -176,6 +177,8 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         namespaces=settings.namespaces,
         max_threads=settings.max_threads,
         poll_s=settings.watch_poll_interval.total_seconds(),
+        max_waiting_calls=settings.max_waiting_calls,
+        max_starts_per_second=settings.max_starts_per_second,
     )
     server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else "anonymous")
     try:

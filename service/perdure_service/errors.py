@@ -199,6 +199,18 @@ class Overloaded(PerdureError):
     retry_delay_s = 1.0
 
 
+class QuotaExceeded(PerdureError):
+    """The namespace starts more runs a second than it may; wait as long as the error says, and repeat."""
+
+    status = "RESOURCE_EXHAUSTED"
+    reason = "QUOTA_EXCEEDED"
+    retry_delay_s = 1.0
+
+    def __init__(self, message: str, retry_delay_s: float, **metadata: str) -> None:
+        super().__init__(message, **metadata)
+        self.retry_delay_s = retry_delay_s
+
+
 class PayloadTooLarge(PerdureError):
     """The payload is over a limit; send less, or a reference to it. Repeating does not help."""
 
@@ -207,7 +219,7 @@ class PayloadTooLarge(PerdureError):
 
 
 class TooManyStreams(PerdureError):
-    """This server has as many open streams as it takes; wait, or close some."""
+    """This server has as many open streams as it takes, at all or of this caller; wait, or close some."""
 
     status = "RESOURCE_EXHAUSTED"
     reason = "TOO_MANY_STREAMS"

@@ -1,5 +1,8 @@
 """Decides how log lines look: one event name plus fields, JSON or for a person, with secrets and payloads left out.
 
+What an agent raises may quote its input, so of an exception in a library's record (DBOS logs what a workflow or step
+raised) only types and places are told; the message is in the run, `AgentRun.failure`, and not in the log.
+
 Everything goes through it: structlog's own events and the records of `logging` (DBOS, gRPC, SQLAlchemy, warnings).
 Fields bound with `structlog.contextvars` (run_id, step_name, attempt, executor_id, trace_id) are on every line.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -30,6 +34,12 @@ _SECRET_KEY = re.compile(
 _PAYLOAD_KEY = re.compile(r"^(payload|input|inputs|output|arguments|answer|prompt|completion|parameters)$")
 _URL_PASSWORD = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://[^\s:/?#\"'<>]*:)[^\s\"'<>]*(?=@)", re.IGNORECASE)
 _KEYWORD_PASSWORD = re.compile(r"(?P<before>\b(?:password|passwd|api_?key|secret|token)\s*[=:]\s*)[^\s,;&\"')}]+", re.I)
+# Where PostgreSQL quotes rows ("Failing row contains …", "Key (…)=(…)"), up to what SQLAlchemy or a traceback adds.
+_ROW = re.compile(
+    r"(?P<before>\n(?:DETAIL|CONTEXT|QUERY):).*?(?=\n\[SQL: |\n\(Background on |\n\nThe above exception |"
+    r"\n\nDuring handling |\Z)",
+    re.DOTALL,
+)
 _BEARER = re.compile(r"(?P<before>\b(?:bearer|basic)\s+)[a-z0-9._~+/=-]{8,}", re.IGNORECASE)
 
 
@@ -74,6 +84,7 @@ def configure_logs(log_format: str = "auto", level: str = "info", stream: TextIO
         )
     )
     handler = logging.StreamHandler(stream)
+    handler.addFilter(_without_payloads)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=[*shared, structlog.stdlib.ExtraAdder(_EXTRA_FIELDS)],
@@ -96,8 +107,46 @@ def configure_logs(log_format: str = "auto", level: str = "info", stream: TextIO
     logging.captureWarnings(True)
 
 
-_EXTRA_FIELDS = ("executorID", "operationUUID", "traceId")
-"""What DBOS adds to its records and is of use; its other additions repeat what the process knows."""
+_EXTRA_FIELDS = ("executorID", "operationUUID", "traceId", "exception")
+"""What DBOS adds to its records and is of use (its other additions repeat what the process knows), and what
+`_without_payloads` makes of an exception."""
+_QUOTES_AN_OBJECT = "Error serializing object: "
+"""How DBOS begins the record of a value that pickle cannot store; the value follows."""
+MAX_LINES = 300
+"""Of a traceback."""
+
+
+def _without_payloads(record: logging.LogRecord) -> bool:
+    """Leaves out of a library's record what may be a payload: messages of exceptions, and a value that DBOS quotes."""
+    if isinstance(record.msg, dict):  # structlog's own event, whose fields `censor` sees
+        return True
+    if isinstance(record.msg, str) and record.msg.startswith(_QUOTES_AN_OBJECT):
+        record.msg, record.args = f"{_QUOTES_AN_OBJECT}{CENSORED}", ()
+    if record.name == "asyncio":  # the lines after its first are the task with its error or result
+        record.msg, record.args = record.getMessage().partition("\n")[0], ()
+    if record.exc_info and record.exc_info[1] is not None:
+        record.exception = "\n".join(_places(record.exc_info[1]))
+    record.exc_info = record.exc_text = None
+    return True
+
+
+def _places(error: BaseException) -> list[str]:
+    """Returns the lines of a traceback without its messages: types and places of an error and of its causes."""
+    lines: list[str] = []
+    current: BaseException | None = error
+    while current is not None and len(lines) < MAX_LINES:
+        lines.append(f"{type(current).__module__}.{type(current).__qualname__}, raised in")
+        lines += [
+            f"  {frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(current.__traceback__)
+        ]
+        if isinstance(current, BaseExceptionGroup):
+            lines.append(f"  of {len(current.exceptions)}, the first:")
+            current = current.exceptions[0]
+        elif current.__cause__ is not None or not current.__suppress_context__:
+            current = current.__cause__ or current.__context__
+        else:
+            current = None
+    return lines
 
 
 def _take_over_dbos(handler: logging.Handler, level: int) -> None:
@@ -123,8 +172,8 @@ def censor(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 
 def censor_text(text: str) -> str:
-    """Returns `text` without the passwords of URLs and the values of `password=` and `Bearer`."""
-    for pattern in (_URL_PASSWORD, _KEYWORD_PASSWORD, _BEARER):
+    """Returns `text` without the passwords of URLs, the values of `password=` and `Bearer`, and rows that are quoted."""
+    for pattern in (_URL_PASSWORD, _KEYWORD_PASSWORD, _BEARER, _ROW):
         text = pattern.sub(rf"\g<before>{CENSORED}", text)
     return text
 

@@ -131,7 +131,22 @@ class Settings(BaseSettings):
         2**20, ge=1024, description="The largest input of a run. CockroachDB asks for rows under 1 MiB."
     )
     max_signal_bytes: int = Field(2**16, ge=64, description="The largest payload of a signal or an answer.")
+    max_output_bytes: int = Field(
+        2**20,
+        ge=1024,
+        description="The largest output of a run, result of a step, payload of an approval, or published value, as "
+        "stored. CockroachDB asks for rows under 1 MiB.",
+    )
     max_watches: int = Field(10_000, ge=1, description="Open WatchRun and WatchApprovals streams at once.")
+    max_streams_per_caller: int = Field(
+        1_000, ge=1, description="The same of one authenticated caller; without authentication nobody is counted."
+    )
+    max_starts_per_second: float | None = Field(
+        None, gt=0, description="New runs a second in each namespace, by each server. Unset: no limit."
+    )
+    max_waiting_calls: int = Field(
+        1_000, ge=1, description="Calls that may wait for a thread to use the database; more are refused (OVERLOADED)."
+    )
     max_connection_age: timedelta = Field(
         timedelta(minutes=30),
         ge=timedelta(seconds=0.1),

@@ -13,6 +13,8 @@ from perdure_service.agents import agent, expose, run
 from perdure_service.agents.resources import resources
 from pydantic import BaseModel
 
+from tests.helpers import marks
+
 
 def effect(what: str) -> None:
     """Leaves a trace, in a transaction of its own, as a side effect in another system would."""
@@ -29,6 +31,8 @@ class Count(BaseModel):
     steps: int = 3
     delay_s: float = 0.0
     text: str = ""
+    note: str = ""
+    """Anything, for the search of the logs."""
 
 
 @DBOS.step()
@@ -74,7 +78,7 @@ async def flaky_step(failures: int) -> str:
     run.output("text").write(f"attempt {attempt}")
     await asyncio.to_thread(effect, f"flaky {attempt}")
     if attempt <= failures:
-        raise FlakyError(f"attempt {attempt} of the flaky step failed")
+        raise FlakyError(f"attempt {attempt} of the flaky step failed on {marks.PAYLOAD}")
     return f"after {attempt}"
 
 
@@ -94,7 +98,7 @@ async def asker(
     await count_one(0, 0, "")
     result = await run.approval(
         "Go on?",
-        payload={"why": "test"},
+        payload={"why": "test", "note": marks.PAYLOAD},
         timeout=None if timeout_s is None else timedelta(seconds=timeout_s),
         on_timeout=on_timeout,
         assignees=["ann"],

@@ -22,6 +22,7 @@ from perdure.v1 import approval_pb2 as approval_state_pb
 from perdure.v1 import approval_service_pb2 as approval_pb
 from perdure.v1 import run_event_pb2 as event_pb
 
+from tests.helpers import marks
 from tests.helpers.waiting import eventually, scaled
 
 TIMEOUT_S = 20.0
@@ -196,6 +197,8 @@ class Rpc:
     def start_call(self, agent: str, run_input: Any = None, **fields: Any) -> pb.StartAgentResponse:
         """StartAgent, with JSON text as input."""
         metadata = fields.pop("metadata", None)
+        if agent == "counter" and isinstance(run_input, dict):
+            run_input = {"note": marks.PAYLOAD, **run_input}
         text = json.dumps({} if run_input is None else run_input)
         request = pb.StartAgentRequest(agent=agent, input_json=text, **fields)
         return self.runs.StartAgent(request, timeout=scaled(TIMEOUT_S), metadata=metadata)

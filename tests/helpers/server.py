@@ -14,6 +14,7 @@ from pathlib import Path
 import psycopg
 from perdure_service.store.engine import parse_url
 
+from tests.helpers import marks
 from tests.helpers.waiting import eventually, free_port, scaled
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,8 @@ KILLED = 137
 class ServerProcess:
     """`perdure-server dev` (or `serve`) on a database, with the agents of some modules.
 
-    `dev` owns its database, so a start takes back at once what a killed one left.
+    `dev` owns its database, so a start takes back at once what a killed one left. What it has logged is searched for
+    payloads and secrets when it ends, see `tests.helpers.marks`.
     """
 
     def __init__(self, database_url: str, *agents: str, command: str = "dev", **environment: str) -> None:
@@ -62,7 +64,9 @@ class ServerProcess:
                 stderr=subprocess.STDOUT,
                 env={
                     **{name: value for name, value in os.environ.items() if not name.startswith("OTEL_")},
-                    "PERDURE_DATABASE_URL": self.database_url,
+                    "PERDURE_DATABASE_URL": with_password(self.database_url),
+                    "PERDURE_MODEL__API_KEY": marks.SECRET,
+                    "PERDURE_EMBEDDER__API_KEY": marks.SECRET,
                     "PERDURE_QUEUE_POLL_INTERVAL": "0.1",
                     "PERDURE_WATCH_POLL_INTERVAL": "0.3",
                     "GRPC_VERBOSITY": "ERROR",
@@ -87,6 +91,7 @@ class ServerProcess:
         assert process is not None
         process.send_signal(signal.SIGKILL)
         process.wait()
+        self.check_log()
 
     def wait_for_end(self, timeout: float = 30) -> int:
         """Waits until it has ended by itself; returns its exit status."""
@@ -114,7 +119,21 @@ class ServerProcess:
         if process is not None and process.poll() is None:
             process.kill()
             process.wait()
-        self.log_path.unlink(missing_ok=True)
+        try:
+            self.check_log()
+        finally:
+            self.log_path.unlink(missing_ok=True)
+
+    def check_log(self) -> None:
+        """Fails when it has logged a payload or a secret."""
+        if self.log_path.exists():
+            marks.check_log(self.log, f"the log of the server at {self.address}")
+
+
+def with_password(database_url: str) -> str:
+    """Returns a database's URL with a password, which a database that asks for none ignores."""
+    url = parse_url(database_url)
+    return (url if url.password else url.set(password=marks.SECRET)).render_as_string(hide_password=False)
 
 
 @contextmanager

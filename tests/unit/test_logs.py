@@ -1,3 +1,5 @@
+import asyncio
+import gc
 import io
 import json
 import logging
@@ -87,16 +89,71 @@ def test_secrets_and_payloads_are_left_out_however_deep(stream: io.StringIO) -> 
     assert line["headers"] == {"x-api-key": "***", "accept": "json", "more": [{"refresh_token": "***"}]}
 
 
-def test_a_traceback_is_kept_but_not_its_secrets(stream: io.StringIO) -> None:
+def test_a_traceback_of_ours_is_kept_but_not_its_secrets(stream: io.StringIO) -> None:
     configure_logs("json", "info", stream)
     try:
         raise ValueError("cannot reach postgresql://u:hu@sh@h/d")
     except ValueError:
         structlog.get_logger().exception("failed")
-        logging.getLogger("dbos").exception("failed too")
     assert "sh@" not in stream.getvalue()
-    for line in lines(stream):
-        assert "ValueError: cannot reach postgresql://u:***@h/d" in str(line["exception"])
+    (line,) = lines(stream)
+    assert "ValueError: cannot reach postgresql://u:***@h/d" in str(line["exception"])
+
+
+class QuotingError(Exception):
+    """An error of an agent, which quotes its input."""
+
+
+@pytest.mark.parametrize("log_format", ["json", "console"])
+@pytest.mark.parametrize("logger", ["dbos", "asyncio", "concurrent.futures", "grpc._cython.cygrpc"])
+def test_of_an_error_in_a_librarys_record_types_and_places_are_told_and_no_message(
+    stream: io.StringIO, logger: str, log_format: str
+) -> None:
+    configure_logs(log_format, "info", stream)
+    try:
+        try:
+            raise KeyError("hush")
+        except KeyError as error:
+            raise QuotingError("hush") from error
+    except QuotingError:
+        logging.getLogger(logger).exception("failed")
+    try:
+        raise ExceptionGroup("hush", [QuotingError("hush"), ValueError("hush")])
+    except ExceptionGroup as error:
+        logging.getLogger(logger).error("failed", exc_info=error)
+    text = stream.getvalue()
+    assert "hush" not in text
+    assert text.count("failed") >= 2
+    for told in ("QuotingError", "KeyError", "ExceptionGroup", "test_logs.py:"):
+        assert told in text
+
+
+async def test_a_task_that_nobody_waited_for_is_told_of_without_its_error(stream: io.StringIO) -> None:
+    configure_logs("json", "info", stream)
+
+    async def fail() -> None:
+        raise QuotingError("hush")
+
+    task = asyncio.create_task(fail())
+    await asyncio.wait([task])
+    del task
+    gc.collect()
+    (line,) = lines(stream)
+    assert line["event"] == "Task exception was never retrieved"
+    assert "QuotingError" in str(line["exception"])
+    assert "hush" not in stream.getvalue()
+
+
+def test_a_value_that_dbos_quotes_because_it_cannot_store_it_is_left_out(stream: io.StringIO) -> None:
+    from dbos._serialization import DBOSDefaultSerializer
+
+    configure_logs("json", "info", stream)
+    with pytest.raises(Exception, match="pickle"):
+        DBOSDefaultSerializer.serialize({"text": "hush", "lambda": lambda: None})
+    assert "hush" not in stream.getvalue()
+    (line,) = lines(stream)
+    assert line["event"] == "Error serializing object: ***"
+    assert "raised in" in str(line["exception"])
 
 
 def test_a_person_reads_one_line_an_event(stream: io.StringIO) -> None:
@@ -138,6 +195,11 @@ def test_another_format_or_level_is_refused(log_format: str, level: str) -> None
         ("redis://:pw@host", "redis://:***@host"),
         ("dsn password=abc host=h", "dsn password=*** host=h"),
         ("nothing here", "nothing here"),
+        ("no null\nDETAIL:  Failing row (a,\n\nb).\n[SQL: INSERT]", "no null\nDETAIL:***\n[SQL: INSERT]"),
+        (
+            "unique\nDETAIL:  Key (a)=(b)\nCONTEXT:  x\n\nThe above exception was",
+            "unique\nDETAIL:***\n\nThe above exception was",
+        ),
     ],
 )
 def test_text_keeps_everything_but_passwords(text: str, censored: str) -> None:

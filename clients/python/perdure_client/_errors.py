@@ -260,8 +260,15 @@ class Overloaded(ResourceExhausted):
     retryable = True
 
 
+class QuotaExceeded(ResourceExhausted):
+    """The namespace starts more runs a second than it may; wait `retry_delay_s`, and repeat."""
+
+    reason = "QUOTA_EXCEEDED"
+    retryable = True
+
+
 class TooManyStreams(ResourceExhausted):
-    """The server has as many open streams as it takes; wait, or close some."""
+    """The server has as many open streams as it takes, at all or of one caller; wait, or close some."""
 
     reason = "TOO_MANY_STREAMS"
     retryable = True

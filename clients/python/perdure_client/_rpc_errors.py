@@ -42,6 +42,7 @@ _BY_REASON: dict[str, type[PerdureError]] = {
         _errors.StoreUnavailable,
         _errors.Draining,
         _errors.Overloaded,
+        _errors.QuotaExceeded,
         _errors.TooManyStreams,
         _errors.PayloadTooLarge,
     )
@@ -68,6 +69,8 @@ _CONNECTION_BROKE = re.compile(
     r"RST_STREAM|GOAWAY|Stream removed|Socket closed|[Cc]onnection (?:reset|closed|aborted)|Broken pipe|"
     r"Endpoint closing|Transport closed|HTTP/?2",
 )
+# How gRPC names a message that is over a limit (src/core/ext/filters/message_size); whose limit, it says before that.
+_TOO_LARGE = re.compile(r"(?P<what>Received|Sent) message larger than max \((?P<size>\d+) vs\.? (?P<limit>\d+)\)")
 _BROKEN_CODES = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
 
 
@@ -142,12 +145,28 @@ def _from_transport(code: grpc.StatusCode, text: str, address: str) -> PerdureEr
     """Returns the error for a status without a reason of ours: gRPC's own, or a proxy's."""
     if code is grpc.StatusCode.UNAVAILABLE or (code in _BROKEN_CODES and _CONNECTION_BROKE.search(text)):
         return _unreachable(text, address)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (found := _TOO_LARGE.search(text)):
+        return _too_large(text, found["what"], found["size"], found["limit"])
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return _errors.DeadlineExceeded(f"no answer from {address} within the timeout")
     if code is grpc.StatusCode.UNIMPLEMENTED:
         return _errors.Unimplemented(f"the server at {address} does not know this call; is it a perdure server? {text}")
     error_class = _BY_CODE.get(code.name, PerdureError)
     return error_class(f"{address} answered {code.name}: {text}", code=code.name, reason=code.name)
+
+
+def _too_large(text: str, what: str, size: str, limit: str) -> PerdureError:
+    """Returns the error for a message that gRPC itself refused: the limit is the server's, or this client's own."""
+    is_request = (what == "Sent") == text.startswith("CLIENT")
+    which, way_out = (
+        ("request", "send a reference to what is large instead")
+        if is_request
+        else ("answer", "ask for less: a smaller page, or a run without its input and output")
+    )
+    return _errors.PayloadTooLarge(
+        f"the {which} takes {size} bytes, more than the {limit} of one message; {way_out}",
+        metadata={"field": which, "limit_bytes": limit},
+    )
 
 
 def _unreachable(text: str, address: str) -> PerdureError:

@@ -6,7 +6,16 @@ Everything else in an agent is DBOS's own API: steps, sleep, messages, child wor
 from perdure_service.agents.context import run
 from perdure_service.agents.declaration import agent, expose
 from perdure_service.domain.approvals import ApprovalResult
-from perdure_service.domain.authoring import ApprovalTimeout, SignalTimeout
+from perdure_service.domain.authoring import ApprovalTimeout, OutputTooLarge, SignalTimeout
 from perdure_service.domain.budgets import BudgetExceeded
 
-__all__ = ["ApprovalResult", "ApprovalTimeout", "BudgetExceeded", "SignalTimeout", "agent", "expose", "run"]
+__all__ = [
+    "ApprovalResult",
+    "ApprovalTimeout",
+    "BudgetExceeded",
+    "OutputTooLarge",
+    "SignalTimeout",
+    "agent",
+    "expose",
+    "run",
+]

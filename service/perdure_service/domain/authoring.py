@@ -60,6 +60,7 @@ class RunContext(Protocol):
 
         Raises:
             ApprovalTimeout: Nobody decided in time and `on_timeout` is FAIL_RUN.
+            OutputTooLarge: The payload is over the server's limit; nothing was asked.
         """
 
     async def signal(self, name: str, *, timeout: timedelta | None = None) -> Any:  # noqa: ASYNC109 - as above
@@ -75,6 +76,14 @@ class RunContext(Protocol):
 
 class ApprovalTimeout(Exception):
     """Nobody decided before the deadline, and the agent asked to fail then."""
+
+
+class OutputTooLarge(ValueError):
+    """An output, a step's result, an approval's payload or a published value is over the server's limit.
+
+    Keep what is large elsewhere, and return a reference to it. Of a step it is the step's error: recorded, and not
+    retried, as the step has done its work.
+    """
 
 
 class SignalTimeout(TimeoutError):

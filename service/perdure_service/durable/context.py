@@ -158,7 +158,7 @@ class BoundRun:
             key=self._execution.key,
             agent=self._execution.agent,
             step_id=context.function_id,
-            title=str(title).replace("\0", " "),
+            title=str(title)[:MAX_TEXT_CHARS].replace("\0", " "),
             payload_json=values.to_json(payload),
             answer_schema_json="" if answer_schema is None else json.dumps(answer_schema),
             assignees=tuple(assignees),
@@ -168,6 +168,7 @@ class BoundRun:
         with EnterDBOSStepCtx({"name": APPROVAL_STEP}, context):
             recorded = await asyncio.to_thread(self._recorded, question)
             if recorded is None:
+                self._db.limit.check_text("the approval's payload", question.payload_json)
                 recorded = await self._ask_and_wait(question)
         result = ApprovalResult(**{**recorded, "state": ApprovalState(recorded["state"])})
         if result.state is ApprovalState.EXPIRED and outcome is TimeoutOutcome.FAIL_RUN:

@@ -77,6 +77,8 @@ class Execution:
     last_failure: Failure | None = None
     """The failure of the step that failed last, to say where a failed run failed."""
     steps: dict[int, StepProgress] = field(default_factory=dict)
+    refused: set[int] = field(default_factory=set)
+    """The steps whose result was too large, and whose checkpoint says so."""
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None

@@ -30,6 +30,7 @@ from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
+from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
@@ -75,6 +76,7 @@ class Runtime:
         hint: Callable[[Sequence[str]], None],
         lost: Callable[[], None],
         owns_database: bool = False,
+        max_output_bytes: int = 2**20,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
@@ -106,6 +108,7 @@ class Runtime:
         METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
+        self._limit = OutputLimit(max_output_bytes)
 
     @property
     def database(self) -> PerdureSystemDatabase:
@@ -131,6 +134,7 @@ class Runtime:
         self._traces.start()
         system_database.install(self._build)
         steps.install(self.executions, self.spans, self.lease)
+        self._limit.install()
         _observe_workflows(self.executions)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
@@ -198,6 +202,7 @@ class Runtime:
             operations=self.operations,
             ledger=self.ledger,
             registered=_registered_names,
+            limit=self._limit,
             **arguments,
         )
         if self._database is None:

@@ -26,6 +26,7 @@ from perdure_service.domain.events import (
     event_chars,
     fold_steps,
 )
+from perdure_service.domain.quotas import StartQuota
 from perdure_service.domain.runs import (
     SIGNAL_NAME,
     Run,
@@ -47,6 +48,8 @@ from perdure_service.errors import (
     ApprovalNotFound,
     InvalidArgument,
     NamespaceNotFound,
+    Overloaded,
+    QuotaExceeded,
     RunConflict,
     RunInputMismatch,
     RunNotFound,
@@ -76,7 +79,15 @@ class RunService:
     """Runs and approvals. All methods raise `PerdureError`s; every id they take is a caller's."""
 
     def __init__(
-        self, runtime: Runtime, tailer: Tailer, *, namespaces: Sequence[str], max_threads: int, poll_s: float
+        self,
+        runtime: Runtime,
+        tailer: Tailer,
+        *,
+        namespaces: Sequence[str],
+        max_threads: int,
+        poll_s: float,
+        max_waiting_calls: int = 1_000,
+        max_starts_per_second: float | None = None,
     ) -> None:
         """Creates the service over a launched runtime.
 
@@ -86,14 +97,19 @@ class RunService:
             namespaces: Those that exist.
             max_threads: Threads for database calls.
             poll_s: How often the inbox is looked at while it is watched.
+            max_waiting_calls: Calls that may wait for one of the threads.
+            max_starts_per_second: See `StartQuota`.
         """
         self._runtime = runtime
         self._engine = runtime.engine
         self._tailer = tailer
         self._namespaces = frozenset(namespaces)
         self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="rpc-db-")
+        self._max_calls = max_threads + max_waiting_calls
+        self._calls = 0
+        self._quota = StartQuota(max_starts_per_second)
         self._inbox = Inbox(self._read_inbox, poll_s)
-        self._watching = Watching(self._read, partial(self.get, full=False), tailer)
+        self._watching = Watching(self._read_for_stream, partial(self.get, full=False), tailer)
         METERS.observe(
             m.WATCHERS,
             lambda: [(tailer.watchers, {m.WATCH: "run"}), (self._inbox.watchers, {m.WATCH: "approvals"})],
@@ -104,7 +120,25 @@ class RunService:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+        """Runs what blocks in a thread; a call that its caller has given up is not begun any more.
+
+        Raises:
+            Overloaded: As many calls wait for a thread as may: the database is slower than what is asked of it.
+        """
+        if self._calls >= self._max_calls:
+            raise Overloaded("this server has more calls than it can serve; wait and repeat the call")
+        return await self._run(function, *arguments)
+
+    async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
+        self._calls += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+        finally:
+            self._calls -= 1
+
+    async def _read_for_stream(self, name: str, function: Callable[[sa.Connection], T]) -> T:
+        """Reads for a stream that is open: never refused, as streams are bounded themselves."""
+        return await self._run(retrying, self._engine, name, function)
 
     async def _read(self, name: str, function: Callable[[sa.Connection], T]) -> T:
         return await self._call(retrying, self._engine, name, function)
@@ -123,6 +157,7 @@ class RunService:
         start, agent, arguments = await self._decide(command)
         if command.validate_only:
             return _not_created(start), False
+        charged = await self._charge(start, server_made_id=not command.run_id)
         found_id = await self._call(
             lambda: self._runtime.start(agent, start, arguments, server_made_id=not command.run_id)
         )
@@ -136,9 +171,36 @@ class RunService:
                 requested_sha256=start.input_sha256,
             )
         created = run.request_id == start.request_id
+        if charged and not created:
+            self._quota.give_back(start.key.namespace)
         if command.refuse_existing and not created:
             raise RunConflict(f"run {run.key.run_id!r} exists, started by another request; choose another run_id")
         return run, created
+
+    async def _charge(self, start: RunStart, *, server_made_id: bool) -> bool:
+        """Takes a start from the namespace's quota; returns False for a repeat, whose run is there: it needs none.
+
+        Raises:
+            QuotaExceeded: None is left; it says how long to wait.
+        """
+        namespace = start.key.namespace
+        wait_s = self._quota.take(namespace)
+        if not wait_s:
+            return True
+
+        def exists(conn: sa.Connection) -> bool:
+            if server_made_id:
+                return runs.find_request(conn, namespace, start.request_id) is not None
+            return runs.get(conn, start.key.workflow_id) is not None
+
+        if await self._read("runs.exists", exists):
+            return False
+        limit = f"{self._quota.per_second:g}"
+        raise QuotaExceeded(
+            f"namespace {namespace!r} may start {limit} runs a second on this server; wait {wait_s:.3g} s and repeat",
+            wait_s,
+            limit_per_second=limit,
+        )
 
     async def _decide(self, command: StartCommand) -> tuple[RunStart, catalogue.RegisteredAgent, dict[str, Any]]:
         """Fixes everything about a run before anything is written: the start, the agent, the workflow's arguments."""

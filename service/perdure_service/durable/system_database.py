@@ -26,6 +26,7 @@ from dbos._error import DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
 from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase, WorkflowStatusInternal
 
 from perdure_service.agents.catalogue import budget_of
+from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
 from perdure_service.durable import metering, values
@@ -195,8 +196,16 @@ class PerdureSystemDatabase(StatusDatabase):
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
 
     def record_operation_result(self, result: OperationResultInternal, **rest: Any) -> None:
+        execution = self._execution_here()
+        if execution is not None and result["function_id"] in execution.refused:
+            return  # recorded below: what is raised there, DBOS records once more when the step is asynchronous
+        refused = self.limit.refuse_result(result, self.serializer)
         with self._own(result["workflow_uuid"], events=getattr(self._local, "sleep_events", None)):
             super().record_operation_result(result, **rest)
+        if refused is not None:
+            if execution is not None:
+                execution.refused.add(result["function_id"])
+            raise refused
 
     def _record_operation_result_txn(
         self, result: OperationResultInternal, completed_at_epoch_ms: int, conn: Any, **rest: Any
@@ -243,10 +252,12 @@ class PerdureSystemDatabase(StatusDatabase):
     def set_event_from_workflow(
         self, workflow_uuid: str, function_id: int, key: str, message: Any, **rest: Any
     ) -> None:
+        self._check_new(workflow_uuid, function_id, f"the value of {key!r}", message)
         with self._own(workflow_uuid, events=self.ledger.published(function_id, key, message)):
             super().set_event_from_workflow(workflow_uuid, function_id, key, message, **rest)
 
     def set_event_from_step(self, workflow_uuid: str, function_id: int, key: str, message: Any, **rest: Any) -> None:
+        self.limit.check(f"the value of {key!r}", message)
         with self._own(workflow_uuid) as operation:
             operation.finish = lambda _conn: self._add_own(operation, self.ledger.published(function_id, key, message))
             super().set_event_from_step(workflow_uuid, function_id, key, message, **rest)
@@ -254,13 +265,25 @@ class PerdureSystemDatabase(StatusDatabase):
     def write_stream_from_workflow(
         self, workflow_uuid: str, function_id: int, key: str, value: Any, **rest: Any
     ) -> None:
+        self._check_new(workflow_uuid, function_id, f"an entry of the stream {key!r}", value)
         with self._own(workflow_uuid, events=self.ledger.streamed(function_id, key, value)):
             super().write_stream_from_workflow(workflow_uuid, function_id, key, value, **rest)
 
     def write_stream_from_step(self, workflow_uuid: str, function_id: int, key: str, value: Any, **rest: Any) -> None:
+        self.limit.check(f"an entry of the stream {key!r}", value)
         with self._own(workflow_uuid) as operation:
             operation.finish = lambda _conn: self._add_own(operation, self.ledger.streamed(function_id, key, value))
             super().write_stream_from_step(workflow_uuid, function_id, key, value, **rest)
+
+    def _check_new(self, workflow_id: str, function_id: int, what: str, value: Any) -> None:
+        """Refuses a value that is too large, unless it is recorded: a limit that was lowered changes no replay."""
+        try:
+            self.limit.check(what, value)
+        except OutputTooLarge:
+            with self._plain_begin() as conn:
+                recorded = self.ledger.has_checkpoint(conn, workflow_id, function_id)
+            if not recorded:
+                raise
 
     @staticmethod
     def _add_own(operation: Operation, events: Callable[[Execution], list[Event]]) -> None:

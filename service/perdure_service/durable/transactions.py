@@ -18,6 +18,7 @@ from perdure_service.domain.runs import RunState
 from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
+from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.store.dbos_tables import STATUS
 
 QUEUE = "perdure"
@@ -46,6 +47,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         operations: Operations,
         ledger: Ledger,
         registered: Callable[[], list[str]],
+        limit: OutputLimit,
         **arguments: Any,
     ) -> None:
         self._local = threading.local()
@@ -54,6 +56,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         self.operations = operations
         self.ledger = ledger
         self._registered = registered
+        self.limit = limit
         self._plain_begin = self.engine.begin
         self.stopping = False
         """Whether this executor takes no more runs."""

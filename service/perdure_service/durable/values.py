@@ -20,7 +20,7 @@ MESSAGE_CHARS = 2_000
 
 def to_json(value: Any) -> str:
     """Returns the JSON text of any value; what JSON does not know is written as its `str`."""
-    plain = to_jsonable_python(value, fallback=str, inf_nan_mode="null", serialize_unknown=True)
+    plain = to_jsonable_python(value, fallback=str, inf_nan_mode="null", serialize_unknown=True, bytes_mode="base64")
     return json.dumps(plain, separators=(",", ":"), ensure_ascii=True, default=str)
 
 

@@ -20,7 +20,7 @@ import structlog
 
 from perdure_service import telemetry
 from perdure_service.errors import ConfigurationError, Draining, InvalidArgument, PerdureError
-from perdure_service.rpc.calls import ANONYMOUS, Call, enter_call
+from perdure_service.rpc.calls import ANONYMOUS, Call, current_call, enter_call
 from perdure_service.rpc.status import DETAILS_KEY, WireError, internal_error, wire_error
 from perdure_service.rpc.streams import Streams
 
@@ -106,7 +106,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # through here, and what serves the stream is closed at once instead of when the garbage is collected.
         async def write_all(data: bytes, context: RpcContext) -> None:
             request = _decoded(handler, data)
-            with streams.stream():
+            caller = current_call().caller
+            # While there is no authentication, everybody is one caller.
+            with streams.stream("" if caller == self._caller else caller):
                 if not inspect.isasyncgenfunction(serve):
                     await serve(request, context)
                     return
@@ -128,6 +130,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         try:
             result = await serve()
         except BaseException as error:
+            if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
+                # The generated servicer's own answer: the schema has the method, this server does not.
+                span.end()
+                await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not have the method")
             if _passes(error):
                 _ended(span, path, call, "CANCELLED", began)
                 span.end()

@@ -93,7 +93,11 @@ class RpcServer:
         self._service = service
         self._settings = settings
         self._health = health.aio.HealthServicer()
-        self._streams = Streams(settings.max_watches, settings.max_connection_age.total_seconds())
+        self._streams = Streams(
+            settings.max_watches,
+            settings.max_connection_age.total_seconds(),
+            per_caller=settings.max_streams_per_caller,
+        )
         self._health_streams = Streams(MAX_HEALTH_STREAMS)
         self._interceptor = CallInterceptor(
             streams=self._streams, infrastructure=self._health_streams, tracer=tracer, caller=caller

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import TracebackType
@@ -20,18 +21,21 @@ AGE_TEXT = "this stream is as old as it may get; open it again after its last cu
 class Streams:
     """The open calls of one server. Used from the server's event loop only."""
 
-    def __init__(self, limit: int, max_age_s: float | None = None) -> None:
+    def __init__(self, limit: int, max_age_s: float | None = None, *, per_caller: int | None = None) -> None:
         """Makes a registry.
 
         Args:
             limit: How many streams may be open at once.
+            per_caller: How many of them may be one caller's; None for all.
             max_age_s: After about this long a stream is ended with UNAVAILABLE and RetryInfo. It must be less than the
                 time after which gRPC closes an old connection, which would end the stream without saying what to do.
         """
         self._limit = limit
+        self._per_caller = per_caller
         self._max_age_s = max_age_s
         self._open: set[Stay] = set()
         self._streams = 0
+        self._of_caller: Counter[str] = Counter()
         self._draining = False
 
     @property
@@ -44,16 +48,19 @@ class Streams:
         """How many calls are open here, streams and waits."""
         return len(self._open)
 
-    def stream(self) -> Stay:
+    def stream(self, caller: str = "") -> Stay:
         """Returns a context for the life of a stream, which counts and ages.
 
+        Args:
+            caller: Whose it is; empty when that is not known, and nobody's share is counted.
+
         Raises, when it is entered or while it is open:
-            TooManyStreams: There are as many as may be.
+            TooManyStreams: There are as many as may be, at all or of this caller.
             Draining: The server is stopping, or the stream has reached its age.
         """
         # Not all at once: streams that were opened together shall not come back together.
         age_s = None if self._max_age_s is None else self._max_age_s * random.uniform(0.8, 0.9)
-        return Stay(self, counts=True, max_age_s=age_s)
+        return Stay(self, counts=True, max_age_s=age_s, caller=caller)
 
     def wait(self) -> Stay:
         """Returns a context for a unary call that waits for long: it ends when the server drains.
@@ -77,12 +84,23 @@ class Streams:
                 f"this server has {self._limit} open streams and takes no more; close some, or call again later",
                 limit=str(self._limit),
             )
+        if stay.caller and self._per_caller is not None and self._of_caller[stay.caller] >= self._per_caller:
+            raise TooManyStreams(
+                f"you have {self._per_caller} open streams here, which is as many as one caller may; close some",
+                limit=str(self._per_caller),
+            )
         self._open.add(stay)
         self._streams += stay.counts
+        if stay.caller:
+            self._of_caller[stay.caller] += 1
 
     def _leave(self, stay: Stay) -> None:
         self._open.discard(stay)
         self._streams -= stay.counts
+        if stay.caller:
+            self._of_caller[stay.caller] -= 1
+            if not self._of_caller[stay.caller]:
+                del self._of_caller[stay.caller]
 
 
 class Stay:
@@ -91,8 +109,9 @@ class Stay:
     The way of asyncio.timeout(): a cancellation from elsewhere (the client went away) stays what it is.
     """
 
-    def __init__(self, streams: Streams, *, counts: bool, max_age_s: float | None = None) -> None:
+    def __init__(self, streams: Streams, *, counts: bool, max_age_s: float | None = None, caller: str = "") -> None:
         self.counts = counts
+        self.caller = caller
         self._streams = streams
         self._max_age_s = max_age_s
         self._task: asyncio.Task[object] | None = None

@@ -16,7 +16,7 @@ from typing import TypeVar
 import sqlalchemy as sa
 import structlog
 
-from perdure_service.errors import Contention, PerdureError, StoreUnavailable
+from perdure_service.errors import Contention, Overloaded, PerdureError, StoreUnavailable
 from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
 
 SERIALIZATION_FAILURE = "40001"
@@ -98,7 +98,7 @@ def is_connection_lost(error: BaseException) -> bool:
 def translate(error: BaseException) -> PerdureError | None:
     """Returns what a caller should be told when a store call failed with `error`, None if it is not of that kind."""
     if isinstance(error, sa.exc.TimeoutError):
-        return StoreUnavailable("All connections to the database are in use; wait and repeat the call.")
+        return Overloaded("all connections to the database are in use; wait and repeat the call")
     if not isinstance(error, sa.exc.DBAPIError):
         return None
     code = sqlstate_of(error)
@@ -132,6 +132,7 @@ def retrying(engine: sa.Engine, name: str, fn: Callable[[sa.Connection], T], *, 
     Raises:
         Contention: It kept conflicting, or (55P03, not repeated) a lock was held. The caller may repeat its call.
         StoreUnavailable: The database is not there, or too slow. The caller may repeat its call later.
+        Overloaded: No connection of the pool became free in time. The caller may repeat its call later.
         Exception: Whatever else `fn` raises, unchanged.
     """
     started = time.monotonic()

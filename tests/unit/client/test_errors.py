@@ -26,6 +26,7 @@ from perdure_client import (
     PayloadTooLarge,
     PerdureError,
     PermissionDenied,
+    QuotaExceeded,
     ResourceExhausted,
     RevisionConflict,
     Run,
@@ -76,6 +77,7 @@ REASONS: list[tuple[grpc.StatusCode, str, type[PerdureError]]] = [
     (C.UNAVAILABLE, "DRAINING", Draining),
     (C.UNAVAILABLE, "REGION_UNREACHABLE", Unavailable),
     (C.RESOURCE_EXHAUSTED, "OVERLOADED", Overloaded),
+    (C.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", QuotaExceeded),
     (C.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", TooManyStreams),
     (C.RESOURCE_EXHAUSTED, "PAYLOAD_TOO_LARGE", PayloadTooLarge),
     (C.INTERNAL, "INTERNAL", InternalError),
@@ -140,7 +142,7 @@ async def test_all_that_the_server_says_is_there(server: ScriptedServer, client:
         (C.CANCELLED, "RST_STREAM with error code 8", ServerUnavailable, True),
         (C.UNKNOWN, "Unexpected <class 'ValueError'>: x", PerdureError, False),
         (C.INTERNAL, "something of a proxy", InternalError, False),
-        (C.RESOURCE_EXHAUSTED, "Received message larger than max (9 vs. 8)", ResourceExhausted, False),
+        (C.RESOURCE_EXHAUSTED, "Bandwidth exhausted", ResourceExhausted, False),
         (C.UNIMPLEMENTED, "Method not found!", Unimplemented, False),
         (C.PERMISSION_DENIED, "a proxy's", PermissionDenied, False),
     ],
@@ -152,6 +154,24 @@ def test_a_status_without_our_reason_is_the_transports(
     assert type(error) is error_class
     assert error.retryable is retryable
     assert "there:1" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ("SERVER: Received message larger than max (9 vs. 8)", "request"),
+        ("Received message larger than max (9 vs. 8)", "request"),
+        ("CLIENT: Sent message larger than max (9 vs. 8)", "request"),
+        ("CLIENT: Received message larger than max (9 vs. 8)", "answer"),
+        ("SERVER: Sent message larger than max (9 vs. 8)", "answer"),
+    ],
+)
+def test_a_message_that_grpc_refuses_for_its_size_is_a_payload_that_is_too_large(text: str, field: str) -> None:
+    error = from_rpc_error(Raised(C.RESOURCE_EXHAUSTED, text), "there:1")
+    assert type(error) is PayloadTooLarge
+    assert error.retryable is False
+    assert error.metadata == {"field": field, "limit_bytes": "8"}
+    assert str(error).startswith(f"the {field} takes 9 bytes, more than the 8 of one message; ")
 
 
 def test_a_reason_of_another_domain_is_not_ours() -> None:

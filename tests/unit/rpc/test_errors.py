@@ -44,6 +44,7 @@ TABLE: list[tuple[errors.PerdureError, str, str, float | None]] = [
     (errors.StoreUnavailable("gone"), "UNAVAILABLE", "STORE_UNAVAILABLE", 1.0),
     (errors.Draining("stopping"), "UNAVAILABLE", "DRAINING", 0.5),
     (errors.Overloaded("slow down"), "RESOURCE_EXHAUSTED", "OVERLOADED", 1.0),
+    (errors.QuotaExceeded("fast", 0.25, limit_per_second="4"), "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED", 0.25),
     (errors.PayloadTooLarge("large"), "RESOURCE_EXHAUSTED", "PAYLOAD_TOO_LARGE", None),
     (errors.TooManyStreams("many"), "RESOURCE_EXHAUSTED", "TOO_MANY_STREAMS", 5.0),
 ]

@@ -15,6 +15,7 @@ from perdure.v1 import approval_service_pb2, run_event_pb2
 from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import EventKind
 from perdure_service.errors import Draining, TooManyStreams
+from perdure_service.rpc import calls, interceptors
 from perdure_service.rpc.streams import Streams, closing
 
 from tests.helpers.waiting import eventually_async
@@ -292,6 +293,46 @@ async def test_waits_are_not_counted_as_streams():
             open_streams.stream().__enter__()
     with open_streams.stream():
         assert open_streams.count == 1
+
+
+async def test_a_caller_has_a_share_of_the_streams_and_gets_it_back():
+    open_streams = Streams(10, per_caller=2)
+    with open_streams.stream("ann"):
+        with open_streams.stream("ann"), open_streams.stream("bob"), open_streams.stream(), open_streams.stream():
+            for _ in range(2):
+                with pytest.raises(TooManyStreams) as raised:
+                    open_streams.stream("ann").__enter__()
+                assert raised.value.metadata == {"limit": "2"}
+            with open_streams.stream("bob"):
+                assert open_streams.count == 6
+        with open_streams.stream("ann"):
+            assert open_streams.count == 2
+    assert open_streams.count == 0
+
+
+async def test_a_caller_with_too_many_streams_is_refused_over_the_wire_and_others_are_not(service, monkeypatch):
+    def enter(method: str, metadata: Any, caller: str) -> calls.Call:
+        # Who calls is told by authentication; here by a key of the metadata.
+        return calls.enter_call(method, metadata, dict(metadata).get("test-caller", caller))
+
+    monkeypatch.setattr(interceptors, "enter_call", enter)
+    service.script["watch"] = streams(a_batch(1, snapshot=a_run()), then_stay=True)
+
+    def watch(caller: str | None) -> Any:
+        return served.runs.WatchRun(WATCH, metadata=(("test-caller", caller),) if caller else ())
+
+    async with serving(service, max_streams_per_caller=2) as served:
+        mine = [watch("ann") for _ in range(2)]
+        for call in mine:
+            await call.read()
+        failure = await failing(watch("ann"))
+        assert (failure.code.name, failure.info.reason) == ("RESOURCE_EXHAUSTED", "TOO_MANY_STREAMS")
+        assert (dict(failure.info.metadata), failure.retry_delay_s) == ({"limit": "2"}, 5.0)
+        for other in ("bob", "bob", None, None, None):
+            await watch(other).read()
+        mine[0].cancel()
+        await eventually_async(lambda: served.server.streams.count == 6)
+        await watch("ann").read()
 
 
 async def test_closing_closes_what_can_be_closed():

@@ -3,7 +3,7 @@ from datetime import timedelta
 import psycopg
 import pytest
 import sqlalchemy as sa
-from perdure_service.errors import ConfigurationError, Contention, PerdureError, StoreUnavailable
+from perdure_service.errors import ConfigurationError, Contention, Overloaded, PerdureError, StoreUnavailable
 from perdure_service.store import sqlstates
 from structlog.testing import capture_logs
 
@@ -54,7 +54,7 @@ def test_a_timeout_of_a_statement_and_of_the_pool_are_told_apart() -> None:
     no_connection = sqlstates.translate(sa.exc.TimeoutError("QueuePool limit"))
     assert canceled is not None
     assert "statement timeout" in canceled.message
-    assert isinstance(no_connection, StoreUnavailable)
+    assert isinstance(no_connection, Overloaded)
     assert "in use" in no_connection.message
 
 

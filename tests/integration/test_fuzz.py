@@ -1,0 +1,160 @@
+"""Twenty thousand mutated messages over every RPC of the schema leave a server that serves, and a log that is whole."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import pkgutil
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import grpc
+import grpc.aio
+import perdure.v1
+import pytest
+from perdure_service.domain.events import decode_events
+
+from tests.conftest import SEED
+from tests.helpers import marks
+from tests.helpers.mutations import Mutator, Rpc, rpcs
+from tests.helpers.rpc import Rpc as Stubs
+from tests.helpers.rpc import new_id
+from tests.helpers.server import ServerProcess, sql
+from tests.helpers.waiting import scaled
+
+MESSAGES = 20_000
+AT_ONCE = 48
+CHANNELS = 4
+WAIT_S = 0.1
+"""The deadline of a WaitRun, which would wait for as long as it may."""
+ANSWERS = frozenset(
+    {"OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION", "ABORTED", "OUT_OF_RANGE",
+     "RESOURCE_EXHAUSTED"}
+)  # fmt: skip
+MODULES = [
+    importlib.import_module(f"perdure.v1.{module.name}")
+    for module in pkgutil.iter_modules(perdure.v1.__path__)
+    if module.name.endswith("_service_pb2")
+]
+RPCS = rpcs(*MODULES)
+
+
+@pytest.fixture(scope="module")
+def seeds(rpc: Stubs) -> dict[str, list[str]]:
+    """What makes a request mean something: ids of runs in all states, approvals, agents, cursors and page tokens."""
+    done, failed = rpc.start("counter", {"steps": 2}), rpc.start("failing")
+    waiting, asking = rpc.start("listener", {"signals": 1_000}), rpc.start("asker")
+    for run_id in (done, failed):
+        rpc.end_of(run_id)
+    cursor = rpc.stream(done)[-1].cursor
+    approval = rpc.approval_of(asking).approval_id
+    runs = [done, failed, waiting, asking, *(new_id() for _ in range(5))]
+    return {
+        "run_id": runs,
+        "agent": ["counter", "listener", "asker", "nobody"],
+        "agent_version": ["", "1"],
+        "namespace": ["", "default", "elsewhere"],
+        "approval_id": [approval, f"{done}/1"],
+        "request_id": ["r-1", "r-2", "r-3"],
+        "name": ["more", "counter"],
+        "cursor": [cursor],
+        "page_token": ["", ""],
+        "input_json": ["", "{}", '{"steps": 1}', f'{{"steps": 1, "note": "{marks.PAYLOAD}"}}', marks.PAYLOAD],
+        "payload_json": ["", "1", "{}", f'"{marks.PAYLOAD}"', marks.PAYLOAD],
+        "comment": [marks.PAYLOAD],
+        "string_value": [marks.PAYLOAD],
+    }
+
+
+def test_every_rpc_of_the_schema_is_mutated() -> None:
+    assert {path.split("/")[1].removeprefix("perdure.v1.") for path in (one.path for one in RPCS)} >= {
+        "AgentRunService",
+        "ApprovalService",
+        "AgentCatalogService",
+    }
+    assert len(RPCS) >= 15
+
+
+@pytest.mark.timeout(300)
+async def test_mutated_messages_leave_the_server_serving_with_no_internal_error(
+    rpc: Stubs, server: ServerProcess, database_url: str, seeds: dict[str, list[str]]
+) -> None:
+    began = time.monotonic()
+    seen = len(server.log)  # a run that fails, as one of the seeds does, has its traceback there
+    answers: Counter[tuple[str, str]] = Counter()
+    wrong: list[tuple[str, str, str, bytes]] = []
+    messages = requests(seeds)
+    channels = [
+        grpc.aio.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)])
+        for _ in range(CHANNELS)
+    ]
+
+    async def work(channel: grpc.aio.Channel) -> None:
+        for one, data in messages:
+            code, text = await answer_to(channel, one, data)
+            answers[one.path, code] += 1
+            if code not in ANSWERS and (code, one.path) != ("DEADLINE_EXCEEDED", "/perdure.v1.AgentRunService/WaitRun"):
+                wrong.append((one.path, code, text, data[:200]))
+
+    try:
+        await asyncio.gather(*(work(channels[number % CHANNELS]) for number in range(AT_ONCE)))
+    finally:
+        for channel in channels:
+            await channel.close()
+
+    # A method that nobody serves says so, whatever it is asked; it never says OK.
+    unserved = {path for path, code in answers if code == "UNIMPLEMENTED"}
+    served_well = {path for path, code in answers if code == "OK"}
+    wrong = [one for one in wrong if one[1] != "UNIMPLEMENTED"]
+    assert not wrong, f"PERDURE_TEST_SEED={SEED}: {len(wrong)} wrong answers, e.g. {wrong[:5]}"
+    assert sum(answers.values()) == MESSAGES
+    # Not all was refused at the door: each RPC that is served said OK to something.
+    assert served_well == {one.path for one in RPCS} - unserved
+    print(f"{MESSAGES} messages in {time.monotonic() - began:.0f} s")
+
+    run_id = rpc.start("counter", {"steps": 1})
+    assert rpc.output_of(run_id) == {"total": 0}
+    assert "Traceback" not in server.log[seen:]
+    assert "error_id" not in server.log[seen:]
+    every_log_is_whole(database_url)
+
+
+def requests(seeds: dict[str, list[str]]) -> Iterator[tuple[Rpc, bytes]]:
+    """Yields the requests of all RPCs by turns."""
+    rng = random.Random(f"{SEED}:fuzz")
+    mutator = Mutator(rng, seeds)
+    for number in range(MESSAGES):
+        one = RPCS[number % len(RPCS)]
+        yield one, mutator.request(one)
+
+
+async def answer_to(channel: grpc.aio.Channel, one: Rpc, data: bytes) -> tuple[str, str]:
+    """Returns the code and the text of an answer; of a stream that goes on, the first message is enough."""
+    try:
+        if one.streaming:
+            call = channel.unary_stream(one.path)(data, timeout=scaled(30))
+            await call.read()
+            call.cancel()
+        else:
+            await channel.unary_unary(one.path)(data, timeout=WAIT_S if one.path.endswith("/WaitRun") else scaled(30))
+    except grpc.aio.AioRpcError as error:
+        return error.code().name, error.details() or ""
+    return "OK", ""
+
+
+def every_log_is_whole(database_url: str) -> None:
+    """Checks that the events of every run are numbered without a gap, and can be read."""
+    with sql(database_url) as connection:
+        packs = connection.execute(
+            "SELECT workflow_id, first_sequence, event_count, events FROM perdure.run_event "
+            "ORDER BY workflow_id, first_sequence"
+        ).fetchall()
+    last: dict[str, int] = {}
+    for workflow_id, first, count, text in packs:
+        assert first == last.get(workflow_id, 0) + 1, workflow_id
+        events = decode_events(text, first)
+        assert len(events) == count, workflow_id
+        last[workflow_id] = events[-1].sequence
+    assert last
