@@ -22,6 +22,8 @@ FORMATS = ("auto", "json", "console")
 QUIET_LIBRARIES = ("asyncio", "httpcore", "httpx", "openai", "opentelemetry", "sqlalchemy", "urllib3")
 """Never below WARNING: at DEBUG and INFO some of these log statements and request bodies."""
 CENSORED = "***"
+AUDIT_LOGGER = "perdure.audit"
+"""Its lines are written at every level: who did what is not less true on a quiet server."""
 MAX_DEPTH = 6
 
 _SECRET_KEY = re.compile(
@@ -92,6 +94,7 @@ def configure_logs(log_format: str = "auto", level: str = "info", stream: TextIO
     root.setLevel(level.upper())
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
     _take_over_dbos(handler, root.level)
     logging.captureWarnings(True)
 

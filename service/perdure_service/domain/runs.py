@@ -267,3 +267,4 @@ class Run:
     failure: Failure | None = None
     input_json: str | None = None
     output_json: str | None = None
+    caller: str = ""

@@ -37,6 +37,7 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         parent_run_id=fields.text(run.parent_run_id),
         trace_id=fields.text(run.trace_id),
         last_sequence=fields.int64(run.last_sequence),
+        caller=fields.text(run.caller),
     )
     if full:
         message.input_json = fields.text(run.input_json)

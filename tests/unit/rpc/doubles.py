@@ -137,7 +137,11 @@ def streams(*batches: Any, then_stay: bool = False) -> Callable[..., AsyncIterat
 
 
 def settings_of(**changes: Any) -> Settings:
-    values: dict[str, Any] = {"address": "127.0.0.1:0", "max_connection_age": 60.0}
+    values: dict[str, Any] = {
+        "address": "127.0.0.1:0",
+        "max_connection_age": 60.0,
+        "namespaces": ("default", "lab"),
+    }
     return Settings(**values | changes)
 
 

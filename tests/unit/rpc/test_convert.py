@@ -219,6 +219,7 @@ def test_a_run_has_all_its_fields():
         failure=FAILURE,
         input_json='{"q":1}',
         output_json="null",
+        caller="ann",
     )
     message = convert.agent_run(run, full=True)
     assert message == agent_run_pb2.AgentRun(
@@ -245,6 +246,7 @@ def test_a_run_has_all_its_fields():
         parent_run_id="bar",
         trace_id="0" * 31 + "1",
         last_sequence=3,
+        caller="ann",
     )
     filled = {field.name for field, _ in message.ListFields()}
     assert filled == {field.name for field in agent_run_pb2.AgentRun.DESCRIPTOR.fields}
