@@ -2,37 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from typing import Any
-
-import perdure.v1
 import pytest
-from google.protobuf import message_factory
-from google.protobuf.descriptor import MethodDescriptor
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service.domain.callers import Caller, Role
 from perdure_service.errors import InvalidArgument, NamespaceNotFound, PermissionDenied
 from perdure_service.rpc import access
 from perdure_service.rpc.access import ACCESS
 
-
-def methods() -> dict[str, MethodDescriptor]:
-    """Returns every method of the schema, of every file there is."""
-    found = {}
-    for module in pkgutil.iter_modules(perdure.v1.__path__, "perdure.v1."):
-        if module.name.endswith("_pb2"):
-            file = importlib.import_module(module.name).DESCRIPTOR
-            for service in file.services_by_name.values():
-                found |= {f"{service.full_name}/{method.name}": method for method in service.methods}
-    return found
-
-
-METHODS = methods()
-
-
-def request_of(method: str, **fields: Any) -> Any:
-    return message_factory.GetMessageClass(METHODS[method].input_type)(**fields)
+from tests.helpers.schema import METHODS, request_of
 
 
 def caller(*roles: Role, namespaces: tuple[str, ...] = ("a",)) -> Caller:
