@@ -23,14 +23,17 @@ from perdure_service.durable.migrate import migrate_all, verify_dbos
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
-from perdure_service.rpc.server import RpcServer, check_address
+from perdure_service.rpc import security
+from perdure_service.rpc.addresses import check_addresses
+from perdure_service.rpc.calls import ANONYMOUS
+from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
 from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations, run_heads
 from perdure_service.store.engine import create_engine
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
-from perdure_service.telemetry import METERS, METRICS_VARIABLE, QUEUE_AGE, RUNS, start_telemetry
+from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry
 
 log = structlog.get_logger()
 
@@ -58,7 +61,11 @@ def migrate_database(settings: Settings, report: Report) -> None:
 
 def check(settings: Settings, report: Report) -> bool:
     """Reports everything that would keep a server from serving; returns whether nothing would."""
-    findings = diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify))
+    report(security.describe(settings))
+    findings = [
+        *security.diagnose(settings),
+        *diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify)),
+    ]
     for finding in findings:
         report(f"{finding.severity}: {finding.text}")
     return not any(finding.severity == "error" for finding in findings)
@@ -115,8 +122,6 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     engine = create_engine(url, pool_size=settings.database_pool_size, statement_timeout=settings.statement_timeout)
     executor_id = new_executor_id()
     structlog.contextvars.bind_contextvars(executor_id=executor_id)
-    if settings.metrics_address is not None:
-        check_address(settings.metrics_address, insecure=True, variable=METRICS_VARIABLE)
     telemetry = start_telemetry(
         instance_id=executor_id, version=settings.application_version, metrics_address=settings.metrics_address
     )
@@ -180,11 +185,18 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         max_waiting_calls=settings.max_waiting_calls,
         max_starts_per_second=settings.max_starts_per_second,
     )
-    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else "anonymous")
+    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS)
     try:
         ports = await server.start()
         host = settings.address.rpartition(":")[0]
-        log.info("server.ready", address=f"{host}:{ports.rpc}", taken_back=taken_back)
+        log.info(
+            "server.ready",
+            address=f"{host}:{ports.rpc}",
+            admin_port=ports.admin,
+            tls=settings.tls.enabled,
+            authentication=settings.auth.enabled,
+            taken_back=taken_back,
+        )
         ready(f"{host}:{ports.rpc}")
         await stopping.wait()
     finally:
@@ -207,6 +219,9 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
     Raises:
         ConfigurationError: It cannot serve like this; in one sentence.
     """
+    check_addresses(settings, dev=dev)
+    if dev:
+        report("dev listens on this machine only" + ("" if settings.auth.enabled else "; its users may do everything"))
     server: embedded.EmbeddedPostgres | None = None
     if dev and configured_database_url(settings) is None:
         report("starting the embedded PostgreSQL …")

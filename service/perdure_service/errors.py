@@ -75,6 +75,18 @@ class Unauthenticated(PerdureError):
     reason = "TOKEN_INVALID"
 
 
+class TokenMissing(Unauthenticated):
+    """The call carries no bearer token; send one in the metadata `authorization`."""
+
+    reason = "TOKEN_MISSING"
+
+
+class TokenExpired(Unauthenticated):
+    """The token was good and is no longer; get a new one."""
+
+    reason = "TOKEN_EXPIRED"
+
+
 class PermissionDenied(PerdureError):
     """The caller may not do this."""
 
@@ -181,6 +193,14 @@ class StoreUnavailable(PerdureError):
     status = "UNAVAILABLE"
     reason = "STORE_UNAVAILABLE"
     retry_delay_s = 1.0
+
+
+class KeysUnavailable(PerdureError):
+    """The keys that tokens are checked with have never been read; wait and repeat, which is safe."""
+
+    status = "UNAVAILABLE"
+    reason = "KEYS_UNAVAILABLE"
+    retry_delay_s = 2.0
 
 
 class Draining(PerdureError):

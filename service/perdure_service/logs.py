@@ -26,6 +26,8 @@ FORMATS = ("auto", "json", "console")
 QUIET_LIBRARIES = ("asyncio", "httpcore", "httpx", "openai", "opentelemetry", "sqlalchemy", "urllib3")
 """Never below WARNING: at DEBUG and INFO some of these log statements and request bodies."""
 CENSORED = "***"
+AUDIT_LOGGER = "perdure.audit"
+"""Its lines are written at every level: who did what is not less true on a quiet server."""
 MAX_DEPTH = 6
 
 _SECRET_KEY = re.compile(
@@ -103,6 +105,7 @@ def configure_logs(log_format: str = "auto", level: str = "info", stream: TextIO
     root.setLevel(level.upper())
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
+    logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
     _take_over_dbos(handler, root.level)
     logging.captureWarnings(True)
 
@@ -172,7 +175,7 @@ def censor(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 
 def censor_text(text: str) -> str:
-    """Returns `text` without the passwords of URLs, the values of `password=` and `Bearer`, and rows that are quoted."""
+    """Returns `text` without passwords of URLs, the values of `password=` and `Bearer`, and rows that are quoted."""
     for pattern in (_URL_PASSWORD, _KEYWORD_PASSWORD, _BEARER, _ROW):
         text = pattern.sub(rf"\g<before>{CENSORED}", text)
     return text

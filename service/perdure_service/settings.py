@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import ipaddress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from perdure_service.errors import ConfigurationError
 
@@ -54,6 +62,130 @@ class EmbedderSettings(BaseModel):
     dimensions: int = Field(384, ge=1, le=16_000, description="The length of its vectors; fixed once documents exist.")
 
 
+class TlsSettings(BaseModel):
+    """The server's certificate, for the public and the admin port. All or nothing: without it both speak plaintext."""
+
+    model_config = ConfigDict(frozen=True)
+
+    certificate_file: Path | None = Field(
+        None, description="PEM file of the server's certificate, its chain below it. Read again when it changes."
+    )
+    key_file: Path | None = Field(None, description="PEM file of its private key. Read again when it changes.")
+    client_ca_file: Path | None = Field(
+        None,
+        description="PEM file of the authorities of clients (mutual TLS): who has no certificate of theirs cannot "
+        "connect. Read again when it changes.",
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> TlsSettings:
+        if (self.certificate_file is None) != (self.key_file is None):
+            raise ValueError("certificate_file and key_file belong together; set both")
+        if self.client_ca_file is not None and self.certificate_file is None:
+            raise ValueError("client_ca_file needs certificate_file and key_file")
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the ports speak TLS."""
+        return self.certificate_file is not None
+
+
+ALGORITHMS = (
+    "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA",
+)  # fmt: skip
+"""Signatures of tokens that may be allowed: those with a public key to check them by."""
+
+
+class AuthSettings(BaseModel):
+    """How callers are known: by tokens of an identity provider, or of a file. Unset: everyone may do everything."""
+
+    model_config = ConfigDict(frozen=True)
+
+    jwks_url: str | None = Field(
+        None, description="Where an identity provider publishes its keys (JWKS). https, or http on this machine."
+    )
+    issuer: str | None = Field(None, description="What `iss` of a token must be. Required with jwks_url.")
+    audience: str | None = Field(None, description="What must be in `aud` of a token. Required with jwks_url.")
+    algorithms: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("RS256", "ES256", "EdDSA"), description="The signatures that are taken, separated by commas."
+    )
+    leeway: timedelta = Field(
+        timedelta(seconds=30),
+        ge=timedelta(0),
+        le=timedelta(minutes=10),
+        description="How far the clocks of provider and server may differ.",
+    )
+    jwks_refresh: timedelta = Field(
+        timedelta(minutes=5),
+        ge=timedelta(seconds=1),
+        description="How often the keys are read again. An unknown key is looked up at once.",
+    )
+    tokens_file: Path | None = Field(
+        None, description="For development: a YAML or JSON file of tokens. Not together with jwks_url."
+    )
+
+    @field_validator("algorithms", mode="before")
+    @classmethod
+    def _algorithms(cls, value: Any) -> Any:
+        found = _split_commas(value)
+        unknown = [one for one in found if one not in ALGORITHMS] if isinstance(found, tuple) else []
+        if unknown:
+            raise ValueError(f"must be of {', '.join(ALGORITHMS)}")
+        return found
+
+    @field_validator("leeway", "jwks_refresh", mode="before")
+    @classmethod
+    def _durations(cls, value: Any) -> Any:
+        return _seconds(value)
+
+    @field_validator("jwks_url")
+    @classmethod
+    def _is_safe(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        parts = urlsplit(value)
+        if not parts.hostname or parts.scheme not in ("https", "http"):
+            raise ValueError("must be a URL, e.g. https://issuer.example/keys")
+        if parts.username or parts.password:
+            raise ValueError("must not hold a user or a password")
+        if parts.scheme == "http" and not is_loopback(parts.hostname):
+            raise ValueError("must be https: whoever can change the answer could make tokens")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way(self) -> AuthSettings:
+        if self.jwks_url is not None and self.tokens_file is not None:
+            raise ValueError("jwks_url and tokens_file exclude each other; unset one")
+        if self.jwks_url is not None and not (self.issuer and self.audience):
+            raise ValueError("jwks_url needs issuer and audience: else tokens made for others would be taken")
+        if not self.algorithms:
+            raise ValueError("algorithms must not be empty")
+        return self
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a call needs a token."""
+        return self.jwks_url is not None or self.tokens_file is not None
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether what listens on, or is sent to, this host never leaves the machine."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # another name, whatever it resolves to today; or empty, which means every interface
+        return False
+
+
+class _Environment(EnvSettingsSource):
+    """The environment without `PERDURE_TLS` itself: that is the client's switch, perhaps in the same shell."""
+
+    def prepare_field_value(self, field_name: str, field: FieldInfo, value: Any, value_is_complex: bool) -> Any:
+        return super().prepare_field_value(field_name, field, None if field_name == "tls" else value, value_is_complex)
+
+
 class Settings(BaseSettings):
     """Everything a server can be told, from `PERDURE_…` variables; nested fields by `__`."""
 
@@ -76,7 +208,10 @@ class Settings(BaseSettings):
         None, description="Where dev keeps its embedded PostgreSQL. Unset: the user's data folder."
     )
     address: str = Field(
-        "127.0.0.1:50051", description="Where to listen. Loopback by default: there is no authentication."
+        "127.0.0.1:50051", description="Where to listen. Another host than loopback needs TLS and tokens."
+    )
+    admin_address: str | None = Field(
+        None, description="Where to serve OperatorService, e.g. 127.0.0.1:50053. Unset: nowhere."
     )
     health_address: str | None = Field(
         None, description="Where to serve health in plaintext for probes, e.g. 0.0.0.0:50052. Unset: nowhere else."
@@ -87,7 +222,7 @@ class Settings(BaseSettings):
         "OpenTelemetry's own variables send them by OTLP.",
     )
     insecure: bool = Field(
-        False, description="Allow an address that is not loopback although there is no authentication."
+        False, description="Allow an address that is not loopback although TLS or authentication is missing."
     )
     reflection: bool = Field(False, description="Serve gRPC reflection. `dev` always does.")
     agents: Annotated[tuple[str, ...], NoDecode] = Field(
@@ -154,15 +289,27 @@ class Settings(BaseSettings):
     )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe to log.")
+    tls: TlsSettings = Field(default_factory=lambda: TlsSettings())  # type: ignore[call-arg]
+    auth: AuthSettings = Field(default_factory=lambda: AuthSettings())  # type: ignore[call-arg]
     model: ModelSettings = Field(default_factory=lambda: ModelSettings())  # type: ignore[call-arg]
     embedder: EmbedderSettings = Field(default_factory=lambda: EmbedderSettings())  # type: ignore[call-arg]
 
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - ours instead
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - no other sources
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Returns where settings come from: arguments, then the environment."""
+        return init_settings, _Environment(settings_cls)
+
     @field_validator("agents", "namespaces", "fetch_allow", mode="before")
     @classmethod
-    def _split_commas(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return tuple(part.strip() for part in value.split(",") if part.strip())
-        return value
+    def _lists(cls, value: Any) -> Any:
+        return _split_commas(value)
 
     @field_validator(
         "statement_timeout",
@@ -174,14 +321,25 @@ class Settings(BaseSettings):
         mode="before",
     )
     @classmethod
-    def _seconds(cls, value: Any) -> Any:
-        """Takes plain seconds (`0.5`, `15`) beside pydantic's own duration formats."""
-        if isinstance(value, str):
-            try:
-                return timedelta(seconds=float(value))
-            except ValueError:
-                return value
-        return value
+    def _durations(cls, value: Any) -> Any:
+        return _seconds(value)
+
+
+def _split_commas(value: Any) -> Any:
+    """Takes `a, b` for a list."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _seconds(value: Any) -> Any:
+    """Takes plain seconds (`0.5`, `15`) beside pydantic's own duration formats."""
+    if isinstance(value, str):
+        try:
+            return timedelta(seconds=float(value))
+        except ValueError:
+            return value
+    return value
 
 
 def load_settings(**overrides: Any) -> Settings:

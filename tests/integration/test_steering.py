@@ -482,7 +482,7 @@ def test_cancelling_a_running_run_stops_its_effects(rpc: Rpc, database_url: str)
     eventually(lambda: len(effects(database_url, run_id)) >= 3)
     run = rpc.cancel(run_id, "enough")
     assert state_of(run) == "CANCELLED"
-    assert run.state_reason == "enough"
+    assert run.state_reason == "cancelled by dev: enough"
     assert run.HasField("end_time")
     done = len(effects(database_url, run_id))
     events = rpc.events(run_id)

@@ -89,7 +89,10 @@ def test_every_setting_is_documented_with_its_default(variable: str, default: An
 
 def test_no_setting_is_documented_that_does_not_exist() -> None:
     documented = set(re.findall(r"^\| `(PERDURE_\w+)` \|", (DOCS / "settings.md").read_text(), re.MULTILINE))
-    theirs = {"PERDURE_TOKEN", "PERDURE_NAMESPACE", "PERDURE_TLS", "PERDURE_CA_FILE"}
+    theirs = {
+        "PERDURE_TOKEN", "PERDURE_NAMESPACE", "PERDURE_TLS", "PERDURE_CA_FILE", "PERDURE_CLIENT_CERTIFICATE_FILE",
+        "PERDURE_CLIENT_KEY_FILE", "PERDURE_SERVER_NAME",
+    }  # fmt: skip
     assert documented <= {variable for variable, _ in settings_of(Settings)} | theirs
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 from perdure_service.errors import ConfigurationError
-from perdure_service.logs import censor_text, configure_logs
+from perdure_service.logs import AUDIT_LOGGER, censor_text, configure_logs
 
 
 @pytest.fixture
@@ -50,6 +50,12 @@ def test_what_is_less_severe_is_left_out(stream: io.StringIO) -> None:
     logging.getLogger("dbos").info("quiet")
     logging.getLogger("httpx").info("quiet")
     assert lines(stream) == []
+
+
+def test_the_audit_is_never_left_out(stream: io.StringIO) -> None:
+    configure_logs("json", "error", stream)
+    structlog.get_logger(AUDIT_LOGGER).info("audit", caller="ann")
+    assert [line["event"] for line in lines(stream)] == ["audit"]
 
 
 def test_dbos_does_not_log_twice_after_it_set_up_its_own_logging(stream: io.StringIO) -> None:

@@ -24,6 +24,7 @@ from perdure_client._types import (
     ApprovalState,
     ConflictPolicy,
     Decision,
+    ExecutorInfo,
     JsonValue,
     Run,
     RunState,
@@ -52,6 +53,11 @@ class AsyncClient:
         tls: Whether to speak TLS. None: as the address says, else if `PERDURE_TLS` or root certificates are given.
         root_certificates: PEM bytes of the authorities to trust. None: the file `PERDURE_CA_FILE`, else the usual
             public ones.
+        client_certificate: PEM bytes of the client's certificate, where the server asks for one (mutual TLS). None:
+            the file `PERDURE_CLIENT_CERTIFICATE_FILE`, else none.
+        client_key: PEM bytes of its private key. None: the file `PERDURE_CLIENT_KEY_FILE`.
+        server_name: The name that the server's certificate is for, where that is not the address. None:
+            `PERDURE_SERVER_NAME`, else the address.
         timeout: Seconds for one call in all, repeats included.
         connect_timeout: Seconds a call goes on trying while no server can be reached.
         reconnect_timeout: Seconds a watch or a wait that has had answers goes on trying without any.
@@ -71,6 +77,9 @@ class AsyncClient:
         timeout: float = DEFAULT_TIMEOUT_S,
         connect_timeout: float = DEFAULT_CONNECT_TIMEOUT_S,
         reconnect_timeout: float = DEFAULT_RECONNECT_TIMEOUT_S,
+        client_certificate: bytes | None = None,
+        client_key: bytes | None = None,
+        server_name: str | None = None,
     ) -> None:
         config = make_config(
             address,
@@ -81,6 +90,9 @@ class AsyncClient:
             timeout=timeout,
             connect_timeout=connect_timeout,
             reconnect_timeout=reconnect_timeout,
+            client_certificate=client_certificate,
+            client_key=client_key,
+            server_name=server_name,
         )
         self._core = Core(config, AioTransport(config))
 
@@ -447,6 +459,20 @@ class AsyncClient:
             AgentNotFound: No such agent or version.
         """
         return await self._core.get_agent(agent, agent_version=agent_version)
+
+    def executors(self, *, include_gone: bool = False) -> AsyncIterator[ExecutorInfo]:
+        """Iterates over the executors of the server's database, the living first.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Args:
+            include_gone: Those that are gone, too.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address.
+        """
+        return iterate(self._core.list_executors(include_gone=include_gone))
 
     async def close(self) -> None:
         """Ends all calls and the connections. Runs go on."""

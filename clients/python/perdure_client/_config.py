@@ -14,6 +14,7 @@ import grpc
 from perdure_client._errors import ConfigurationError
 
 DEFAULT_ADDRESS = "localhost:50051"
+DEFAULT_ADMIN_ADDRESS = "localhost:50053"
 DEFAULT_NAMESPACE = "default"
 DEFAULT_TIMEOUT_S = 30.0
 """For one call in all, repeats included."""
@@ -65,6 +66,7 @@ class Config:
         namespace: The namespace of every call.
         token: The bearer token; empty for none.
         credentials: Of the channel; None for plaintext.
+        server_name: The name that the server's certificate is for; empty for the address.
         timeout_s: For one call in all, repeats included.
         connect_timeout_s: How long a call goes on trying while no server can be reached.
         reconnect_timeout_s: How long a watch or a wait that has had answers goes on trying without any.
@@ -74,9 +76,17 @@ class Config:
     namespace: str = DEFAULT_NAMESPACE
     token: str = field(default="", repr=False)
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
+    server_name: str = ""
     timeout_s: float = DEFAULT_TIMEOUT_S
     connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S
     reconnect_timeout_s: float = DEFAULT_RECONNECT_TIMEOUT_S
+
+    @property
+    def channel_options(self) -> ChannelOptions:
+        """The channel's options, those that every channel has and its own."""
+        if not self.server_name:
+            return CHANNEL_OPTIONS
+        return (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", self.server_name))
 
 
 def make_config(
@@ -89,6 +99,9 @@ def make_config(
     timeout: float,
     connect_timeout: float,
     reconnect_timeout: float,
+    client_certificate: bytes | None = None,
+    client_key: bytes | None = None,
+    server_name: str | None = None,
 ) -> Config:
     """Returns the configuration of a client: the arguments, else the environment, else the defaults.
 
@@ -98,12 +111,18 @@ def make_config(
     target, scheme_tls = _split_scheme(address or os.environ.get("PERDURE_ADDRESS") or DEFAULT_ADDRESS)
     if tls is None:
         tls = scheme_tls
-    if root_certificates is None and tls is not False:
-        root_certificates = _certificates_of_environment()
+    if tls is not False:
+        root_certificates = root_certificates or _file_of("PERDURE_CA_FILE")
+        if client_certificate is None and client_key is None:
+            client_certificate = _file_of("PERDURE_CLIENT_CERTIFICATE_FILE")
+            client_key = _file_of("PERDURE_CLIENT_KEY_FILE")
+    given = root_certificates is not None or client_certificate is not None
     if tls is None:
-        tls = root_certificates is not None or os.environ.get("PERDURE_TLS", "").lower() in _TRUE
-    if not tls and root_certificates is not None:
-        raise ConfigurationError("root certificates were given, but TLS is off; drop one of the two")
+        tls = given or os.environ.get("PERDURE_TLS", "").lower() in _TRUE
+    if not tls and given:
+        raise ConfigurationError("certificates were given, but TLS is off; drop one of the two")
+    if (client_certificate is None) != (client_key is None):
+        raise ConfigurationError("a client's certificate and its key belong together; give both")
     token = os.environ.get("PERDURE_TOKEN", "") if token is None else token
     if token and not tls and not is_loopback(target):
         raise ConfigurationError(
@@ -115,21 +134,23 @@ def make_config(
         address=target,
         namespace=namespace or os.environ.get("PERDURE_NAMESPACE") or DEFAULT_NAMESPACE,
         token=token,
-        credentials=grpc.ssl_channel_credentials(root_certificates) if tls else None,
+        credentials=(grpc.ssl_channel_credentials(root_certificates, client_key, client_certificate) if tls else None),
+        server_name=(server_name or os.environ.get("PERDURE_SERVER_NAME", "")) if tls else "",
         timeout_s=timeout,
         connect_timeout_s=connect_timeout,
         reconnect_timeout_s=reconnect_timeout,
     )
 
 
-def _certificates_of_environment() -> bytes | None:
-    path = os.environ.get("PERDURE_CA_FILE")
+def _file_of(variable: str) -> bytes | None:
+    """Returns the content of the file that a variable names; None when it is unset."""
+    path = os.environ.get(variable)
     if not path:
         return None
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise ConfigurationError(f"PERDURE_CA_FILE={path} cannot be read: {error.strerror}") from error
+        raise ConfigurationError(f"{variable}={path} cannot be read: {error.strerror}") from error
 
 
 def is_loopback(target: str) -> bool:

@@ -9,7 +9,14 @@ from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
-from perdure.v1 import agent_catalog_service_pb2, agent_run_pb2, agent_run_service_pb2, approval_pb2, run_event_pb2
+from perdure.v1 import (
+    agent_catalog_service_pb2,
+    agent_run_pb2,
+    agent_run_service_pb2,
+    approval_pb2,
+    operator_service_pb2,
+    run_event_pb2,
+)
 
 from perdure_client import _events as events
 from perdure_client._events import EventData, RunEvent
@@ -17,6 +24,8 @@ from perdure_client._types import (
     AgentInfo,
     Approval,
     ApprovalState,
+    ExecutorInfo,
+    ExecutorState,
     Failure,
     JsonValue,
     Progress,
@@ -46,6 +55,11 @@ _STEP_STATES = {
     getattr(agent_run_service_pb2, f"STEP_STATE_{state}"): state
     for state in StepState
     if state is not StepState.UNKNOWN
+}
+_EXECUTOR_STATES = {
+    getattr(operator_service_pb2, f"EXECUTOR_STATE_{state}"): state
+    for state in ExecutorState
+    if state is not ExecutorState.UNKNOWN
 }
 _TIMEOUT_OUTCOMES = {
     getattr(approval_pb2, f"APPROVAL_TIMEOUT_OUTCOME_{outcome}"): outcome
@@ -99,6 +113,7 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "trace_id": message.trace_id,
         "last_sequence": message.last_sequence,
         "usage": _run_usage(message.usage) if message.HasField("usage") else None,
+        "caller": message.caller,
     }
 
 
@@ -170,6 +185,20 @@ def approval_from(message: approval_pb2.Approval) -> Approval:
         comment=message.comment,
         answer=_json(message.answer_json),
         revision=message.revision,
+    )
+
+
+def executor_from(message: operator_service_pb2.Executor) -> ExecutorInfo:
+    """Returns an executor."""
+    return ExecutorInfo(
+        executor_id=message.executor_id,
+        address=message.address,
+        application_version=message.application_version,
+        state=_EXECUTOR_STATES.get(message.state, ExecutorState.UNKNOWN),
+        running=message.running,
+        max_running=message.max_running,
+        start_time=_time(message, "start_time"),
+        expire_time=_time(message, "expire_time"),
     )
 
 

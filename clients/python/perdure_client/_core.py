@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import grpc
 from google.protobuf.message import Message
 from perdure.v1 import agent_catalog_service_pb2 as catalog
-from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_service_pb2
+from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_service_pb2, operator_service_pb2
 
 from perdure_client import _convert, _requests, _transport
 from perdure_client._config import Config
@@ -18,7 +18,7 @@ from perdure_client._events import EventKind, RunEvent
 from perdure_client._retry import Patience
 from perdure_client._rpc_errors import from_rpc_error
 from perdure_client._transport import Method, Transport
-from perdure_client._types import AgentInfo, Approval, JsonValue, Run, RunTrace, StartedRun, Step
+from perdure_client._types import AgentInfo, Approval, ExecutorInfo, JsonValue, Run, RunTrace, StartedRun, Step
 from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata
 
 _LONGEST_WAIT_S = 60.0
@@ -247,6 +247,17 @@ class Core:
             request.page_token = token
             page = await self.call(_transport.LIST_AGENTS, request)
             return [_convert.agent_from(agent) for agent in page.agents], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_executors(self, *, include_gone: bool) -> Pages[ExecutorInfo]:
+        """Lists executors, the living first."""
+        request = operator_service_pb2.ListExecutorsRequest(page_size=_PAGE_SIZE, include_gone=include_gone)
+
+        async def fetch(token: str) -> tuple[Sequence[ExecutorInfo], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_EXECUTORS, request)
+            return [_convert.executor_from(executor) for executor in page.executors], page.next_page_token
 
         return Pages(fetch)
 

@@ -10,6 +10,7 @@ from google.protobuf.message import Message
 from perdure.v1 import agent_catalog_service_pb2 as catalog
 from perdure.v1 import agent_run_service_pb2 as runs
 from perdure.v1 import approval_service_pb2 as approvals
+from perdure.v1 import operator_service_pb2 as operators
 
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
@@ -48,6 +49,7 @@ DECIDE_APPROVAL = _method("ApprovalService", approvals.DecideApprovalRequest, ap
 WATCH_APPROVALS = _method("ApprovalService", approvals.WatchApprovalsRequest, approvals.WatchApprovalsResponse)
 LIST_AGENTS = _method("AgentCatalogService", catalog.ListAgentsRequest, catalog.ListAgentsResponse)
 GET_AGENT = _method("AgentCatalogService", catalog.GetAgentRequest, catalog.GetAgentResponse)
+LIST_EXECUTORS = _method("OperatorService", operators.ListExecutorsRequest, operators.ListExecutorsResponse)
 
 
 class Silence(Exception):

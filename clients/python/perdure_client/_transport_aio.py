@@ -9,7 +9,7 @@ import grpc
 import grpc.aio
 from google.protobuf.message import Message
 
-from perdure_client._config import CHANNEL_OPTIONS, Config
+from perdure_client._config import Config
 from perdure_client._errors import ClientClosed
 from perdure_client._transport import Metadata, Method, Silence
 
@@ -98,9 +98,9 @@ class AioTransport:
         if self._open is None:
             address, credentials = self._config.address, self._config.credentials
             if credentials is None:
-                self._open = grpc.aio.insecure_channel(address, CHANNEL_OPTIONS)
+                self._open = grpc.aio.insecure_channel(address, self._config.channel_options)
             else:
-                self._open = grpc.aio.secure_channel(address, credentials, CHANNEL_OPTIONS)
+                self._open = grpc.aio.secure_channel(address, credentials, self._config.channel_options)
         return self._open
 
 

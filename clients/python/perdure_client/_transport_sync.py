@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from perdure_client._config import CHANNEL_OPTIONS, Config
+from perdure_client._config import Config
 from perdure_client._errors import ClientClosed
 from perdure_client._transport import Metadata, Method, Silence
 
@@ -124,9 +124,9 @@ class SyncTransport:
     def __init__(self, config: Config) -> None:
         address, credentials = config.address, config.credentials
         if credentials is None:
-            self._channel = grpc.insecure_channel(address, CHANNEL_OPTIONS)
+            self._channel = grpc.insecure_channel(address, config.channel_options)
         else:
-            self._channel = grpc.secure_channel(address, credentials, CHANNEL_OPTIONS)
+            self._channel = grpc.secure_channel(address, credentials, config.channel_options)
         self._callables: dict[str, Any] = {}
         self._watchdog = _Watchdog()
         self._closed = threading.Event()

@@ -60,6 +60,19 @@ class StepState(StrEnum):
     """Its execution died in it; it runs again, or its run ended first."""
 
 
+class ExecutorState(StrEnum):
+    """Whether an executor is alive."""
+
+    UNKNOWN = "UNKNOWN"
+    """A state that this version of the library does not know; the server is newer."""
+    ALIVE = "ALIVE"
+    """Its lease holds."""
+    EXPIRED = "EXPIRED"
+    """Its lease has expired, and nobody has taken its runs back yet."""
+    GONE = "GONE"
+    """It was declared gone, or stopped; its runs were given back."""
+
+
 class ApprovalState(StrEnum):
     """Where an approval stands."""
 
@@ -192,6 +205,7 @@ class Run:
         trace_id: The W3C trace id (32 hex digits) of the run's one trace; empty for none.
         last_sequence: The number of events the run has: the sequence of its last event.
         usage: What its model calls used; None while nothing was reported.
+        caller: Who started it, or whose run started it; empty where nobody knows.
     """
 
     namespace: str
@@ -218,6 +232,7 @@ class Run:
     trace_id: str = ""
     last_sequence: int = 0
     usage: Usage | None = None
+    caller: str = ""
 
     @property
     def done(self) -> bool:
@@ -439,3 +454,28 @@ class AgentInfo:
     current: bool = False
     max_steps: int = 0
     max_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorInfo:
+    """A process that executes runs, by the database's clock.
+
+    Attributes:
+        executor_id: Its id, new at every start.
+        address: Where it listens, for people: host name and port.
+        application_version: The application version of its runs.
+        state: Whether it is alive.
+        running: Runs that it executes now, those that wait included.
+        max_running: How many it executes at most.
+        start_time: When it started.
+        expire_time: When its lease expires, or expired.
+    """
+
+    executor_id: str
+    address: str = ""
+    application_version: str = ""
+    state: ExecutorState
+    running: int = 0
+    max_running: int = 0
+    start_time: datetime | None = None
+    expire_time: datetime | None = None

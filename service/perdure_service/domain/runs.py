@@ -276,3 +276,4 @@ class Run:
     input_json: str | None = None
     output_json: str | None = None
     usage: Usage = Usage()
+    caller: str = ""

@@ -476,16 +476,17 @@ class Ledger:
             return {row.workflow_uuid: row.status for row in rows}
 
     @staticmethod
-    def foreign_status(conn: sa.Connection, workflow_id: str) -> str | None:
-        """Returns DBOS's status of a workflow of this application, None when there is none."""
+    def is_foreign(conn: sa.Connection, workflow_id: str) -> bool:
+        """Returns whether there is a workflow of this application that has no run yet."""
         found = conn.execute(
             sa.text(
-                f"SELECT status FROM {STATUS} WHERE workflow_uuid = :id "
-                "AND (application_name = :application OR application_name IS NULL)"
+                f"SELECT 1 FROM {STATUS} WHERE workflow_uuid = :id "
+                "AND (application_name = :application OR application_name IS NULL) "
+                "AND NOT EXISTS (SELECT 1 FROM perdure.run AS r WHERE r.workflow_id = :id)"
             ),
             {"id": workflow_id, "application": APPLICATION},
-        ).scalar()
-        return None if found is None else str(found)
+        ).first()
+        return found is not None
 
 
 def _sampled(traceparent: str) -> bool:

@@ -13,7 +13,7 @@ from dbos._serialization import DBOSPortableJSON
 
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision, must_decide
 from perdure_service.domain.events import APPROVAL_STEP, Event, EventKind
-from perdure_service.domain.runs import TERMINAL_STATUSES, WAITING_APPROVAL, RunKey, RunState
+from perdure_service.domain.runs import DEFAULT_NAMESPACE, TERMINAL_STATUSES, WAITING_APPROVAL, RunKey, RunState
 from perdure_service.durable.context import approval_topic
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
@@ -138,14 +138,18 @@ def cancel(runtime: Runtime, key: RunKey, reason: str) -> None:
 
 
 def adopt_foreign(runtime: Runtime, namespace: str, run_id: str) -> bool:
-    """Gives a run to a workflow that a foreign client enqueued under this id, if there is one; returns whether."""
-    if namespace != "default":
+    """Gives a run to a workflow that a foreign client enqueued under this id, if there is one; returns whether.
+
+    A workflow that has a run, perhaps another tenant's, is not touched, and takes no other statements to refuse than
+    one that does not exist.
+    """
+    if namespace != DEFAULT_NAMESPACE:
         return False
     operation = Operation(None)
     operation.facts["adopted"] = []
 
     def finish(conn: sa.Connection) -> None:
-        if runtime.ledger.foreign_status(conn, run_id) is None:
+        if not runtime.ledger.is_foreign(conn, run_id):
             return
         _locked_status(conn, run_id)
         operation.facts["adopted"] = runtime.ledger.adopt(conn, [run_id], operation.add)

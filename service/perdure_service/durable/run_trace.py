@@ -17,7 +17,7 @@ from perdure_service.domain.trace_fold import RunFold
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.requests import RunTrace
 from perdure_service.durable.spans import traced_run
-from perdure_service.durable.watching import Read
+from perdure_service.durable.view import Read
 from perdure_service.store import event_log, traces
 
 MAX_SPANS = 5_000

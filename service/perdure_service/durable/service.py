@@ -18,6 +18,7 @@ from jsonschema import Draft202012Validator
 from perdure_service.agents import catalogue
 from perdure_service.domain.agents import AgentSpec, check_input
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision
+from perdure_service.domain.callers import check_namespace
 from perdure_service.domain.events import (
     STREAM_STEP,
     Event,
@@ -26,6 +27,7 @@ from perdure_service.domain.events import (
     event_chars,
     fold_steps,
 )
+from perdure_service.domain.executors import Executor
 from perdure_service.domain.quotas import StartQuota
 from perdure_service.domain.runs import (
     SIGNAL_NAME,
@@ -47,7 +49,6 @@ from perdure_service.errors import (
     AgentNotFound,
     ApprovalNotFound,
     InvalidArgument,
-    NamespaceNotFound,
     Overloaded,
     QuotaExceeded,
     RunConflict,
@@ -57,7 +58,7 @@ from perdure_service.errors import (
 )
 from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
-from perdure_service.store import event_log, runs
+from perdure_service.store import event_log, executors, runs
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, derive_trace_id, parse_traceparent
@@ -144,8 +145,7 @@ class RunService:
         return await self._call(retrying, self._engine, name, function)
 
     def _check_namespace(self, namespace: str) -> None:
-        if namespace not in self._namespaces:
-            raise NamespaceNotFound(f"there is no namespace {namespace!r}")
+        check_namespace(namespace, self._namespaces)
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
@@ -413,7 +413,8 @@ class RunService:
         run = await self.get(namespace, run_id, full=False)
         if run.state.terminal:
             return run
-        why = reason or (f"cancelled by {caller}" if caller else "cancelled")
+        why = f"cancelled by {caller}" if caller else "cancelled"
+        why += f": {reason}" if reason else ""
         await self._call(lambda: outside.cancel(self._runtime, run.key, why))
         return await self.get(namespace, run_id, full=False)
 
@@ -513,6 +514,18 @@ class RunService:
             raise AgentNotFound(f"there is no agent {name + ('@' + version if version else '')!r}")
         return found
 
+    # ---- operators ---------------------------------------------------------------------------------------------------
+
+    async def list_executors(self, *, include_gone: bool, page_size: int, page_token: str) -> Page[Executor]:
+        """Returns a page of executors, the living first."""
+        found, token = await self._read(
+            "executors.list",
+            lambda conn: executors.list_page(
+                conn, include_gone=include_gone, page_size=page_size, page_token=page_token
+            ),
+        )
+        return Page(found, token)
+
 
 def _not_created(start: RunStart) -> Run:
     """Returns what `validate_only` shows: the run as it would be."""
@@ -539,6 +552,7 @@ def _not_created(start: RunStart) -> Run:
         parent_run_id="",
         trace_id=start.trace_id,
         last_sequence=0,
+        caller=start.caller,
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from perdure_service.domain.callers import Caller
 from perdure_service.telemetry import TraceParent, parse_traceparent
 
 ANONYMOUS = "anonymous"
-"""The caller while there is no authentication."""
+"""Every caller's name while there is no authentication."""
 REQUEST_ID_KEY = "x-request-id"
 TRACE_PARENT_KEY = "traceparent"
 MAX_REQUEST_ID = 128
@@ -25,9 +26,10 @@ class Call:
     Attributes:
         method: E.g. `perdure.v1.AgentRunService/StartAgent`.
         call_id: The caller's `x-request-id`, or one made here; in the log of this call.
-        caller: Who calls.
+        caller: Who calls; empty until that is known.
         trace_parent: The caller's W3C `traceparent` as it came, or empty.
         parent: What it says; None for none.
+        expires_at_s: When the caller's token is no longer good, in seconds since 1970; None for never.
     """
 
     method: str
@@ -35,6 +37,7 @@ class Call:
     caller: str
     trace_parent: str = ""
     parent: TraceParent | None = None
+    expires_at_s: float | None = None
 
 
 _current: ContextVar[Call] = ContextVar("perdure_call")
@@ -49,13 +52,12 @@ def current_call() -> Call:
     return _current.get()
 
 
-def enter_call(method: str, metadata: Iterable[tuple[str, Any]], caller: str) -> Call:
+def enter_call(method: str, metadata: Iterable[tuple[str, Any]]) -> Call:
     """Makes a call the one being served in this context; gRPC gives every call a context of its own.
 
     Args:
         method: As in `Call`.
         metadata: The request's, as pairs.
-        caller: Who calls.
     """
     call_id = trace_parent = ""
     for key, value in metadata:
@@ -66,6 +68,13 @@ def enter_call(method: str, metadata: Iterable[tuple[str, Any]], caller: str) ->
     if not call_id or len(call_id) > MAX_REQUEST_ID or not call_id.isprintable():
         call_id = secrets.token_hex(8)
     parent = parse_traceparent(trace_parent)
-    call = Call(method, call_id, caller, trace_parent if parent else "", parent)
+    call = Call(method, call_id, "", trace_parent if parent else "", parent)
+    _current.set(call)
+    return call
+
+
+def identify(caller: Caller) -> Call:
+    """Says who makes the call being served; returns the call with that."""
+    call = replace(_current.get(), caller=caller.name, expires_at_s=caller.expires_at_s)
     _current.set(call)
     return call

@@ -38,6 +38,7 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         trace_id=fields.text(run.trace_id),
         last_sequence=fields.int64(run.last_sequence),
         usage=_usage(run.usage),
+        caller=fields.text(run.caller),
     )
     if full:
         message.input_json = fields.text(run.input_json)

@@ -1,4 +1,4 @@
-"""Stands around every call: who and in which trace, how long it may stay, and what the caller learns when it fails.
+"""Stands around every call: who makes it and whether they may, its trace, how long it stays, what is told if it fails.
 
 gRPC would send any exception's text to the client, so nothing may pass here but what errors.py says a caller may see.
 """
@@ -10,7 +10,7 @@ import inspect
 import secrets
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,8 +19,12 @@ import grpc.aio
 import structlog
 
 from perdure_service import telemetry
-from perdure_service.errors import ConfigurationError, Draining, InvalidArgument, PerdureError
-from perdure_service.rpc.calls import ANONYMOUS, Call, current_call, enter_call
+from perdure_service.errors import ConfigurationError, Draining, InvalidArgument, PerdureError, TokenExpired
+from perdure_service.rpc import access
+from perdure_service.rpc.audit import audit
+from perdure_service.rpc.authentication import Authentication
+from perdure_service.rpc.calls import Call, current_call, enter_call, identify
+from perdure_service.rpc.jwt_tokens import EXPIRED_TEXT
 from perdure_service.rpc.status import DETAILS_KEY, WireError, internal_error, wire_error
 from perdure_service.rpc.streams import Streams
 
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
 
 OUR_METHODS = "/perdure."
-"""Methods that have spans and count as streams; the others are health and reflection."""
+"""Methods that need a caller, have spans and count as streams; the others are health and reflection."""
 SERVER_FAULTS = frozenset({"INTERNAL", "UNAVAILABLE"})
 """Status codes that make a server's span one that failed (OpenTelemetry's conventions for gRPC)."""
 MAX_CAUSE = 300
@@ -48,21 +52,24 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         *,
         streams: Streams,
         infrastructure: Streams,
+        authentication: Authentication,
+        namespaces: Collection[str],
         tracer: telemetry.RunTracer | None = None,
-        caller: str = ANONYMOUS,
     ) -> None:
         """Makes an interceptor.
 
         Args:
             streams: Where our streams are counted and ended.
             infrastructure: The same for the streams of health.
+            authentication: Finds the caller of a call.
+            namespaces: Those that are declared.
             tracer: Makes the server spans; None makes none.
-            caller: Who everybody is, while there is no authentication.
         """
         self._streams = streams
         self._infrastructure = infrastructure
         self._tracer = tracer or telemetry.RunTracer()
-        self._caller = caller
+        self._authentication = authentication
+        self._namespaces = frozenset(namespaces)
         self._wrapped: dict[str, tuple[Handler, Handler]] = {}
 
     async def intercept_service(
@@ -70,9 +77,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     ) -> Handler | None:
         """Returns the method's handler, wrapped; None when there is none."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_streaming:
-            return handler
         method = handler_call_details.method
+        if handler is None:
+            return None
+        if handler.request_streaming:
+            # Reflection. One of ours would need a wrapper of its own, as nobody would ask it for a token.
+            return None if method.startswith(OUR_METHODS) else handler
         known = self._wrapped.get(method)
         if known is None or known[0] is not handler:
             known = self._wrapped[method] = (handler, self._wrap(handler, method))
@@ -94,7 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         serve: Any = handler.unary_unary
 
         async def call(data: bytes, context: RpcContext) -> Any:
-            return await self._guarded(method, context, lambda: serve(_decoded(handler, data), context))
+            return await self._guarded(handler, method, data, context, lambda request: serve(request, context))
 
         return call
 
@@ -104,11 +114,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         # A coroutine that writes, not a generator: so a cancellation while a slow reader is written to passes
         # through here, and what serves the stream is closed at once instead of when the garbage is collected.
-        async def write_all(data: bytes, context: RpcContext) -> None:
-            request = _decoded(handler, data)
-            caller = current_call().caller
-            # While there is no authentication, everybody is one caller.
-            with streams.stream("" if caller == self._caller else caller):
+        async def write_all(request: Any, context: RpcContext) -> None:
+            call = current_call()
+            # While there is no authentication, everybody is one caller, and nobody's share is counted.
+            stay = streams.stream(call.caller if self._authentication.enabled else "")
+            if call.expires_at_s is not None:
+                stay.expire(call.expires_at_s - time.time(), TokenExpired(EXPIRED_TEXT))
+            with stay:
                 if not inspect.isasyncgenfunction(serve):
                     await serve(request, context)
                     return
@@ -117,18 +129,30 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                         await context.write(response)
 
         async def call(data: bytes, context: RpcContext) -> None:
-            await self._guarded(method, context, lambda: write_all(data, context))
+            await self._guarded(handler, method, data, context, lambda request: write_all(request, context))
 
         return call
 
-    async def _guarded(self, path: str, context: RpcContext, serve: Callable[[], Awaitable[T]]) -> T:
-        """Serves a call and maps what it raises."""
+    async def _guarded(
+        self, handler: Handler, path: str, data: bytes, context: RpcContext, serve: Callable[[Any], Awaitable[T]]
+    ) -> T:
+        """Lets a call in, serves it and maps what it raises."""
         began = time.monotonic()
-        call = enter_call(path.removeprefix("/"), context.invocation_metadata() or (), self._caller)
+        metadata = context.invocation_metadata() or ()
+        call = enter_call(path.removeprefix("/"), metadata)
         structlog.contextvars.bind_contextvars(call_id=call.call_id, rpc=call.method)
         span = self._open_span(path, call)
+        request: Any = None
         try:
-            result = await serve()
+            if not path.startswith(OUR_METHODS):
+                result = await serve(_decoded(handler, data))
+            else:
+                caller = await self._authentication.caller_of(metadata)
+                call = identify(caller)
+                request = _decoded(handler, data)  # only now: who may not call shall not make work
+                access.check(call.method, caller, request, self._namespaces)
+                result = await serve(request)
+                audit(call, request, result, "OK")
         except BaseException as error:
             if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
                 # The generated servicer's own answer: the schema has the method, this server does not.
@@ -137,9 +161,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if _passes(error):
                 _ended(span, path, call, "CANCELLED", began)
                 span.end()
+                # Whether it was done is not known; it may have been.
+                audit(call, request, None, "CANCELLED")
                 raise
             try:
                 failure, reason = _described(error, call, time.monotonic() - began)
+                audit(call, request, None, failure.code.name, reason)
             except Exception:  # noqa: BLE001 - an error that cannot even be described or logged is still answered
                 failure, reason = internal_error(call.call_id), "INTERNAL"
             _ended(span, path, call, failure.code.name, began)

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import errno
-import ipaddress
-import re
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from perdure.v1 import agent_catalog_service_pb2, agent_run_service_pb2, approval_service_pb2
+from perdure.v1 import (
+    agent_catalog_service_pb2,
+    agent_run_service_pb2,
+    approval_service_pb2,
+    operator_service_pb2,
+)
 from perdure.v1.agent_catalog_service_pb2_grpc import add_AgentCatalogServiceServicer_to_server
 from perdure.v1.agent_run_service_pb2_grpc import add_AgentRunServiceServicer_to_server
 from perdure.v1.approval_service_pb2_grpc import add_ApprovalServiceServicer_to_server
+from perdure.v1.operator_service_pb2_grpc import add_OperatorServiceServicer_to_server
 
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
+from perdure_service.rpc.addresses import check_addresses
 from perdure_service.rpc.agent_runs import AgentRuns
 from perdure_service.rpc.approvals import Approvals
+from perdure_service.rpc.authentication import make_authentication
 from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.catalog import Catalog
 from perdure_service.rpc.interceptors import CallInterceptor
+from perdure_service.rpc.operators import Operators
 from perdure_service.rpc.streams import Streams
+from perdure_service.rpc.tls import server_credentials
 from perdure_service.settings import Settings
 from perdure_service.telemetry import RunTracer
 
@@ -36,6 +45,8 @@ SERVICES = tuple(
         (agent_catalog_service_pb2.DESCRIPTOR, "AgentCatalogService"),
     )
 )
+ADMIN_SERVICE = operator_service_pb2.DESCRIPTOR.services_by_name["OperatorService"].full_name
+"""What the admin port serves, and no other."""
 MIN_PING_INTERVAL = timedelta(seconds=10)
 """Clients may send keepalive pings this often, so that one every 30 s is safe. gRPC's default is five minutes, and a
 client that pings more often than it may is thrown out (GOAWAY, too_many_pings)."""
@@ -45,7 +56,6 @@ KEEPALIVE_TIMEOUT = timedelta(seconds=20)
 end. gRPC's default for the first is two hours."""
 MAX_HEALTH_STREAMS = 1_000
 _SERVING = health_pb2.HealthCheckResponse.SERVING
-_ADDRESS = re.compile(r"(?P<host>\[[0-9A-Fa-f:.%]+\]|[^\[\]:/\s]*):(?P<port>\d{1,5})")
 
 
 def server_options(settings: Settings) -> list[tuple[str, int]]:
@@ -70,10 +80,11 @@ def server_options(settings: Settings) -> list[tuple[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class BoundPorts:
-    """Where a server listens. `health` is None when health has no port of its own."""
+    """Where a server listens. `health` and `admin` are None when there is no such port."""
 
     rpc: int
     health: int | None = None
+    admin: int | None = None
 
 
 class RpcServer:
@@ -86,9 +97,12 @@ class RpcServer:
 
         Args:
             service: What is served.
-            settings: Addresses, limits, reflection.
+            settings: Addresses, limits, reflection, certificates, tokens.
             tracer: Makes the spans of calls; None makes none.
-            caller: Who everybody is, while there is no authentication: `dev` in `dev`.
+            caller: Who everybody is where there is no authentication: `dev` in `dev`.
+
+        Raises:
+            ConfigurationError: The file of tokens is no good.
         """
         self._service = service
         self._settings = settings
@@ -99,10 +113,16 @@ class RpcServer:
             per_caller=settings.max_streams_per_caller,
         )
         self._health_streams = Streams(MAX_HEALTH_STREAMS)
+        self._authentication = make_authentication(settings.auth, caller)
         self._interceptor = CallInterceptor(
-            streams=self._streams, infrastructure=self._health_streams, tracer=tracer, caller=caller
+            streams=self._streams,
+            infrastructure=self._health_streams,
+            authentication=self._authentication,
+            namespaces=settings.namespaces,
+            tracer=tracer,
         )
         self._server: grpc.aio.Server | None = None
+        self._admin_server: grpc.aio.Server | None = None
         self._health_server: grpc.aio.Server | None = None
 
     @property
@@ -117,26 +137,33 @@ class RpcServer:
             The ports it listens on; those of the settings unless they are 0.
 
         Raises:
-            ConfigurationError: An address is malformed, in use, or not loopback although anyone may call.
+            ConfigurationError: An address is malformed, in use, or not loopback although anyone may call; or a
+                certificate is no good.
         """
         settings = self._settings
-        check_address(settings.address, insecure=settings.insecure)
+        check_addresses(settings)
         server = self._make_server()
-        ports = BoundPorts(_bind(server, settings.address, "PERDURE_ADDRESS"))
-        health_server: grpc.aio.Server | None = None
+        rpc = self._bind(server, settings.address, "PERDURE_ADDRESS")
+        admin = health = None
+        admin_server = health_server = None
+        if settings.admin_address is not None:
+            admin_server = self._make_admin_server()
+            admin = self._bind(admin_server, settings.admin_address, "PERDURE_ADMIN_ADDRESS")
         if settings.health_address is not None:
-            check_address(settings.health_address, insecure=True, variable="PERDURE_HEALTH_ADDRESS")
-            health_server = grpc.aio.server(interceptors=[self._interceptor], options=server_options(settings))
-            health_pb2_grpc.add_HealthServicer_to_server(self._health, health_server)
-            ports = BoundPorts(ports.rpc, _bind(health_server, settings.health_address, "PERDURE_HEALTH_ADDRESS"))
+            health_server = self._new_server()
+            health = self._bind(health_server, settings.health_address, "PERDURE_HEALTH_ADDRESS", plaintext=True)
+        await self._authentication.start()
         await server.start()
         self._server = server
+        if admin_server is not None:
+            await admin_server.start()
+            self._admin_server = admin_server
         if health_server is not None:
             await health_server.start()
             self._health_server = health_server
-        for name in ("", *SERVICES):
+        for name in ("", *SERVICES, *((ADMIN_SERVICE,) if admin_server is not None else ())):
             await self._health.set(name, _SERVING)
-        return ports
+        return BoundPorts(rpc, health, admin)
 
     async def drain(self) -> None:
         """Says NOT_SERVING, ends all streams and waits with UNAVAILABLE and RetryInfo, and takes no new ones.
@@ -158,56 +185,49 @@ class RpcServer:
         server, self._server = self._server, None
         if server is not None:
             await server.stop(grace_s)
+        admin_server, self._admin_server = self._admin_server, None
+        if admin_server is not None:
+            await admin_server.stop(0)
+        await self._authentication.stop()
         health_server, self._health_server = self._health_server, None
         if health_server is not None:  # last: probes are answered to the end
             await health_server.stop(0)
 
-    def _make_server(self) -> grpc.aio.Server:
+    def _new_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(interceptors=[self._interceptor], options=server_options(self._settings))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        return server
+
+    def _make_server(self) -> grpc.aio.Server:
+        server = self._new_server()
         add_AgentRunServiceServicer_to_server(AgentRuns(self._service, self._settings, self._streams), server)
         add_ApprovalServiceServicer_to_server(Approvals(self._service, self._settings), server)
         add_AgentCatalogServiceServicer_to_server(Catalog(self._service), server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        if self._settings.reflection:
-            reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+        self._reflect(server, SERVICES)
         return server
 
+    def _make_admin_server(self) -> grpc.aio.Server:
+        server = self._new_server()
+        add_OperatorServiceServicer_to_server(Operators(self._service), server)
+        self._reflect(server, (ADMIN_SERVICE,))
+        return server
 
-def check_address(address: str, *, insecure: bool, variable: str = "PERDURE_ADDRESS") -> None:
-    """Refuses an address that is malformed, or that others than this host can reach unless `insecure`.
+    def _reflect(self, server: grpc.aio.Server, services: Sequence[str]) -> None:
+        if self._settings.reflection:
+            reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
 
-    Raises:
-        ConfigurationError: With the way out.
-    """
-    match = _ADDRESS.fullmatch(address)
-    if match is None or int(match["port"]) > 65_535:
-        raise ConfigurationError(
-            f"{variable} is {address!r}; it must be HOST:PORT, e.g. 127.0.0.1:50051 or [::1]:50051"
-        )
-    if not insecure and not _is_loopback(match["host"]):
-        raise ConfigurationError(
-            f"{variable} is {address}, which others can reach, and there is no authentication: "
-            f"listen on 127.0.0.1:{match['port']}, or set PERDURE_INSECURE=1 if the network keeps others out"
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:  # another name, whatever it resolves to today; or empty, which means every interface
-        return False
-
-
-def _bind(server: grpc.aio.Server, address: str, variable: str) -> int:
-    """Takes an address for a server and returns its port."""
-    try:
-        _check_free(address)
-        return server.add_insecure_port(address)
-    except (OSError, RuntimeError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else "gRPC cannot bind it"
-        raise ConfigurationError(f"cannot listen on {address} ({why}); choose another in {variable}") from error
+    def _bind(self, server: grpc.aio.Server, address: str, variable: str, *, plaintext: bool = False) -> int:
+        """Takes an address for a server, with TLS where that is configured, and returns its port."""
+        tls = self._settings.tls
+        credentials = server_credentials(tls) if tls.enabled and not plaintext else None
+        try:
+            _check_free(address)
+            if credentials is None:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, credentials)
+        except (OSError, RuntimeError) as error:
+            why = error.strerror if isinstance(error, OSError) and error.strerror else "gRPC cannot bind it"
+            raise ConfigurationError(f"cannot listen on {address} ({why}); choose another in {variable}") from error
 
 
 def _check_free(address: str) -> None:

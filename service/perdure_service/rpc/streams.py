@@ -10,11 +10,13 @@ from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TypeVar
 
-from perdure_service.errors import Draining, TooManyStreams
+from perdure_service.errors import Draining, PerdureError, TooManyStreams
 
 T = TypeVar("T")
 
 DRAIN_TEXT = "this server is stopping; call again, and another one will answer"
+MAX_TIMER_S = 86_400.0
+"""No stream is open for longer, whatever its token says."""
 AGE_TEXT = "this stream is as old as it may get; open it again after its last cursor"
 
 
@@ -74,7 +76,7 @@ class Streams:
         """Ends every open call, and every later one at once. Cannot be undone."""
         self._draining = True
         for stay in tuple(self._open):
-            stay.end(DRAIN_TEXT)
+            stay.end(Draining(DRAIN_TEXT))
 
     def _enter(self, stay: Stay) -> None:
         if self._draining:
@@ -104,7 +106,7 @@ class Streams:
 
 
 class Stay:
-    """The time in which a call is open: cancels its task to end it, and turns that cancellation into Draining.
+    """The time in which a call is open: cancels its task to end it, and turns that cancellation into an error.
 
     The way of asyncio.timeout(): a cancellation from elsewhere (the client went away) stays what it is.
     """
@@ -116,14 +118,19 @@ class Stay:
         self._max_age_s = max_age_s
         self._task: asyncio.Task[object] | None = None
         self._cancelling = 0
-        self._timer: asyncio.TimerHandle | None = None
-        self._ended = ""
+        self._timers: list[asyncio.TimerHandle] = []
+        self._expiry: tuple[float, PerdureError] | None = None
+        self._ended: PerdureError | None = None
 
-    def end(self, text: str) -> None:
-        """Ends the call; `text` tells the client why. The first one counts."""
-        if self._task is not None and not self._ended:
-            self._ended = text
+    def end(self, error: PerdureError) -> None:
+        """Ends the call; `error` tells the client why. The first one counts."""
+        if self._task is not None and self._ended is None:
+            self._ended = error
             self._task.cancel()
+
+    def expire(self, after_s: float, error: PerdureError) -> None:
+        """Ends the call `after_s` after it is entered, with an error of its own."""
+        self._expiry = (after_s, error)
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
@@ -132,20 +139,24 @@ class Stay:
         self._streams._enter(self)
         self._task = task
         self._cancelling = task.cancelling()
+        loop = asyncio.get_running_loop()
         if self._max_age_s is not None:
-            self._timer = asyncio.get_running_loop().call_later(self._max_age_s, self.end, AGE_TEXT)
+            self._timers.append(loop.call_later(self._max_age_s, self.end, Draining(AGE_TEXT)))
+        if self._expiry is not None:
+            after_s, error = self._expiry
+            self._timers.append(loop.call_later(min(max(after_s, 0.0), MAX_TIMER_S), self.end, error))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._streams._leave(self)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
         task, self._task = self._task, None
-        if self._ended and task is not None:
+        if self._ended is not None and task is not None:
             others = task.uncancel() > self._cancelling
             if kind is asyncio.CancelledError and not others:
-                raise Draining(self._ended) from None
+                raise self._ended from None
 
 
 @asynccontextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from perdure_service.domain.events import Event, EventKind, Pack
+from perdure_service.domain.executors import Executor, ExecutorState
 from perdure_service.domain.runs import RunState
 from perdure_service.store import event_log, runs
 from perdure_service.store.dbos_tables import APPLICATION, STATUS
@@ -216,3 +217,62 @@ def _give_back(
         event_log.append(conn, Pack(workflow_id, events))
         runs.apply_events(conn, workflow_id, events)
     return [Requeued(workflow_id, executor_id or "") for workflow_id, executor_id, _, _ in found]
+
+
+_STATE_ORDER = (ExecutorState.ALIVE, ExecutorState.EXPIRED, ExecutorState.GONE)
+_LIST = f"""
+    SELECT executor_id, address, application_version, max_running, started_at, expires_at, place, running
+    FROM (
+        SELECT e.executor_id, e.address, e.application_version, e.max_running, e.started_at, e.expires_at,
+            CASE WHEN e.tombstoned_at IS NOT NULL THEN 2 WHEN e.expires_at <= now() THEN 1 ELSE 0 END AS place,
+            coalesce(c.running, 0) AS running
+        FROM perdure.executor AS e LEFT JOIN (
+            SELECT s.executor_id, count(*) AS running FROM {STATUS} AS s
+            WHERE s.status = 'PENDING' AND s.application_name = :application GROUP BY s.executor_id
+        ) AS c ON c.executor_id = e.executor_id
+    ) AS found
+    WHERE place <= :last_place"""
+_AFTER = """
+    AND (place > :place OR (place = :place
+         AND (started_at, executor_id) < (CAST(:at AS TIMESTAMPTZ), CAST(:executor_id AS TEXT))))"""
+
+
+def list_page(
+    conn: sa.Connection, *, include_gone: bool, page_size: int, page_token: str
+) -> tuple[list[Executor], str]:
+    """Returns a page of executors, the living first, then the youngest, and the next page's token (empty at the end).
+
+    An executor that dies between two pages moves behind the first, and may be seen twice or not at all.
+
+    Raises:
+        InvalidArgument: The token is not from this list.
+    """
+    made_for = ["executors", include_gone]
+    values: dict[str, Any] = {
+        "application": APPLICATION,
+        "last_place": len(_STATE_ORDER) - (1 if include_gone else 2),
+        "limit": page_size + 1,
+    }
+    if page_token:
+        place, at, executor_id = runs.decode_token(page_token, made_for)
+        values |= {"place": place, "at": at, "executor_id": executor_id}
+    statement = f"{_LIST}{_AFTER if page_token else ''} ORDER BY place, started_at DESC, executor_id DESC LIMIT :limit"
+    rows = conn.execute(sa.text(statement), values).fetchall()
+    token = ""
+    if len(rows) > page_size:
+        rows = rows[:page_size]
+        token = runs.encode_token([rows[-1].place, rows[-1].started_at.isoformat(), rows[-1].executor_id], made_for)
+    return [_executor(row) for row in rows], token
+
+
+def _executor(row: Any) -> Executor:
+    return Executor(
+        executor_id=row.executor_id,
+        address=row.address,
+        application_version=row.application_version,
+        state=_STATE_ORDER[row.place],
+        running=row.running,
+        max_running=row.max_running,
+        start_time=row.started_at,
+        expire_time=row.expires_at,
+    )

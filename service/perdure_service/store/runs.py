@@ -42,8 +42,9 @@ _INSERT = sa.text("""
 
 _COLUMNS = """
     r.workflow_id, r.namespace, r.run_id, r.agent, r.agent_version, r.input_argument, r.input_sha256, r.request_id,
-    r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at, r.execution,
-    r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure, r.input_tokens, r.output_tokens,
+    r.caller, r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at,
+    r.execution, r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure,
+    r.input_tokens, r.output_tokens,
     s.status, s.workflow_deadline_epoch_ms,
     (SELECT count(*) FROM perdure.approval AS a
      WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
@@ -332,6 +333,7 @@ def _run(row: sa.RowMapping) -> Run:
         input_json=_input_json(row) if "inputs" in row else None,
         output_json=row.get("output"),
         usage=Usage(row["input_tokens"], row["output_tokens"]),
+        caller=row["caller"],
     )
 
 

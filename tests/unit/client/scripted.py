@@ -162,9 +162,9 @@ class _Handlers(grpc.GenericRpcHandler):
 def _messages(method: Method[Any, Any]) -> tuple[Any, Any]:
     response = method.decode(b"")
     request_name = type(response).DESCRIPTOR.name.removesuffix("Response") + "Request"
-    from perdure.v1 import agent_catalog_service_pb2, approval_service_pb2
+    from perdure.v1 import agent_catalog_service_pb2, approval_service_pb2, operator_service_pb2
 
-    for module in (agent_run_service_pb2, approval_service_pb2, agent_catalog_service_pb2):
+    for module in (agent_run_service_pb2, approval_service_pb2, agent_catalog_service_pb2, operator_service_pb2):
         if hasattr(module, request_name):
             return getattr(module, request_name), type(response)
     raise AssertionError(request_name)

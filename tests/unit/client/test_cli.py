@@ -20,6 +20,7 @@ import typer
 from perdure.v1 import agent_catalog_service_pb2 as catalog
 from perdure.v1 import agent_run_service_pb2 as runs
 from perdure.v1 import approval_service_pb2 as approvals
+from perdure.v1 import operator_service_pb2 as operators
 from perdure.v1 import run_event_pb2
 from perdure_client import Client, RunState
 from perdure_client._transport import (
@@ -30,6 +31,7 @@ from perdure_client._transport import (
     GET_RUN,
     LIST_AGENTS,
     LIST_APPROVALS,
+    LIST_EXECUTORS,
     LIST_RUN_EVENTS,
     LIST_RUNS,
     LIST_STEPS,
@@ -50,7 +52,7 @@ from tests.unit.client.scripted import Fail, Hang, ScriptedServer, batch, end_ev
 
 Invoke = Callable[..., Awaitable[Any]]
 COMMANDS = (
-    "start watch get list steps events trace signal cancel approvals approve reject agents".split()  # noqa: SIM905
+    "start watch get list steps events trace signal cancel approvals approve reject agents executors".split()  # noqa: SIM905
 )
 
 
@@ -543,6 +545,41 @@ def test_the_address_and_namespace_come_from_the_environment_too(monkeypatch: py
     assert known.prefix == ""
     given = Session(address="localhost:2", namespace="x", tls=True, ca_file=Path("ca.pem"), timeout_s=1)
     assert given.prefix == " --address localhost:2 --namespace x --tls --ca-file ca.pem"
+    mutual = Session(
+        address=None, namespace=None, tls=None, ca_file=None, timeout_s=1,
+        client_certificate_file=Path("c.pem"), client_key_file=Path("k.pem"), server_name="s",
+    )  # fmt: skip
+    assert mutual.prefix == " --client-cert c.pem --client-key k.pem --server-name s"
+
+
+async def test_executors_are_listed_from_the_admin_address(
+    server: ScriptedServer, perdure: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = datetime.now(UTC)
+    alive = operators.Executor(
+        executor_id="host-1", address="host:50051", application_version="1", running=3, max_running=10,
+        state=operators.EXECUTOR_STATE_ALIVE, start_time=now, expire_time=now,
+    )  # fmt: skip
+    newer = operators.Executor(executor_id="host-2", state=77)
+    answer = operators.ListExecutorsResponse(executors=[alive, newer])
+    server.script(LIST_EXECUTORS, answer, answer, Fail(grpc.StatusCode.PERMISSION_DENIED, "ROLE_REQUIRED"))
+    elsewhere = ("--address", "localhost:1")
+    result = await perdure(*elsewhere, "executors", "--all", "--admin-address", server.address)
+    first, second = objects(result)
+    assert (first["executor_id"], first["state"], first["running"], first["max_running"]) == ("host-1", "ALIVE", 3, 10)
+    assert (second["state"], second["start_time"]) == ("UNKNOWN", None)
+    assert server.asked(LIST_EXECUTORS)[0].include_gone
+    monkeypatch.setenv("PERDURE_ADMIN_ADDRESS", server.address)
+    result = await perdure(*elsewhere, "executors", "-o", "table")
+    assert re.search(r"host-1 +ALIVE +3/10 +1 ", result.stdout), result.output
+    assert not server.asked(LIST_EXECUTORS)[1].include_gone
+    assert (await perdure(*elsewhere, "executors")).exit_code == 3
+
+
+async def test_a_file_that_cannot_be_read_is_wrong_usage(perdure: Invoke, tmp_path: Path) -> None:
+    for option in ("--ca-file", "--client-cert", "--client-key"):
+        result = await perdure(option, str(tmp_path / "none.pem"), "agents")
+        assert (result.exit_code, option in result.output) == (2, True)
 
 
 def test_without_the_extra_the_command_says_what_to_install() -> None:

@@ -9,6 +9,8 @@ import pytest
 from perdure_client import AsyncClient, Client, ConfigurationError
 from perdure_client._config import CHANNEL_OPTIONS, Config, is_loopback, make_config
 
+from tests.helpers.security import certified
+
 
 def configure(address: str | None = None, **options: Any) -> Config:
     defaults: dict[str, Any] = {
@@ -113,6 +115,35 @@ def test_authorities_may_come_from_the_environment(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PERDURE_CA_FILE", str(tmp_path / "none.pem"))
     with pytest.raises(ConfigurationError, match="PERDURE_CA_FILE"):
         configure("host:1")
+
+
+def test_a_certificate_of_the_client_comes_with_its_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    mine = certified("client")
+    certificate, key = mine.write(tmp_path)
+    assert configure("host:1", client_certificate=mine.pem, client_key=mine.key_pem).credentials is not None
+    for half in ({"client_certificate": mine.pem}, {"client_key": mine.key_pem}):
+        with pytest.raises(ConfigurationError, match="belong together"):
+            configure("host:1", tls=True, **half)
+    with pytest.raises(ConfigurationError, match="TLS is off"):
+        configure("host:1", tls=False, client_certificate=mine.pem, client_key=mine.key_pem)
+    monkeypatch.setenv("PERDURE_CLIENT_CERTIFICATE_FILE", str(certificate))
+    with pytest.raises(ConfigurationError, match="belong together"):
+        configure("host:1")
+    monkeypatch.setenv("PERDURE_CLIENT_KEY_FILE", str(key))
+    assert configure("host:1").credentials is not None
+    assert configure("http://host:1").credentials is None
+    monkeypatch.setenv("PERDURE_CLIENT_KEY_FILE", str(tmp_path / "none.pem"))
+    with pytest.raises(ConfigurationError, match="PERDURE_CLIENT_KEY_FILE"):
+        configure("host:1")
+
+
+def test_the_servers_name_may_be_another_than_its_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "grpc.ssl_target_name_override" not in dict(configure("host:1", tls=True).channel_options)
+    given = configure("host:1", tls=True, server_name="perdure.test")
+    assert dict(given.channel_options)["grpc.ssl_target_name_override"] == "perdure.test"
+    monkeypatch.setenv("PERDURE_SERVER_NAME", "perdure.test")
+    assert configure("host:1", tls=True).server_name == "perdure.test"
+    assert configure("host:1").server_name == ""
 
 
 def test_the_channel_has_the_options_that_the_servers_expect() -> None:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import perdure_client
-from perdure.v1 import agent_catalog_service_pb2, agent_run_service_pb2, approval_service_pb2
+from perdure.v1 import agent_catalog_service_pb2, agent_run_service_pb2, approval_service_pb2, operator_service_pb2
 from perdure_client import AsyncClient, Client
 
 from tests.unit.client.scripted import METHODS, STREAMS
@@ -28,8 +28,21 @@ Watch WatchUpdate Watching __version__
 """
 
 METHOD_NAMES = """
-address agents approvals approve cancel close decide events get get_agent get_approval list namespace reject run
-signal start steps trace wait watch watch_approvals
+Contention CursorOutOfRange DeadlineExceeded Decision Draining EventData EventKind ExecutorInfo ExecutorState
+FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue LogLine NamespaceNotFound
+NotFound OutputDelta Overloaded PayloadTooLarge PerdureError PermissionDenied Progress ProtocolViolation Published
+Recovered ResourceExhausted RevisionConflict Run RunConflict RunEvent RunFailed RunFinished RunInputMismatch
+RunNotFound RunState ServerUnavailable SignalReceived StartedRun StateChanged Step StepFailed StepRetrying StepStarted
+StepState StepSucceeded StoreUnavailable TimeoutOutcome TooManyStreams Unauthenticated Unavailable Unimplemented
+UnknownData VersionUnavailable Violation WaitTimeout Watch WatchUpdate Watching __version__ address agents approvals
+approve cancel close decide events get get_agent get_approval list namespace reject run signal start steps trace wait
+watch watch_approvals
+"""
+
+METHOD_NAMES = """
+address agents approvals approve cancel close decide events executors get get_agent get_approval list namespace reject
+run signal start steps wait watch watch_approvals
+>>>>>>> security
 """
 
 
@@ -68,7 +81,7 @@ def test_the_blocking_client_is_written_from_the_asyncio_one() -> None:
 def test_every_method_of_the_schema_can_be_called_by_its_path() -> None:
     schema = {
         f"/{service.full_name}/{method.name}": method.server_streaming
-        for module in (agent_run_service_pb2, approval_service_pb2, agent_catalog_service_pb2)
+        for module in (agent_run_service_pb2, approval_service_pb2, agent_catalog_service_pb2, operator_service_pb2)
         for service in module.DESCRIPTOR.services_by_name.values()
         for method in service.methods
     }

@@ -137,7 +137,11 @@ def streams(*batches: Any, then_stay: bool = False) -> Callable[..., AsyncIterat
 
 
 def settings_of(**changes: Any) -> Settings:
-    values: dict[str, Any] = {"address": "127.0.0.1:0", "max_connection_age": 60.0}
+    values: dict[str, Any] = {
+        "address": "127.0.0.1:0",
+        "max_connection_age": 60.0,
+        "namespaces": ("default", "lab"),
+    }
     return Settings(**values | changes)
 
 
@@ -149,6 +153,7 @@ class Served:
     port: int
     health_port: int | None
     channel: grpc.aio.Channel
+    admin_port: int | None
     runs: AgentRunServiceStub
     approvals: ApprovalServiceStub
     catalog: AgentCatalogServiceStub
@@ -161,23 +166,35 @@ async def serving(
     tracer: RunTracer | None = None,
     caller: str = "anonymous",
     channel_options: Sequence[tuple[str, Any]] = (),
+    credentials: grpc.ChannelCredentials | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
     server = RpcServer(service, settings_of(**settings), tracer=tracer, caller=caller)
     ports = await server.start()
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{ports.rpc}", options=list(channel_options)) as channel:
+        async with channel_to(ports.rpc, credentials, channel_options) as channel:
             yield Served(
                 server,
                 ports.rpc,
                 ports.health,
                 channel,
+                ports.admin,
                 AgentRunServiceStub(channel),
                 ApprovalServiceStub(channel),
                 AgentCatalogServiceStub(channel),
             )
     finally:
         await server.stop(0)
+
+
+def channel_to(
+    port: int, credentials: grpc.ChannelCredentials | None = None, options: Sequence[tuple[str, Any]] = ()
+) -> grpc.aio.Channel:
+    """Returns a channel of its own to a port of this machine."""
+    options = [("grpc.use_local_subchannel_pool", 1), *options]
+    if credentials is None:
+        return grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options)
+    return grpc.aio.secure_channel(f"localhost:{port}", credentials, options=options)
 
 
 @dataclass

@@ -227,6 +227,7 @@ def test_a_run_has_all_its_fields():
         input_json='{"q":1}',
         output_json="null",
         usage=Usage(12, 5),
+        caller="ann",
     )
     message = convert.agent_run(run, full=True)
     assert message == agent_run_pb2.AgentRun(
@@ -254,6 +255,7 @@ def test_a_run_has_all_its_fields():
         trace_id="0" * 31 + "1",
         last_sequence=3,
         usage=agent_run_pb2.RunUsage(input_tokens=12, output_tokens=5),
+        caller="ann",
     )
     filled = {field.name for field, _ in message.ListFields()}
     assert filled == {field.name for field in agent_run_pb2.AgentRun.DESCRIPTOR.fields}

@@ -16,7 +16,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service.errors import ConfigurationError
 from perdure_service.rpc import server as server_module
-from perdure_service.rpc.server import SERVICES, RpcServer, check_address
+from perdure_service.rpc.addresses import check_addresses
+from perdure_service.rpc.server import SERVICES, RpcServer
 
 from tests.helpers.waiting import eventually_async, free_port, scaled
 from tests.unit.rpc.doubles import ScriptedService, a_batch, a_run, failing, serving, settings_of, streams
@@ -145,15 +146,16 @@ async def test_reflection_is_served_when_it_is_asked_for(service):
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:50051", "[::1]:50051", "127.9.9.9:0"])
 def test_loopback_needs_no_permission(address):
-    check_address(address, insecure=False)
+    check_addresses(settings_of(address=address))
+    check_addresses(settings_of(address=address), dev=True)
 
 
 @pytest.mark.parametrize("address", ["0.0.0.0:50051", "[::]:50051", ":50051", "10.0.0.1:50051", "example.org:50051"])
 def test_other_addresses_need_to_be_allowed(address):
     with pytest.raises(ConfigurationError, match="PERDURE_INSECURE=1") as refused:
-        check_address(address, insecure=False)
+        check_addresses(settings_of(address=address))
     assert "127.0.0.1:50051" in refused.value.message
-    check_address(address, insecure=True)
+    check_addresses(settings_of(address=address, insecure=True))
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ def test_other_addresses_need_to_be_allowed(address):
 )
 def test_a_malformed_address_is_told(address):
     with pytest.raises(ConfigurationError, match="HOST:PORT"):
-        check_address(address, insecure=True)
+        check_addresses(settings_of(address=address, insecure=True))
 
 
 async def test_a_server_does_not_start_where_it_must_not(service):

@@ -13,7 +13,7 @@ import typer.core
 
 from perdure_client._config import DEFAULT_ADDRESS, DEFAULT_NAMESPACE, DEFAULT_TIMEOUT_S, VERSION
 from perdure_client._errors import ConfigurationError, InvalidArgument, PerdureError
-from perdure_client.cli import _approvals, _runs, _trace
+from perdure_client.cli import _approvals, _operators, _runs, _trace
 from perdure_client.cli._context import Session
 from perdure_client.cli._output import say
 
@@ -106,6 +106,17 @@ def _options(
         Path | None,
         typer.Option(help="PEM file of the authorities to trust. Default: PERDURE_CA_FILE, else the public ones."),
     ] = None,
+    client_cert: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of your certificate (mutual TLS). Default: PERDURE_CLIENT_CERTIFICATE_FILE."),
+    ] = None,
+    client_key: Annotated[
+        Path | None, typer.Option(help="PEM file of its private key. Default: PERDURE_CLIENT_KEY_FILE.")
+    ] = None,
+    server_name: Annotated[
+        str | None,
+        typer.Option(envvar="PERDURE_SERVER_NAME", help="The name in the server's certificate, if not the address."),
+    ] = None,
     timeout: Annotated[
         float, typer.Option(min=0.001, help="Seconds for one call in all, repeats included.")
     ] = DEFAULT_TIMEOUT_S,
@@ -114,7 +125,16 @@ def _options(
     ] = False,
 ) -> None:
     del version
-    session = Session(address=address, namespace=namespace, tls=tls, ca_file=ca_file, timeout_s=timeout)
+    session = Session(
+        address=address,
+        namespace=namespace,
+        tls=tls,
+        ca_file=ca_file,
+        timeout_s=timeout,
+        client_certificate_file=client_cert,
+        client_key_file=client_key,
+        server_name=server_name,
+    )
     context.obj = session
     context.call_on_close(session.close)
 
@@ -138,3 +158,4 @@ _add("approvals", _approvals.approvals)
 _add("approve", _approvals.approve)
 _add("reject", _approvals.reject)
 _add("agents", _approvals.agents)
+_add("executors", _operators.executors)

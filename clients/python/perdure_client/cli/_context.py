@@ -32,24 +32,26 @@ class Session:
     tls: bool | None
     ca_file: Path | None
     timeout_s: float
+    client_certificate_file: Path | None = None
+    client_key_file: Path | None = None
+    server_name: str | None = None
 
     @cached_property
     def client(self) -> Client:
         """The client of this command.
 
         Raises:
-            typer.BadParameter: The file with the authorities cannot be read.
+            typer.BadParameter: A file with certificates, or a key, cannot be read.
             ConfigurationError: The options contradict each other.
         """
-        try:
-            certificates = self.ca_file.read_bytes() if self.ca_file else None
-        except OSError as error:
-            raise typer.BadParameter(f"cannot read {self.ca_file}: {error.strerror}", param_hint="--ca-file") from None
         return Client(
             self.address,
             namespace=self.namespace,
             tls=self.tls,
-            root_certificates=certificates,
+            root_certificates=_content(self.ca_file, "--ca-file"),
+            client_certificate=_content(self.client_certificate_file, "--client-cert"),
+            client_key=_content(self.client_key_file, "--client-key"),
+            server_name=self.server_name,
             timeout=self.timeout_s,
             connect_timeout=CONNECT_TIMEOUT_S,
         )
@@ -66,12 +68,25 @@ class Session:
             parts += " --tls" if self.tls else " --no-tls"
         if self.ca_file:
             parts += f" --ca-file {self.ca_file}"
+        if self.client_certificate_file:
+            parts += f" --client-cert {self.client_certificate_file}"
+        if self.client_key_file:
+            parts += f" --client-key {self.client_key_file}"
+        if self.server_name and self.server_name != os.environ.get("PERDURE_SERVER_NAME"):
+            parts += f" --server-name {self.server_name}"
         return parts
 
     def close(self) -> None:
         """Ends the connection, if there is one."""
         if "client" in self.__dict__:
             self.client.close()
+
+
+def _content(path: Path | None, option: str) -> bytes | None:
+    try:
+        return path.read_bytes() if path else None
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read {path}: {error.strerror}", param_hint=option) from None
 
 
 def session_of(context: typer.Context) -> Session:

@@ -354,6 +354,7 @@ def _exit_as(state: RunState) -> None:
 def _facts(run: Run) -> list[tuple[str, str]]:
     return [
         ("created", local_time(run.create_time)),
+        ("by", clean(run.caller)),
         ("began", local_time(run.start_time)),
         ("ended", local_time(run.end_time)),
         ("deadline", local_time(run.deadline_time)),

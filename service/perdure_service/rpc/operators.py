@@ -1,0 +1,47 @@
+"""Serves OperatorService, on the admin port: request in, one call of the run service, response out."""
+
+# ruff: noqa: ARG002 - gRPC gives every method a context, whether it needs one or not
+
+from __future__ import annotations
+
+from perdure.v1 import operator_service_pb2 as pb
+from perdure.v1.operator_service_pb2_grpc import OperatorServiceServicer
+
+from perdure_service.domain.executors import Executor, ExecutorState
+from perdure_service.durable.service import RunService
+from perdure_service.rpc import fields
+from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.validation import Violations
+
+STATES = {state: getattr(pb, f"EXECUTOR_STATE_{state}") for state in ExecutorState}
+
+
+class Operators(OperatorServiceServicer):
+    """What operators look at."""
+
+    def __init__(self, service: RunService) -> None:
+        self._service = service
+
+    async def ListExecutors(self, request: pb.ListExecutorsRequest, context: RpcContext) -> pb.ListExecutorsResponse:
+        """Returns a page of executors."""
+        found = Violations()
+        page_size = found.page_size(request.page_size)
+        page_token = found.token("page_token", request.page_token)
+        found.raise_any()
+        page = await self._service.list_executors(
+            include_gone=request.include_gone, page_size=page_size, page_token=page_token
+        )
+        return pb.ListExecutorsResponse(executors=map(_executor, page.items), next_page_token=page.next_token)
+
+
+def _executor(value: Executor) -> pb.Executor:
+    return pb.Executor(
+        executor_id=fields.text(value.executor_id),
+        address=fields.text(value.address),
+        application_version=fields.text(value.application_version),
+        state=STATES[value.state],
+        running=fields.int32(value.running),
+        max_running=fields.int32(value.max_running),
+        start_time=fields.timestamp(value.start_time),
+        expire_time=fields.timestamp(value.expire_time),
+    )
