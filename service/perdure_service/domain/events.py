@@ -32,6 +32,7 @@ class EventKind(StrEnum):
     CHILD_STARTED = "child_started"
     RECOVERED = "recovered"
     LOG = "log"
+    FORKED = "forked"
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from perdure_service.store import event_log, runs
 from perdure_service.store.engine import CheckpointTooSlow
 from perdure_service.store.sqlstates import QUERY_CANCELED, sqlstate_of
 
-Hook = Callable[[sa.Connection], None]
+Hook = Callable[[sa.Connection], object]
 
 
 class Operation:

@@ -12,9 +12,9 @@ import sqlalchemy as sa
 import structlog
 
 from perdure_service.domain.events import Event, EventKind, decode_cursor, encode_cursor, in_pieces, of_kinds
-from perdure_service.domain.runs import Run
+from perdure_service.domain.runs import Run, RunKey
 from perdure_service.durable.requests import WatchBatch
-from perdure_service.errors import CursorOutOfRange, InvalidArgument
+from perdure_service.errors import CursorOutOfRange, InvalidArgument, RunNotFound
 from perdure_service.store import event_log, runs
 from perdure_service.store.tailer import Subscription, Tailer
 
@@ -75,9 +75,9 @@ class Watching:
             if ended:
                 return
             while True:
-                events, behind = await self._next(subscription, workflow_id, position, heartbeat_s)
+                events, behind = await self._next(subscription, key, position, heartbeat_s)
                 if not events:
-                    run_over = behind and await self._over(workflow_id, position)
+                    run_over = behind and await self._over(key, position)
                     yield batch([], position, caught_up=True, end_of_run=run_over)
                     if run_over:
                         return
@@ -86,7 +86,7 @@ class Watching:
                 for index, piece in enumerate(pieces):
                     position = piece[-1].sequence
                     last_piece = index == len(pieces) - 1
-                    over = last_piece and piece[-1].ends_run and await self._over(workflow_id, position)
+                    over = last_piece and piece[-1].ends_run and await self._over(key, position)
                     yield batch(piece, position, caught_up=last_piece and not behind, end_of_run=over)
                     if over:
                         return
@@ -112,9 +112,14 @@ class Watching:
         return position
 
     async def _next(
-        self, subscription: Subscription, workflow_id: str, position: int, heartbeat_s: float
+        self, subscription: Subscription, key: RunKey, position: int, heartbeat_s: float
     ) -> tuple[Sequence[Event], bool]:
-        """Returns the next events after `position` and whether they were read from the log; none for a heartbeat."""
+        """Returns the next events after `position` and whether they were read from the log; none for a heartbeat.
+
+        Raises:
+            RunNotFound: The run was deleted meanwhile.
+        """
+        workflow_id = key.workflow_id
         deadline = time.monotonic() + heartbeat_s
         while True:
             if subscription.behind:
@@ -126,6 +131,8 @@ class Watching:
                     return events, True
                 self._tailer.caught_up(subscription, position)
                 if subscription.behind:
+                    # Others are further than the log reaches: unless it has grown since, it was deleted.
+                    await self._over(key, position)
                     continue
                 return [], True
             while subscription.packs:
@@ -169,7 +176,13 @@ class Watching:
                 earliest_sequence=str(earliest),
             )
 
-    async def _over(self, workflow_id: str, position: int) -> bool:
-        """Returns whether the run has ended and its log ends at `position`: a terminal event may be revived upon."""
-        run = await self._read("runs.get", lambda conn: runs.get(conn, workflow_id))
-        return run is not None and run.state.terminal and run.end_time is not None and run.last_sequence <= position
+    async def _over(self, key: RunKey, position: int) -> bool:
+        """Returns whether the run has ended and its log ends at `position`: a terminal event may be revived upon.
+
+        Raises:
+            RunNotFound: It was deleted meanwhile.
+        """
+        run = await self._read("runs.get", lambda conn: runs.get(conn, key.workflow_id))
+        if run is None:
+            raise RunNotFound(f"run {key.run_id!r} was deleted while it was watched")
+        return run.state.terminal and run.end_time is not None and run.last_sequence <= position

@@ -180,6 +180,12 @@ def _log(data: Data) -> Message:
     return pb.RunLog(message=fields.text(data.get("message")), level=fields.text(data.get("level")))
 
 
+def _forked(data: Data) -> Message:
+    return pb.RunForked(
+        from_run_id=fields.text(data.get("from_run_id")), from_step_id=fields.int32(data.get("from_step_id"))
+    )
+
+
 _MEMBERS: dict[EventKind, Callable[[Data], Message]] = {
     EventKind.STATE_CHANGED: _state_changed,
     EventKind.STEP_STARTED: _step_started,
@@ -196,4 +202,5 @@ _MEMBERS: dict[EventKind, Callable[[Data], Message]] = {
     EventKind.CHILD_STARTED: _child_started,
     EventKind.RECOVERED: _recovered,
     EventKind.LOG: _log,
+    EventKind.FORKED: _forked,
 }

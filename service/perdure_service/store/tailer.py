@@ -72,7 +72,7 @@ class Tailer:
     def __init__(
         self,
         read_news: Callable[[Mapping[str, int]], Sequence[News]],
-        close_ended: Callable[[Sequence[str]], None],
+        close_ended: Callable[[Sequence[str]], Sequence[str]],
         *,
         poll_s: float,
     ) -> None:
@@ -80,7 +80,8 @@ class Tailer:
 
         Args:
             read_news: Returns the packs after the given position of each run; blocks.
-            close_ended: Ends the logs of those runs that ended without a terminal event; blocks.
+            close_ended: Ends the logs of those runs that ended without a terminal event, and returns those that have
+                been deleted; blocks.
             poll_s: How often everything watched is looked at.
         """
         self._read_news = read_news
@@ -172,7 +173,8 @@ class Tailer:
                 if chosen:
                     await self._read(chosen)
                 if all_ids:
-                    await asyncio.to_thread(self._close_ended, all_ids)
+                    for workflow_id in await asyncio.to_thread(self._close_ended, all_ids):
+                        self._send_to_log(workflow_id)
             except Exception as error:  # noqa: BLE001 - logged; the next look tries again
                 log.warning("tailer.read_failed", error=type(error).__name__)
                 await asyncio.sleep(ERROR_BACKOFF_S)
@@ -186,10 +188,15 @@ class Tailer:
             if pack.first_sequence != feed.position + 1:
                 # The first statement's order and the key forbid it; if it happens, readers of the log will see.
                 log.error("tailer.hole", workflow_id=pack.workflow_id, after=feed.position, found=pack.first_sequence)
-                for subscription in feed.subscriptions:
-                    subscription.behind = True
-                    subscription.wake()
+                self._send_to_log(pack.workflow_id)
                 continue
             feed.position = pack.first_sequence + len(pack.events) - 1
             for subscription in feed.subscriptions:
                 subscription.deliver(pack)
+
+    def _send_to_log(self, workflow_id: str) -> None:
+        """Makes the watchers of a run read its log: there they see what is wrong with it, or that it is gone."""
+        feed = self._feeds.get(workflow_id)
+        for subscription in feed.subscriptions if feed else ():
+            subscription.behind = True
+            subscription.wake()
