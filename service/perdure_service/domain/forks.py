@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from perdure_service.domain.events import STREAM_STEP, Event, EventKind
 from perdure_service.errors import InvalidArgument
 
-GET_RESULT_STEP = "DBOS.getResult"
-"""The name of the operation by which a run reads the result of another one, a child's above all."""
-
 _WITH_TIMEOUT = frozenset({"DBOS.recv", "DBOS.getEvent"})
 """Operations that take the next number, too, for the timeout of their wait; it is recorded only if they waited."""
 
@@ -37,11 +34,6 @@ class Recorded:
     child_workflow_id: str = ""
     child_status: str = ""
 
-    @property
-    def starts_child(self) -> bool:
-        """Whether it is the start of a child run."""
-        return bool(self.child_workflow_id) and self.step_name != GET_RESULT_STEP
-
 
 @dataclass(frozen=True, slots=True)
 class ForkPoint:
@@ -50,8 +42,8 @@ class ForkPoint:
     Attributes:
         from_step_id: The first step that it runs itself.
         taken_over: The recorded steps below it.
-        awaited: Children of the forked run, by workflow id, whose result is not among those: the fork reads it from
-            the child itself, so the child must stay.
+        awaited: The runs, by workflow id, that those have started, or read the results of. A replay reads the result
+            from the run itself, whether or not it was read before, so they must stay while the fork goes on.
     """
 
     from_step_id: int
@@ -75,18 +67,15 @@ def fork_point(recorded: Sequence[Recorded], from_step_id: int) -> ForkPoint:
         raise InvalidArgument("from_step_id", f"must be 1 to {last + 1}, or 0: {steps}")
     first = from_step_id or first_without_success(recorded)
     taken = [one for one in recorded if one.step_id < first]
-    read = {one.child_workflow_id for one in taken if one.step_name == GET_RESULT_STEP}
-    awaited = [one for one in taken if one.starts_child and one.child_workflow_id not in read]
-    for one in awaited:
-        if not one.child_status:
+    for one in taken:
+        if one.child_workflow_id and not one.child_status:
             raise InvalidArgument(
-                "from_step_id",
-                f"must be at most {one.step_id}: the run that step {one.step_id} started has been deleted",
+                "from_step_id", f"must be at most {one.step_id}: the child run of that step has been deleted"
             )
     return ForkPoint(
         first,
         frozenset(one.step_id for one in taken),
-        tuple(sorted({one.child_workflow_id for one in awaited})),
+        tuple(sorted({one.child_workflow_id for one in taken if one.child_workflow_id})),
     )
 
 
@@ -97,14 +86,9 @@ def first_without_success(recorded: Sequence[Recorded]) -> int:
     run that did not succeed: its result would be the same again, so the child must be started anew.
     """
     names = {one.step_id: one.step_name for one in recorded}
-    read = {one.child_workflow_id for one in recorded if one.step_name == GET_RESULT_STEP and not one.failed}
     last = recorded[-1].step_id if recorded else 0
     unsuccessful = {one.step_id for one in recorded if one.failed}
-    unsuccessful |= {
-        one.step_id
-        for one in recorded
-        if one.starts_child and one.child_workflow_id not in read and one.child_status in _WITHOUT_RESULT
-    }
+    unsuccessful |= {one.step_id for one in recorded if one.child_workflow_id and one.child_status in _WITHOUT_RESULT}
     unsuccessful |= {
         step_id for step_id in range(1, last) if step_id not in names and names.get(step_id - 1) not in _WITH_TIMEOUT
     }

@@ -5,8 +5,9 @@ that are recorded never change, so what is read for the decision need not be loc
 copy status, input, checkpoints, published values and streams, and writes the run and the beginning of its log: QUEUED,
 `forked`, and what the forked run's log says of the steps that were taken over.
 
-**Who may write these rows?** Nobody else yet: they are new. The status row of the forked run, and of children whose
-results the fork has not taken over, are locked first, in order of ids, so that a deletion comes before or after. The
+**Who may write these rows?** Nobody else yet: they are new. The status rows of the forked run, and of the runs whose
+results it has read (DBOS reads them again in a replay), are locked first, in order of ids, so that a deletion of one
+comes before or after. The
 copied steps are compared with those that were decided on; a step that was recorded, or a run that was deleted and
 started anew, in between makes the call ABORTED, and a repeat decides again.
 
@@ -176,10 +177,10 @@ def _the_same(found: Run, origin: Run | None, command: ForkCommand) -> tuple[Run
 def _decide(runtime: Runtime, origin: Run, command: ForkCommand) -> _Plan:
     """Fixes everything about a fork before anything is written."""
     workflow_id = origin.key.workflow_id
-    facts = retrying(runtime.engine, "forks.origin", lambda conn: forks.origin(conn, workflow_id))
-    if facts is None:
-        raise RunNotFound(f"there is no run {command.run_id!r} in namespace {command.namespace!r}")
     recorded = retrying(runtime.engine, "forks.recorded", lambda conn: forks.recorded(conn, workflow_id))
+    facts = retrying(runtime.engine, "forks.origin", lambda conn: forks.origin(conn, workflow_id))
+    if facts is None:  # after the steps: those of a run that was deleted in between are not taken for all there are
+        raise RunNotFound(f"there is no run {command.run_id!r} in namespace {command.namespace!r}")
     point = fork_point(recorded, command.from_step_id)
     code = _code(runtime, origin, facts, command)
     key = RunKey.of_api(command.namespace, command.new_run_id or new_run_id())
