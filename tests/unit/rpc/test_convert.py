@@ -94,6 +94,7 @@ EVENTS: list[tuple[EventKind, dict[str, Any], dict[str, Any]]] = [
         {"from_executor_id": "host-1", "gap": fields.duration_of_ms(15_000)},
     ),
     (EventKind.LOG, {"message": "hm", "level": "warning"}, {"message": "hm", "level": "warning"}),
+    (EventKind.FORKED, {"from_run_id": "foo", "from_step_id": 3}, {"from_run_id": "foo", "from_step_id": 3}),
 ]
 
 
@@ -219,6 +220,8 @@ def test_a_run_has_all_its_fields():
         failure=FAILURE,
         input_json='{"q":1}',
         output_json="null",
+        forked_from_run_id="old",
+        forked_from_step_id=4,
     )
     message = convert.agent_run(run, full=True)
     assert message == agent_run_pb2.AgentRun(
@@ -245,6 +248,8 @@ def test_a_run_has_all_its_fields():
         parent_run_id="bar",
         trace_id="0" * 31 + "1",
         last_sequence=3,
+        forked_from_run_id="old",
+        forked_from_step_id=4,
     )
     filled = {field.name for field, _ in message.ListFields()}
     assert filled == {field.name for field in agent_run_pb2.AgentRun.DESCRIPTOR.fields}
