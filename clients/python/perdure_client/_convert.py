@@ -17,6 +17,7 @@ from perdure_client._types import (
     AgentInfo,
     Approval,
     ApprovalState,
+    Deletion,
     Failure,
     JsonValue,
     Progress,
@@ -53,9 +54,9 @@ def run_from(message: agent_run_pb2.AgentRun) -> Run:
     return Run(**_run_fields(message))
 
 
-def started_run_from(response: agent_run_service_pb2.StartAgentResponse) -> StartedRun:
-    """Returns the run of a start."""
-    return StartedRun(**_run_fields(response.run), created=response.created)
+def started_run_from(message: agent_run_pb2.AgentRun, *, created: bool) -> StartedRun:
+    """Returns the run of a start, or of a fork."""
+    return StartedRun(**_run_fields(message), created=created)
 
 
 def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
@@ -83,7 +84,20 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "parent_run_id": message.parent_run_id,
         "trace_id": message.trace_id,
         "last_sequence": message.last_sequence,
+        "forked_from_run_id": message.forked_from_run_id,
+        "forked_from_step_id": message.forked_from_step_id,
     }
+
+
+def deletion_from(response: agent_run_service_pb2.DeleteRunsResponse) -> Deletion:
+    """Returns what a call has deleted."""
+    return Deletion(
+        deleted_count=response.deleted_count,
+        sample_run_ids=tuple(response.sample_run_ids),
+        more=response.more,
+        unfinished_run_ids=tuple(response.unfinished_run_ids),
+        missing_run_ids=tuple(response.missing_run_ids),
+    )
 
 
 def step_from(message: agent_run_service_pb2.Step) -> Step:
@@ -230,6 +244,10 @@ def _log(message: run_event_pb2.RunLog) -> events.LogLine:
     return events.LogLine(message=message.message, level=message.level)
 
 
+def _forked(message: run_event_pb2.RunForked) -> events.RunForked:
+    return events.RunForked(from_run_id=message.from_run_id, from_step_id=message.from_step_id)
+
+
 _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "state_changed": _state_changed,
     "step_started": _step_started,
@@ -246,6 +264,7 @@ _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "child_started": _child_started,
     "recovered": _recovered,
     "log": _log,
+    "forked": _forked,
 }
 
 

@@ -48,6 +48,8 @@ class EventKind(StrEnum):
     """`Recovered`: the run's executor was gone, and the run was given back to the queue."""
     LOG = "log"
     """`LogLine`: a line the agent logged for its watchers."""
+    FORKED = "forked"
+    """`RunForked`: the run goes on from the recorded steps of another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,6 +241,19 @@ class LogLine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunForked:
+    """The run goes on from the recorded steps of another one; the events about those follow, with execution 0.
+
+    Attributes:
+        from_run_id: The run whose steps it took over.
+        from_step_id: The first step that it runs itself.
+    """
+
+    from_run_id: str
+    from_step_id: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnknownData:
     """What happened is of a kind that this version of the library does not know; the server is newer."""
 
@@ -259,6 +274,7 @@ EventData: TypeAlias = (
     | ChildStarted
     | Recovered
     | LogLine
+    | RunForked
     | UnknownData
 )
 """The types of `RunEvent.data`."""
@@ -279,6 +295,7 @@ _KIND_OF: dict[type[EventData], EventKind] = {
     ChildStarted: EventKind.CHILD_STARTED,
     Recovered: EventKind.RECOVERED,
     LogLine: EventKind.LOG,
+    RunForked: EventKind.FORKED,
     UnknownData: EventKind.UNKNOWN,
 }
 

@@ -19,6 +19,7 @@ from perdure_client._events import (
     Published,
     Recovered,
     RunEvent,
+    RunForked,
     SignalReceived,
     StateChanged,
     StepFailed,
@@ -224,6 +225,8 @@ class RunView:
                 return view._interrupted()._note(event, text, "warning")
             case LogLine(message=message, level=level):
                 return view._note(event, message, level)
+            case RunForked(from_run_id=origin, from_step_id=step_id):
+                return view._note(event, f"forked from {origin}, goes on at step {step_id}")
             case _:  # of a newer server
                 return view
 

@@ -201,7 +201,7 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (fork, {"request_id": ""}, "request_id"),
     (fork, {"from_step_id": -1}, "from_step_id"),
     (fork, {"agent_version": "1\0"}, "agent_version"),
-    (fork, {"labels": {"": "b"}}, "labels"),
+    (fork, {"labels": {"": "b"}}, 'labels[""]'),
     (fork, {"deadline_time": Timestamp(seconds=1)}, "deadline_time"),
     (fork, {"namespace": "a\0"}, "namespace"),
     (fork, {"input_json": "[]"}, "input"),

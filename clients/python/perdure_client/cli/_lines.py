@@ -14,6 +14,7 @@ from perdure_client._events import (
     Published,
     Recovered,
     RunEvent,
+    RunForked,
     SignalReceived,
     StateChanged,
     StepFailed,
@@ -91,6 +92,8 @@ class EventLines:
                 return f"recovered after its executor was gone; stood still for {short_duration(gap)}"
             case LogLine(message=message, level=level):
                 return (f"{one_line(level)}: " if level else "") + one_line(message)
+            case RunForked(from_run_id=origin, from_step_id=step_id):
+                return f"forked from {clean(origin)}, goes on at step {step_id}; what is told of earlier steps is its"
             case OutputDelta() | UnknownData():
                 return ""
 
