@@ -29,7 +29,7 @@ from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
-from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations, run_heads
+from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations
 from perdure_service.store.engine import create_engine
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
@@ -172,7 +172,6 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     tailer = Tailer(
         lambda seen: retrying(engine, "events.news", lambda conn: event_log.news(conn, seen)),
         runtime.database.close_ended_if_any,
-        lambda ids: retrying(engine, "runs.missing", lambda conn: run_heads.missing(conn, ids)),
         poll_s=settings.watch_poll_interval.total_seconds(),
     )
     tailer.start()

@@ -12,7 +12,14 @@ from datetime import timedelta
 import grpc
 import pytest
 from perdure.v1.agent_run_pb2 import AGENT_RUN_STATE_SUCCEEDED
-from perdure.v1.agent_run_service_pb2 import StartAgentRequest, WaitRunRequest
+from perdure.v1.agent_run_service_pb2 import (
+    DeleteRunsRequest,
+    DeleteRunsResponse,
+    ForkRunRequest,
+    ForkRunResponse,
+    StartAgentRequest,
+    WaitRunRequest,
+)
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceStub
 from perdure.v1.approval_service_pb2 import DECISION_APPROVE, DecideApprovalRequest, ListApprovalsRequest
 from perdure.v1.approval_service_pb2_grpc import ApprovalServiceStub
@@ -62,6 +69,12 @@ class Victim:
     def wait(self, run_id: str) -> bool:
         """Returns whether the run has ended well; raises when the server has died."""
         return self._runs.WaitRun(WaitRunRequest(run_id=run_id), timeout=15).run.state == AGENT_RUN_STATE_SUCCEEDED
+
+    def fork(self, request: ForkRunRequest) -> ForkRunResponse:
+        return self._runs.ForkRun(request, timeout=15)
+
+    def delete(self, request: DeleteRunsRequest) -> DeleteRunsResponse:
+        return self._runs.DeleteRuns(request, timeout=15)
 
     def decide(self, run_id: str) -> None:
         request = ListApprovalsRequest(run_id=run_id)
@@ -224,3 +237,72 @@ def test_what_was_written_to_a_stream_for_good_is_not_void_after_a_recovery(serv
     assert [event.attempt for event in log if event.kind == "published"] == [1, 2]
     assert (steps["publish_in_a_step"].attempts, steps["publish_in_a_step"].state) == (2, "SUCCEEDED")
     assert steps["DBOS.writeStream"].state == "SUCCEEDED"
+
+
+# ---- forks and deletions ---------------------------------------------------------------------------------------------
+
+
+def _ended(server: ServerProcess, *run_ids: str) -> None:
+    """Runs that have ended, of a server that was killed since."""
+    server.start()
+    with Client(server.address) as client:
+        for run_id in run_ids:
+            client.start("counter", {"steps": 3}, run_id=run_id)
+            assert client.wait(run_id).succeeded
+    server.kill()
+
+
+def test_a_fork_survives_a_kill_at_every_point_of_its_making(server: ServerProcess, url: str) -> None:
+    _ended(server, "to-fork")
+    for point in range(1, 6):
+        new_run_id = f"fork-{point}"
+        request = ForkRunRequest(run_id="to-fork", request_id=new_run_id, new_run_id=new_run_id, from_step_id=3)
+        server.start(PERDURE_CHAOS_KILL_AT=str(point))
+        with Victim(server) as victim, suppress(grpc.RpcError):
+            victim.fork(request)
+            victim.wait(new_run_id)
+        assert server.wait_for_end() == KILLED, server.log[-3000:]
+        server.start()
+        with Victim(server) as patient:
+            assert patient.fork(request).created, "the repeat is told the same as the first call"
+            assert patient.wait(new_run_id)
+        server.kill()
+        log = judge.assert_consistent(url, f"default.{new_run_id}.r")
+        judge.assert_effects(url, new_run_id, log, "count 2", deaths=1)
+        assert [event.kind for event in log].count("forked") == 1
+
+
+def test_a_deletion_that_is_killed_leaves_whole_runs(server: ServerProcess, url: str) -> None:
+    for point in (1, 2):
+        run_ids = [f"delete-{point}-{number}" for number in range(3)]
+        _ended(server, *run_ids)
+        request = DeleteRunsRequest(run_ids=run_ids)
+        server.start(PERDURE_CHAOS_KILL_AT=str(point))
+        with Victim(server) as victim, suppress(grpc.RpcError):
+            victim.delete(request)
+        assert server.wait_for_end() == KILLED, server.log[-3000:]
+        left = [run_id for run_id in run_ids if judge.checkpoints_of(url, f"default.{run_id}.r")]
+        assert left == (run_ids if point == 1 else []), "all of a batch, or nothing"
+        for run_id in left:
+            judge.assert_consistent(url, f"default.{run_id}.r")
+        server.start()
+        with Victim(server) as patient:
+            response = patient.delete(request)
+        server.kill()
+        assert (response.deleted_count, list(response.missing_run_ids)) == ((3, []) if point == 1 else (0, run_ids))
+        assert not any(judge.log_of(url, f"default.{run_id}.r") for run_id in run_ids)
+
+
+def test_a_fork_or_a_deletion_whose_reply_is_lost_is_done_once_and_told(server: ServerProcess, url: str) -> None:
+    _ended(server, "lost-origin")
+    server.start(PERDURE_CHAOS_AMBIGUOUS="1")
+    with Client(server.address, timeout=30) as client:
+        run = client.fork("lost-origin", from_step=2, run_id="lost-fork")
+        assert run.created
+        assert client.wait(run, timeout=60).output == {"total": 3}
+        made = client.fork("lost-origin", from_step=2)
+        assert client.wait(made, timeout=60).succeeded
+        assert client.delete_runs("lost-origin", made).deleted_count == 2
+    log = judge.assert_consistent(url, "default.lost-fork.r")
+    assert [event.kind for event in log].count("forked") == 1
+    assert judge.log_of(url, "default.lost-origin.r") == []

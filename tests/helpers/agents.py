@@ -243,3 +243,55 @@ async def catcher() -> None:
         await flaky_step(9)
     except Exception:
         raise ValueError("of its own") from None
+
+
+# ---- what fails until something outside is mended --------------------------------------------------------------------
+
+
+@DBOS.step()
+def needs(key: str) -> str:
+    """Fails unless the test has left the effect `key` of a run called `mended`."""
+    effect(f"needs {key}")
+    query = sa.text("SELECT 1 FROM public.test_effect WHERE run_id = 'mended' AND what = :key")
+    with resources().engine.begin() as conn:
+        if conn.execute(query, {"key": key}).first() is None:
+            raise FlakyError(f"{key} is broken")
+    return f"{key} works"
+
+
+@agent(name="mendable")
+async def mendable(key: str, text: str = "") -> str:
+    """Works, needs something that may be broken, works."""
+    await count_one(0, 0, text)
+    result = await asyncio.to_thread(needs, key)
+    await count_one(1, 0, "")
+    return f"{result} {text}".strip()
+
+
+@agent(name="mendable", version="2", current=False)
+async def mendable_2(key: str, text: str = "", loud: bool = True) -> str:
+    """Does the same steps, and says it louder."""
+    await count_one(0, 0, text)
+    result = await asyncio.to_thread(needs, key)
+    return result.upper() if loud else result
+
+
+@DBOS.workflow()
+async def mendable_child(key: str) -> str:
+    return await asyncio.to_thread(needs, key)
+
+
+@agent(name="mendable-parent")
+async def mendable_parent(key: str) -> str:
+    """Has a child run that needs something, and one that does not."""
+    sound = await DBOS.start_workflow_async(plain_child, 7, 0.0)
+    shaky = await DBOS.start_workflow_async(mendable_child, key)
+    await count_one(0, 0, "")
+    return f"{await sound.get_result()}, {await shaky.get_result()}"
+
+
+@agent(name="leaver")
+async def leaver() -> str:
+    """Ends while its child still sleeps."""
+    await DBOS.start_workflow_async(plain_child, 1, 600.0)
+    return "left"

@@ -21,6 +21,7 @@ import psycopg
 import sqlalchemy as sa
 from perdure_service.durable import operation as seam
 from perdure_service.durable import owners
+from perdure_service.store import deletions
 
 from tests.helpers import agents
 from tests.helpers.server import KILLED
@@ -37,6 +38,11 @@ _write = seam.Operation.write
 _run = seam.Operations._run
 
 
+def _tells(operation: seam.Operation) -> bool:
+    """Whether a transaction is one of those that are broken: it writes events, or deletes runs with theirs."""
+    return bool(operation._events) or getattr(operation.finish, "func", None) is deletions.delete_ours
+
+
 def _point(name: str) -> None:
     number = next(_points)
     if number == KILL_AT:
@@ -48,7 +54,7 @@ def _broken_write(operation: seam.Operation, conn: sa.Connection) -> None:
     _write(operation, conn)
     if SQLSTATE and operation._events and next(_transactions) % 3 == 0:
         conn.execute(sa.text("SELECT public.test_raise(:code)"), {"code": SQLSTATE})
-    if operation._events:
+    if _tells(operation):
         _point(f"written {sorted(operation._events)}")
 
 
@@ -58,7 +64,7 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
     def begin_and_lose() -> Iterator[sa.Connection]:
         with begin() as conn:
             yield conn
-        if operation._events:
+        if _tells(operation):
             _point(f"committed {sorted(operation._events)}")
             if AMBIGUOUS and operation.attempts == 1:
                 lost = psycopg.OperationalError("server closed the connection unexpectedly")

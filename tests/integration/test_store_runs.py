@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 from perdure_service.domain.events import Event, EventKind, Pack
-from perdure_service.domain.runs import DEADLINE_PASSED, TERMINAL_STATUSES, RunKey, RunStart, RunState
+from perdure_service.domain.runs import DEADLINE_PASSED, TERMINAL_STATUSES, RunFilter, RunKey, RunStart, RunState
 from perdure_service.store import event_log, runs
 from perdure_service.store.engine import create_engine
 
@@ -68,10 +68,8 @@ def test_a_state_filter_finds_exactly_the_runs_in_that_state(engine: sa.Engine) 
         token = ""
         while True:
             with engine.begin() as conn:
-                page, token = runs.list_page(
-                    conn, namespace, states=frozenset(states), agent="", labels={}, context_id="", page_size=37,
-                    page_token=token,
-                )  # fmt: skip
+                wanted = RunFilter(states=frozenset(states))
+                page, token = runs.list_page(conn, namespace, wanted, page_size=37, page_token=token)
             assert not found.keys() & {run.key.run_id for run in page}, "a page repeats a run"
             found |= {run.key.run_id: run.state for run in page}
             if not token:

@@ -24,6 +24,7 @@ from perdure_client._types import (
     ApprovalState,
     ConflictPolicy,
     Decision,
+    Deletion,
     ExecutorInfo,
     JsonValue,
     Run,
@@ -240,18 +241,36 @@ class Client:
         agent: str = "",
         labels: Mapping[str, str] | None = None,
         context_id: str = "",
+        parent: Run | str | None = None,
+        from_create_time: datetime | None = None,
+        until_create_time: datetime | None = None,
         limit: int | None = None,
     ) -> Iterator[Run]:
         """Iterates over runs, newest first, without input and output. Pages are fetched as they are needed.
+
+        Runs that are created meanwhile change nothing: no run comes twice, and every run that is there at the
+        beginning comes, if it still satisfies the conditions when its page is read.
 
         Args:
             states: Only runs in one of these states; empty for all.
             agent: Only runs of this agent; empty for all.
             labels: Only runs that have all of these labels.
             context_id: Only runs of this context; empty for all.
+            parent: Only the children of this run, or of the run with this id.
+            from_create_time: Only runs created at this time (timezone-aware) or later.
+            until_create_time: Only runs created before this time (timezone-aware).
             limit: At most this many; None for all.
         """
-        request = _requests.list_runs(self.namespace, states=states, agent=agent, labels=labels, context_id=context_id)
+        request = _requests.list_runs(
+            self.namespace,
+            states=states,
+            agent=agent,
+            labels=labels,
+            context_id=context_id,
+            parent=parent,
+            from_create_time=from_create_time,
+            until_create_time=until_create_time,
+        )
         return iterate(self._core.list_runs(request, limit=limit))
 
     def watch(
@@ -355,6 +374,100 @@ class Client:
             reason: Why, for people; at most 1,000 characters.
         """
         return run_blocking(self._core.cancel(run, reason=reason))
+
+    def fork(
+        self,
+        run: Run | str,
+        *,
+        from_step: int | None = None,
+        input: Mapping[str, Any] | None = None,
+        run_id: str | None = None,
+        agent_version: str = "",
+        labels: Mapping[str, str] | None = None,
+        deadline: datetime | timedelta | None = None,
+        validate_only: bool = False,
+    ) -> StartedRun:
+        """Starts a new run that takes over the recorded steps of another one, and goes on from there.
+
+        Without anything else this is how a run that failed is tried again: from the first step that did not succeed.
+        What was recorded below that step is taken over as it is, whatever the new input or version.
+
+        Args:
+            run: The run to fork, or its id; it may have ended or not, and stays as it is.
+            from_step: The first step that the new run runs itself; 1 takes over nothing. None: the first one that did
+                not succeed, or the one after the last when all did.
+            input: The input of the new run, a JSON object; None means that of the forked one.
+            run_id: The id of the new run, as in `start`. None: the library makes one.
+            agent_version: The version of the agent that goes on; empty means that of the forked run.
+            labels: The labels of the new run; None means those of the forked one.
+            deadline: As in `start`; that of the forked run is not taken over.
+            validate_only: Check everything and start nothing; the returned run has not been created.
+
+        Returns:
+            The new run; its `forked_from_step_id` says where it begins.
+
+        Raises:
+            RunNotFound: No such run in the namespace.
+            InvalidArgument: There is no such step, or the input does not fit (`InputSchemaViolation`).
+            VersionUnavailable: The server lacks the code of that version.
+            RunConflict: The run_id exists, and is not this fork.
+        """
+        return run_blocking(
+            self._core.fork(
+                _requests.fork_run(
+                    self.namespace,
+                    run,
+                    from_step=from_step,
+                    input=input,
+                    run_id=run_id,
+                    agent_version=agent_version,
+                    labels=labels,
+                    deadline=deadline,
+                    validate_only=validate_only,
+                )
+            )
+        )
+
+    def delete_runs(
+        self,
+        *runs: Run | str,
+        states: Iterable[RunState] = (),
+        agent: str = "",
+        labels: Mapping[str, str] | None = None,
+        context_id: str = "",
+        until_end_time: datetime | None = None,
+        validate_only: bool = False,
+    ) -> Deletion:
+        """Deletes runs that have ended, with their children, logs and approvals. What has not ended is left alone.
+
+        Give runs, or conditions, which must all be satisfied. Many runs take several calls; the method makes them all.
+
+        Args:
+            runs: These runs, or those with these ids.
+            states: Only runs in one of these states, which must be terminal; empty for all that have ended.
+            agent: Only runs of this agent; empty for all.
+            labels: Only runs that have all of these labels.
+            context_id: Only runs of this context; empty for all.
+            until_end_time: Only runs that ended before this time (timezone-aware).
+            validate_only: Count what one call would delete, and delete nothing.
+
+        Raises:
+            InvalidArgument: There is no condition at all, or one beside the runs.
+        """
+        return run_blocking(
+            self._core.delete_runs(
+                _requests.delete_runs(
+                    self.namespace,
+                    runs,
+                    states=states,
+                    agent=agent,
+                    labels=labels,
+                    context_id=context_id,
+                    until_end_time=until_end_time,
+                    validate_only=validate_only,
+                )
+            )
+        )
 
     def approvals(self, *, states: Iterable[ApprovalState] = (), run: Run | str | None = None) -> Iterator[Approval]:
         """Iterates over approvals, oldest first. Pages are fetched as they are needed.

@@ -24,6 +24,7 @@ from perdure_client._types import (
     AgentInfo,
     Approval,
     ApprovalState,
+    Deletion,
     ExecutorInfo,
     ExecutorState,
     Failure,
@@ -82,9 +83,9 @@ def run_from(message: agent_run_pb2.AgentRun) -> Run:
     return Run(**_run_fields(message))
 
 
-def started_run_from(response: agent_run_service_pb2.StartAgentResponse) -> StartedRun:
-    """Returns the run of a start."""
-    return StartedRun(**_run_fields(response.run), created=response.created)
+def started_run_from(message: agent_run_pb2.AgentRun, *, created: bool) -> StartedRun:
+    """Returns the run of a start, or of a fork."""
+    return StartedRun(**_run_fields(message), created=created)
 
 
 def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
@@ -114,11 +115,24 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "last_sequence": message.last_sequence,
         "usage": _run_usage(message.usage) if message.HasField("usage") else None,
         "caller": message.caller,
+        "forked_from_run_id": message.forked_from_run_id,
+        "forked_from_step_id": message.forked_from_step_id,
     }
 
 
 def _run_usage(message: agent_run_pb2.RunUsage) -> Usage:
     return Usage(input_tokens=message.input_tokens, output_tokens=message.output_tokens)
+
+
+def deletion_from(response: agent_run_service_pb2.DeleteRunsResponse) -> Deletion:
+    """Returns what a call has deleted."""
+    return Deletion(
+        deleted_count=response.deleted_count,
+        sample_run_ids=tuple(response.sample_run_ids),
+        more=response.more,
+        unfinished_run_ids=tuple(response.unfinished_run_ids),
+        missing_run_ids=tuple(response.missing_run_ids),
+    )
 
 
 def step_from(message: agent_run_service_pb2.Step) -> Step:
@@ -314,6 +328,10 @@ def _usage(message: run_event_pb2.ModelUsage) -> events.ModelUsage:
     )
 
 
+def _forked(message: run_event_pb2.RunForked) -> events.RunForked:
+    return events.RunForked(from_run_id=message.from_run_id, from_step_id=message.from_step_id)
+
+
 _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "state_changed": _state_changed,
     "step_started": _step_started,
@@ -331,6 +349,7 @@ _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "recovered": _recovered,
     "log": _log,
     "usage": _usage,
+    "forked": _forked,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Generic, TypeVar
 
 import grpc
@@ -18,13 +19,25 @@ from perdure_client._events import EventKind, RunEvent
 from perdure_client._retry import Patience
 from perdure_client._rpc_errors import from_rpc_error
 from perdure_client._transport import Method, Transport
-from perdure_client._types import AgentInfo, Approval, ExecutorInfo, JsonValue, Run, RunTrace, StartedRun, Step
+from perdure_client._types import (
+    AgentInfo,
+    Approval,
+    Deletion,
+    ExecutorInfo,
+    JsonValue,
+    Run,
+    RunTrace,
+    StartedRun,
+    Step,
+)
 from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata
 
 _LONGEST_WAIT_S = 60.0
 """The server's own bound of one WaitRun."""
 _SHORTEST_WAIT_S = 0.05
 _PAGE_SIZE = 200
+_SAMPLE = 100
+"""Ids of deleted runs that are told."""
 
 _T = TypeVar("_T")
 _RequestT = TypeVar("_RequestT", bound=Message)
@@ -103,7 +116,8 @@ class Core:
 
     async def start(self, request: agent_run_service_pb2.StartAgentRequest) -> StartedRun:
         """Starts an agent."""
-        return _convert.started_run_from(await self.call(_transport.START_AGENT, request))
+        response = await self.call(_transport.START_AGENT, request)
+        return _convert.started_run_from(response.run, created=response.created)
 
     async def get(self, run: Run | str, *, full: bool) -> Run:
         """Returns a run."""
@@ -164,6 +178,27 @@ class Core:
             namespace=self.config.namespace, run_id=_requests.run_id_of(run), reason=reason
         )
         return _convert.run_from((await self.call(_transport.CANCEL_RUN, request)).run)
+
+    async def fork(self, request: agent_run_service_pb2.ForkRunRequest) -> StartedRun:
+        """Forks a run."""
+        response = await self.call(_transport.FORK_RUN, request)
+        return _convert.started_run_from(response.run, created=response.created)
+
+    async def delete_runs(self, requests: Sequence[agent_run_service_pb2.DeleteRunsRequest]) -> Deletion:
+        """Deletes runs, call after call, until nothing is left to delete; asked only to count, each call once."""
+        total = Deletion()
+        for request in requests:
+            total = _add(total, await self._delete(request))
+        return total
+
+    async def _delete(self, request: agent_run_service_pb2.DeleteRunsRequest) -> Deletion:
+        found = _convert.deletion_from(await self.call(_transport.DELETE_RUNS, request))
+        while found.more and not request.validate_only:
+            # What an earlier call has deleted is missing for the next one; the first knows what never was there.
+            rest = _convert.deletion_from(await self.call(_transport.DELETE_RUNS, request))
+            unfinished = tuple(dict.fromkeys((*found.unfinished_run_ids, *rest.unfinished_run_ids)))
+            found = replace(_add(found, rest), missing_run_ids=found.missing_run_ids, unfinished_run_ids=unfinished)
+        return found
 
     async def decide(self, request: approval_service_pb2.DecideApprovalRequest) -> Approval:
         """Decides an approval."""
@@ -305,3 +340,13 @@ def _view(full: bool) -> agent_run_pb2.AgentRunView.ValueType:
 def _wait_timeout(run_id: str, timeout_s: float, seen: Run | None) -> WaitTimeout:
     state = f"; it is {seen.state}" if seen else ""
     return WaitTimeout(f"run {run_id} did not end within {timeout_s:g} s{state}. It goes on.", seen)
+
+
+def _add(total: Deletion, more: Deletion) -> Deletion:
+    return Deletion(
+        deleted_count=total.deleted_count + more.deleted_count,
+        sample_run_ids=(*total.sample_run_ids, *more.sample_run_ids)[:_SAMPLE],
+        more=more.more,
+        unfinished_run_ids=(*total.unfinished_run_ids, *more.unfinished_run_ids),
+        missing_run_ids=(*total.missing_run_ids, *more.missing_run_ids),
+    )

@@ -50,6 +50,8 @@ class EventKind(StrEnum):
     """`LogLine`: a line the agent logged for its watchers."""
     USAGE = "usage"
     """`ModelUsage`: a model call was paid for."""
+    FORKED = "forked"
+    """`RunForked`: the run goes on from the recorded steps of another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,6 +258,19 @@ class ModelUsage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunForked:
+    """The run goes on from the recorded steps of another one; the events about those follow, with execution 0.
+
+    Attributes:
+        from_run_id: The run whose steps it took over.
+        from_step_id: The first step that it runs itself.
+    """
+
+    from_run_id: str
+    from_step_id: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnknownData:
     """What happened is of a kind that this version of the library does not know; the server is newer."""
 
@@ -277,6 +292,7 @@ EventData: TypeAlias = (
     | Recovered
     | LogLine
     | ModelUsage
+    | RunForked
     | UnknownData
 )
 """The types of `RunEvent.data`."""
@@ -298,6 +314,7 @@ _KIND_OF: dict[type[EventData], EventKind] = {
     Recovered: EventKind.RECOVERED,
     LogLine: EventKind.LOG,
     ModelUsage: EventKind.USAGE,
+    RunForked: EventKind.FORKED,
     UnknownData: EventKind.UNKNOWN,
 }
 

@@ -24,6 +24,8 @@ _WIRE_APPROVAL_STATES = {state: number for number, state in APPROVAL_STATES.item
 _EXACT_INTEGER = 2**53
 """`google.protobuf.Value` holds numbers as doubles, which are exact up to here."""
 _LONGEST = timedelta(days=365 * 100)
+_MAX_DELETED_IDS = 1_000
+"""Ids that one DeleteRuns may name."""
 
 
 def new_run_id() -> str:
@@ -74,8 +76,6 @@ def start_agent(
     """
     if delay is not None and start_time is not None:
         raise _invalid("delay", "cannot be given together with start_time")
-    if isinstance(deadline, timedelta):
-        deadline = datetime.now(UTC) + deadline
     return agent_run_service_pb2.StartAgentRequest(
         namespace=namespace,
         agent=agent,
@@ -88,11 +88,85 @@ def start_agent(
         ),
         start_time=_timestamp("start_time", start_time) if start_time is not None else None,
         delay=_duration("delay", delay) if delay is not None else None,
-        deadline_time=_timestamp("deadline", deadline) if deadline is not None else None,
+        deadline_time=_deadline(deadline),
         labels=labels,
         context_id=context_id,
         validate_only=validate_only,
     )
+
+
+def fork_run(
+    namespace: str,
+    run: Run | str,
+    *,
+    from_step: int | None,
+    input: Mapping[str, Any] | None,
+    run_id: str | None,
+    agent_version: str,
+    labels: Mapping[str, str] | None,
+    deadline: datetime | timedelta | None,
+    validate_only: bool,
+) -> agent_run_service_pb2.ForkRunRequest:
+    """Returns the request of a fork; see `AsyncClient.fork` for the arguments.
+
+    Raises:
+        InvalidArgument: The step is below 1, the input is no JSON object, or the deadline is naive.
+    """
+    if from_step is not None and from_step < 1:
+        raise _invalid("from_step_id", f"must be 1 or more, not {from_step}")
+    request = agent_run_service_pb2.ForkRunRequest(
+        namespace=namespace,
+        run_id=run_id_of(run),
+        request_id=new_request_id(),
+        new_run_id=new_run_id() if run_id is None else run_id,
+        from_step_id=from_step or 0,
+        agent_version=agent_version,
+        deadline_time=_deadline(deadline),
+        labels=labels,
+        validate_only=validate_only,
+    )
+    if input is not None:
+        request.input_json = _object_text("input", input)
+    return request
+
+
+def delete_runs(
+    namespace: str,
+    runs: Sequence[Run | str],
+    *,
+    states: Iterable[RunState],
+    agent: str,
+    labels: Mapping[str, str] | None,
+    context_id: str,
+    until_end_time: datetime | None,
+    validate_only: bool,
+) -> list[agent_run_service_pb2.DeleteRunsRequest]:
+    """Returns the requests of a deletion: one, unless there are more ids than one may name.
+
+    Raises:
+        InvalidArgument: There is no condition, or another one beside the runs.
+    """
+    request = agent_run_service_pb2.DeleteRunsRequest(
+        namespace=namespace,
+        states=[_known(_WIRE_RUN_STATES, RunState(state), "states") for state in states],
+        agent=agent,
+        labels=labels,
+        context_id=context_id,
+        until_end_time=_timestamp("until_end_time", until_end_time) if until_end_time is not None else None,
+        validate_only=validate_only,
+    )
+    conditions = [field.name for field, _ in request.ListFields() if field.name not in ("namespace", "validate_only")]
+    if runs and conditions:
+        raise _invalid("run_ids", f"cannot be given together with {', '.join(conditions)}")
+    if not runs and not conditions:
+        raise _invalid("run_ids", "give runs, or at least one condition")
+    run_ids = list(dict.fromkeys(run_id_of(run) for run in runs))
+    requests: list[agent_run_service_pb2.DeleteRunsRequest] = []
+    for first in range(0, max(1, len(run_ids)), _MAX_DELETED_IDS):
+        part = agent_run_service_pb2.DeleteRunsRequest(run_ids=run_ids[first : first + _MAX_DELETED_IDS])
+        part.MergeFrom(request)
+        requests.append(part)
+    return requests
 
 
 def list_runs(
@@ -102,14 +176,24 @@ def list_runs(
     agent: str,
     labels: Mapping[str, str] | None,
     context_id: str,
+    parent: Run | str | None,
+    from_create_time: datetime | None,
+    until_create_time: datetime | None,
 ) -> agent_run_service_pb2.ListRunsRequest:
-    """Returns the request of a first page of runs."""
+    """Returns the request of a first page of runs.
+
+    Raises:
+        InvalidArgument: A time is naive.
+    """
     return agent_run_service_pb2.ListRunsRequest(
         namespace=namespace,
         states=[_known(_WIRE_RUN_STATES, RunState(state), "states") for state in states],
         agent=agent,
         labels=labels,
         context_id=context_id,
+        parent_run_id="" if parent is None else run_id_of(parent),
+        from_create_time=None if from_create_time is None else _timestamp("from_create_time", from_create_time),
+        until_create_time=None if until_create_time is None else _timestamp("until_create_time", until_create_time),
     )
 
 
@@ -226,6 +310,13 @@ def _duration(field: str, value: float | timedelta) -> Duration:
     message = Duration()
     message.FromTimedelta(delta)
     return message
+
+
+def _deadline(deadline: datetime | timedelta | None) -> Timestamp | None:
+    """Returns a deadline, given as a time or from now, as the wire's time."""
+    if isinstance(deadline, timedelta):
+        deadline = datetime.now(UTC) + deadline
+    return None if deadline is None else _timestamp("deadline", deadline)
 
 
 def _timestamp(field: str, value: datetime) -> Timestamp:

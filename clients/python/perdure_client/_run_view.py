@@ -20,6 +20,7 @@ from perdure_client._events import (
     Published,
     Recovered,
     RunEvent,
+    RunForked,
     SignalReceived,
     StateChanged,
     StepFailed,
@@ -235,6 +236,8 @@ class RunView:
                     input_tokens=view.usage.input_tokens + sent, output_tokens=view.usage.output_tokens + received
                 )
                 return replace(view, usage=usage)
+            case RunForked(from_run_id=origin, from_step_id=step_id):
+                return view._note(event, f"forked from {origin}, goes on at step {step_id}")
             case _:  # of a newer server
                 return view
 

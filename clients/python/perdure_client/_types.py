@@ -206,6 +206,8 @@ class Run:
         last_sequence: The number of events the run has: the sequence of its last event.
         usage: What its model calls used; None while nothing was reported.
         caller: Who started it, or whose run started it; empty where nobody knows.
+        forked_from_run_id: The run that it was forked from; empty for none.
+        forked_from_step_id: The first step that it ran itself, when it was forked; else 0.
     """
 
     namespace: str
@@ -233,6 +235,8 @@ class Run:
     last_sequence: int = 0
     usage: Usage | None = None
     caller: str = ""
+    forked_from_run_id: str = ""
+    forked_from_step_id: int = 0
 
     @property
     def done(self) -> bool:
@@ -247,13 +251,33 @@ class Run:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartedRun(Run):
-    """The run that `start` returns.
+    """The run that `start` or `fork` returns.
 
     Attributes:
-        created: Whether this call created the run; False when a run with this run_id and input existed.
+        created: Whether this call created the run; False when this very run existed, made by another call.
     """
 
     created: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Deletion:
+    """What `delete_runs` has deleted, or would delete.
+
+    Attributes:
+        deleted_count: How many runs, children included. Too low by what a call deleted whose answer was lost.
+        sample_run_ids: Some of them, at most 100; the oldest first.
+        more: Whether even more would be deleted than `validate_only` has counted.
+        unfinished_run_ids: Those of the given runs that were left alone: they, a child of theirs, or a run that may
+            still read their result, have not ended.
+        missing_run_ids: Those of the given runs that do not exist (any more).
+    """
+
+    deleted_count: int = 0
+    sample_run_ids: tuple[str, ...] = ()
+    more: bool = False
+    unfinished_run_ids: tuple[str, ...] = ()
+    missing_run_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

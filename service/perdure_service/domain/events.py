@@ -31,6 +31,7 @@ class EventKind(StrEnum):
     RECOVERED = "recovered"
     LOG = "log"
     USAGE = "usage"
+    FORKED = "forked"
 
 
 @dataclass(frozen=True, slots=True)

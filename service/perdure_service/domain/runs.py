@@ -202,6 +202,8 @@ class RunStart:
     start_at: datetime | None = None
     delay_s: float | None = None
     deadline_at: datetime | None = None
+    forked_from_workflow_id: str | None = None
+    forked_from_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,3 +279,41 @@ class Run:
     output_json: str | None = None
     usage: Usage = Usage()
     caller: str = ""
+    forked_from_run_id: str = ""
+    forked_from_step_id: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class RunFilter:
+    """Which runs are meant; empty members mean all.
+
+    Attributes:
+        labels: A run must have all of them.
+        parent_run_id: Only the children of this run.
+        from_create_time: Only runs created at this time or later.
+        until_create_time: Only runs created before this time.
+        until_end_time: Only runs that ended before this time.
+    """
+
+    states: frozenset[RunState] = frozenset()
+    agent: str = ""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    context_id: str = ""
+    parent_run_id: str = ""
+    from_create_time: datetime | None = None
+    until_create_time: datetime | None = None
+    until_end_time: datetime | None = None
+
+    @property
+    def members(self) -> dict[str, Any]:
+        """The members that are not empty, as JSON values in a fixed order: the identity of the filter."""
+        found: dict[str, Any] = {}
+        for name in sorted(self.__slots__):
+            value = getattr(self, name)
+            if isinstance(value, datetime):
+                found[name] = value.isoformat()
+            elif value:
+                found[name] = value if isinstance(value, str) else sorted(value)
+        if self.labels:
+            found["labels"] = dict(sorted(self.labels.items()))
+        return found

@@ -25,7 +25,7 @@ from perdure_service.store.engine import CheckpointTooSlow
 from perdure_service.store.sqlstates import QUERY_CANCELED, sqlstate_of
 from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
 
-Hook = Callable[[sa.Connection], None]
+Hook = Callable[[sa.Connection], object]
 
 
 class Operation:

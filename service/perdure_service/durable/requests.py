@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import Event
-from perdure_service.domain.runs import Run, RunKey, RunState
+from perdure_service.domain.runs import Run, RunFilter, RunKey
 from perdure_service.domain.trace import TraceSpan
 
 T = TypeVar("T")
@@ -42,21 +42,65 @@ class StartCommand:
 
 
 @dataclass(frozen=True, slots=True)
+class ForkCommand:
+    """A fork as a caller asks for it; shapes of single fields are checked, nothing is decided yet.
+
+    Attributes:
+        run_id: The run to fork.
+        new_run_id: The id of the fork; empty lets the server make one.
+        from_step_id: The first step that the fork runs itself; 0 means the first one that did not succeed.
+        agent_version: The version that goes on; empty means that of the forked run.
+        run_input: The input as parsed JSON, exactly as sent; None means that of the forked run.
+        labels: Empty means those of the forked run.
+        trace_parent: The caller's W3C `traceparent`, or empty.
+    """
+
+    namespace: str
+    run_id: str
+    request_id: str
+    caller: str
+    new_run_id: str = ""
+    from_step_id: int = 0
+    agent_version: str = ""
+    run_input: Mapping[str, Any] | None = None
+    labels: Mapping[str, str] | None = None
+    deadline_at: datetime | None = None
+    validate_only: bool = False
+    trace_parent: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteCommand:
+    """Which runs to delete: those of `run_ids`, or else those that have ended and satisfy `run_filter`.
+
+    Attributes:
+        validate_only: Count, and delete nothing.
+    """
+
+    namespace: str
+    caller: str
+    run_ids: Sequence[str] = ()
+    run_filter: RunFilter = field(default_factory=RunFilter)
+    validate_only: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted:
+    """What was deleted, or would be; see DeleteRunsResponse."""
+
+    count: int
+    sample_run_ids: Sequence[str]
+    more: bool = False
+    unfinished_run_ids: Sequence[str] = ()
+    missing_run_ids: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Page(Generic[T]):
     """A page of a list. `next_token` is empty at the end, and only there."""
 
     items: Sequence[T]
     next_token: str
-
-
-@dataclass(frozen=True, slots=True)
-class RunFilter:
-    """Which runs a list returns; empty members mean all."""
-
-    states: frozenset[RunState] = frozenset()
-    agent: str = ""
-    labels: Mapping[str, str] | None = None
-    context_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

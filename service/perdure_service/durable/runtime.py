@@ -220,6 +220,11 @@ class Runtime:
     def _write_buffered(self, execution: Execution) -> None:
         self.database.write_buffered(execution)
 
+    @staticmethod
+    def has_code_of(workflow_name: str) -> bool:
+        """Returns whether this process can run a workflow of this name in DBOS."""
+        return workflow_name in _registered_names()
+
     # ---- starts ------------------------------------------------------------------------------------------------------
 
     def start(self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool) -> str:
@@ -240,9 +245,7 @@ class Runtime:
         status = _core.prepare_enqueued_workflow(
             _dbos_instance(), agent.workflow, (), {}, queue_name=QUEUE, workflow_id=start.key.workflow_id
         )
-        status["inputs"], status["serialization"] = serialize_args(
-            (), arguments, WorkflowSerializationFormat.PORTABLE, DBOSPortableJSON
-        )
+        status["inputs"], status["serialization"] = portable_inputs(arguments)
         begins_later = start.start_at is not None or bool(start.delay_s)
         if begins_later:
             status["status"] = "DELAYED"
@@ -291,6 +294,12 @@ class Runtime:
 def _find_traced(conn: sa.Connection, workflow_id: str) -> TracedRun | None:
     row = traces.find(conn, workflow_id)
     return None if row is None else traced_run(row)
+
+
+def portable_inputs(arguments: dict[str, Any]) -> tuple[str, str]:
+    """Returns a workflow's arguments as DBOS stores them, plain JSON, and the name of that format."""
+    text, name = serialize_args((), arguments, WorkflowSerializationFormat.PORTABLE, DBOSPortableJSON)
+    return str(text), str(name)
 
 
 def _dbos_instance() -> Any:

@@ -32,6 +32,7 @@ from perdure_service.domain.quotas import StartQuota
 from perdure_service.domain.runs import (
     SIGNAL_NAME,
     Run,
+    RunFilter,
     RunKey,
     RunStart,
     RunState,
@@ -39,9 +40,17 @@ from perdure_service.domain.runs import (
     input_sha256,
     new_run_id,
 )
-from perdure_service.durable import outside
+from perdure_service.durable import deletions, forks, outside
 from perdure_service.durable.inbox import Inbox
-from perdure_service.durable.requests import Page, RunFilter, RunTrace, StartCommand, WatchBatch
+from perdure_service.durable.requests import (
+    DeleteCommand,
+    Deleted,
+    ForkCommand,
+    Page,
+    RunTrace,
+    StartCommand,
+    WatchBatch,
+)
 from perdure_service.durable.run_trace import trace_of
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.watching import Watching
@@ -59,15 +68,13 @@ from perdure_service.errors import (
 from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
 from perdure_service.store import event_log, executors, runs
+from perdure_service.store.runs import MAX_PAGE_CHARS
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, derive_trace_id, parse_traceparent
 from perdure_service.telemetry import metrics as m
 
 T = TypeVar("T")
-
-MAX_PAGE_CHARS = 1024 * 1024
-"""Text in one page of a list, so that a message stays below what clients take (4 MiB by default)."""
 
 WAIT_RECHECK_S = 5.0
 """How often a wait looks at the run although nothing woke it."""
@@ -239,6 +246,12 @@ class RunService:
         )
         return start, agent, arguments
 
+    async def fork(self, command: ForkCommand) -> tuple[Run, bool]:
+        """Starts a run from the recorded steps of another one; returns it and whether this request created it."""
+        self._check_namespace(command.namespace)
+        forked, created = await self._call(forks.fork, self._runtime, partial(self._find, full=True), command)
+        return (_not_created(forked) if isinstance(forked, RunStart) else forked), created
+
     # ---- reads -------------------------------------------------------------------------------------------------------
 
     async def get(self, namespace: str, run_id: str, *, full: bool) -> Run:
@@ -272,16 +285,7 @@ class RunService:
         self._check_namespace(namespace)
         found, token = await self._read(
             "runs.list",
-            lambda conn: runs.list_page(
-                conn,
-                namespace,
-                states=run_filter.states,
-                agent=run_filter.agent,
-                labels=run_filter.labels or {},
-                context_id=run_filter.context_id,
-                page_size=page_size,
-                page_token=page_token,
-            ),
+            lambda conn: runs.list_page(conn, namespace, run_filter, page_size=page_size, page_token=page_token),
         )
         return Page(found, token)
 
@@ -418,6 +422,11 @@ class RunService:
         await self._call(lambda: outside.cancel(self._runtime, run.key, why))
         return await self.get(namespace, run_id, full=False)
 
+    async def delete(self, command: DeleteCommand) -> Deleted:
+        """Deletes runs that have ended; returns what was deleted, and what was not."""
+        self._check_namespace(command.namespace)
+        return await self._call(deletions.delete, self._runtime, command)
+
     # ---- approvals ---------------------------------------------------------------------------------------------------
 
     async def list_approvals(
@@ -553,6 +562,10 @@ def _not_created(start: RunStart) -> Run:
         trace_id=start.trace_id,
         last_sequence=0,
         caller=start.caller,
+        forked_from_run_id=RunKey.of_workflow(start.forked_from_workflow_id).run_id
+        if start.forked_from_workflow_id
+        else "",
+        forked_from_step_id=start.forked_from_step,
     )
 
 
@@ -561,4 +574,13 @@ def _recent(approval: Approval) -> bool:
     return datetime.now(UTC) - approval.create_time < timedelta(seconds=APPROVALS_OVERLAP_S)
 
 
-__all__ = ["Page", "RunFilter", "RunService", "StartCommand", "WatchBatch"]
+__all__ = [
+    "DeleteCommand",
+    "Deleted",
+    "ForkCommand",
+    "Page",
+    "RunFilter",
+    "RunService",
+    "StartCommand",
+    "WatchBatch",
+]

@@ -6,8 +6,9 @@ before it commits. The two sweeps (released delays, passed deadlines) are ours, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -20,7 +21,7 @@ from perdure_service.durable import metering
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.transactions import QUEUE, Claim, TransactionalDatabase
-from perdure_service.store import runs
+from perdure_service.store import deletions, runs
 
 SWEEP_LIMIT = 200
 """Rows that one sweep changes; the next one follows within a second."""
@@ -34,7 +35,7 @@ class StatusDatabase(TransactionalDatabase):
         operation = Operation(None)
 
         def finish(conn: sa.Connection) -> None:
-            self._lock(conn, workflow_ids)
+            self.lock(conn, workflow_ids)
             for ended in self.ledger.ended(conn, workflow_ids):
                 events, after = self.ledger.close(conn, ended)
                 operation.add(ended.key.workflow_id, *events)
@@ -43,12 +44,14 @@ class StatusDatabase(TransactionalDatabase):
         operation.finish = finish
         self.run_operation(operation)
 
-    def close_ended_if_any(self, workflow_ids: Sequence[str]) -> None:
-        """Does what `close_ended` does when one of the runs needs it; else it only reads."""
+    def close_ended_if_any(self, workflow_ids: Sequence[str]) -> list[str]:
+        """Does what `close_ended` does when one of the runs needs it, else it only reads; returns those deleted."""
         with self._plain_begin() as conn:
             ended = [one.key.workflow_id for one in self.ledger.ended(conn, workflow_ids)]
+            gone = deletions.gone(conn, workflow_ids)
         if ended:
             self.close_ended(ended)
+        return gone
 
     # ---- statuses that are changed from outside ----------------------------------------------------------------------
 
@@ -58,7 +61,7 @@ class StatusDatabase(TransactionalDatabase):
         operation = Operation(None)
 
         def begin(conn: sa.Connection) -> None:
-            self._lock(conn, workflow_ids)
+            self.lock(conn, workflow_ids)
             self.ledger.adopt(conn, workflow_ids)
             operation.facts["before"] = self.ledger.states(conn, workflow_ids)
             operation.facts["logged"] = runs.logged_states(conn, workflow_ids)
@@ -132,6 +135,24 @@ class StatusDatabase(TransactionalDatabase):
         rest["queue_name"] = rest.get("queue_name") or QUEUE
         with self.operations.open(operation):
             return super().fork_workflow(original_workflow_ids, forked_workflow_ids, start_steps, **rest)
+
+    def delete_checked(
+        self, workflow_ids: Sequence[str], check: Callable[[Operation, sa.Connection], None] | None = None
+    ) -> None:
+        """Deletes everything about these workflows, DBOS's rows and ours, in one transaction.
+
+        Args:
+            workflow_ids: Those that `check` allows.
+            check: Called first in the transaction; it locks the status rows, and may raise.
+        """
+        ids = sorted(workflow_ids)
+        operation = Operation(None, finish=partial(deletions.delete_ours, workflow_ids=ids))
+        operation.begin = partial(check, operation) if check else partial(deletions.lock, workflow_ids=ids)
+        with self.operations.open(operation):
+            super()._delete_workflows(ids)
+
+    def _delete_workflows(self, workflow_ids: list[str]) -> None:
+        self.delete_checked(workflow_ids)
 
     def set_workflow_delay(self, workflow_id: str, **rest: Any) -> None:
         with self._changing([workflow_id], "its delay was changed"):

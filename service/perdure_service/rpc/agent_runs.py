@@ -12,7 +12,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
 
 from perdure_service.durable.service import RunService, StartCommand
-from perdure_service.rpc import convert, convert_events, convert_trace, requests
+from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.streams import Streams, closing
@@ -55,6 +55,21 @@ class AgentRuns(AgentRunServiceServicer):
             trace_parent=call.trace_parent,
             now=datetime.now(UTC),
             max_input_bytes=self._settings.max_input_bytes,
+        )
+
+    async def ForkRun(self, request: pb.ForkRunRequest, context: RpcContext) -> pb.ForkRunResponse:
+        """Starts a run from the recorded steps of another one."""
+        call = current_call()
+        command = requests.fork_run(
+            request,
+            caller=call.caller,
+            trace_parent=call.trace_parent,
+            now=datetime.now(UTC),
+            max_input_bytes=self._settings.max_input_bytes,
+        )
+        run, created = await self._service.fork(command)
+        return pb.ForkRunResponse(
+            run=convert.agent_run(run, full=False), created=created, from_step_id=run.forked_from_step_id
         )
 
     async def GetRun(self, request: pb.GetRunRequest, context: RpcContext) -> pb.GetRunResponse:
@@ -144,3 +159,14 @@ class AgentRuns(AgentRunServiceServicer):
             which.namespace, which.run_id, reason=which.reason, caller=current_call().caller
         )
         return pb.CancelRunResponse(run=convert.agent_run(run, full=False))
+
+    async def DeleteRuns(self, request: pb.DeleteRunsRequest, context: RpcContext) -> pb.DeleteRunsResponse:
+        """Deletes runs that have ended."""
+        deleted = await self._service.delete(requests.delete_runs(request, caller=current_call().caller))
+        return pb.DeleteRunsResponse(
+            deleted_count=deleted.count,
+            sample_run_ids=[fields.text(run_id) for run_id in deleted.sample_run_ids],
+            more=deleted.more,
+            unfinished_run_ids=deleted.unfinished_run_ids,
+            missing_run_ids=deleted.missing_run_ids,
+        )

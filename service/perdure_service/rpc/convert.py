@@ -39,6 +39,8 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         last_sequence=fields.int64(run.last_sequence),
         usage=_usage(run.usage),
         caller=fields.text(run.caller),
+        forked_from_run_id=fields.text(run.forked_from_run_id),
+        forked_from_step_id=fields.int32(run.forked_from_step_id),
     )
     if full:
         message.input_json = fields.text(run.input_json)

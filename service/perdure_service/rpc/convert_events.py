@@ -184,6 +184,12 @@ def _usage(data: Data) -> Message:
     )
 
 
+def _forked(data: Data) -> Message:
+    return pb.RunForked(
+        from_run_id=fields.text(data.get("from_run_id")), from_step_id=fields.int32(data.get("from_step_id"))
+    )
+
+
 _MEMBERS: dict[EventKind, Callable[[Data], Message]] = {
     EventKind.STATE_CHANGED: _state_changed,
     EventKind.STEP_STARTED: _step_started,
@@ -201,4 +207,5 @@ _MEMBERS: dict[EventKind, Callable[[Data], Message]] = {
     EventKind.RECOVERED: _recovered,
     EventKind.LOG: _log,
     EventKind.USAGE: _usage,
+    EventKind.FORKED: _forked,
 }

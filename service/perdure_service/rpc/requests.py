@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from perdure.v1 import agent_run_service_pb2 as pb
 
 from perdure_service.domain.events import EventKind
-from perdure_service.domain.runs import DEFAULT_NAMESPACE, SIGNAL_NAME
-from perdure_service.durable.service import RunFilter, StartCommand
+from perdure_service.domain.runs import DEFAULT_NAMESPACE, SIGNAL_NAME, TERMINAL_STATES
+from perdure_service.durable.service import DeleteCommand, ForkCommand, RunFilter, StartCommand
 from perdure_service.errors import InvalidArgument
 from perdure_service.rpc import enums
 from perdure_service.rpc.json_values import read_struct, read_text, read_value
-from perdure_service.rpc.validation import MAX_AHEAD, Violations
+from perdure_service.rpc.validation import MAX_AHEAD, MAX_RUN_ID, Violations
 
 MAX_CANCEL_REASON = 1_000
 """Characters."""
+
+MAX_DELETED_IDS = 1_000
+"""Ids that one DeleteRuns may name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +120,8 @@ def start_command(
     """
     found = Violations()
     start_at, delay_s = _schedule(found, request, now)
-    deadline_at = None
-    if request.HasField("deadline_time"):
-        deadline_at = found.timestamp("deadline_time", request.deadline_time, now)
-    if deadline_at is not None and deadline_at <= now:
-        found.add("deadline_time", "is in the past")
-    elif deadline_at is not None and start_at is not None and deadline_at <= start_at:
+    deadline_at = _deadline(found, request, now)
+    if deadline_at is not None and start_at is not None and now < deadline_at <= start_at:
         found.add("deadline_time", "must be after start_time")
     command = StartCommand(
         namespace=namespace_of(found, request.namespace),
@@ -143,6 +142,36 @@ def start_command(
     )
     found.raise_any()
     return replace(command, run_input=_read_input(request, max_input_bytes))
+
+
+def fork_run(
+    request: pb.ForkRunRequest, *, caller: str, trace_parent: str, now: datetime, max_input_bytes: int
+) -> ForkCommand:
+    """Returns the fork that a request asks for; arguments as of `start_command`.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+        PayloadTooLarge: The input is over the limit.
+    """
+    found = Violations()
+    if request.from_step_id < 0:
+        found.add("from_step_id", "must not be negative")
+    command = ForkCommand(
+        namespace=namespace_of(found, request.namespace),
+        run_id=found.run_id(request.run_id),
+        request_id=found.request_id(request.request_id, required=True),
+        caller=caller,
+        new_run_id=request.new_run_id,
+        from_step_id=request.from_step_id,
+        agent_version=found.name("agent_version", request.agent_version),
+        labels=found.labels(request.labels),
+        deadline_at=_deadline(found, request, now),
+        validate_only=request.validate_only,
+        trace_parent=trace_parent,
+    )
+    found.raise_any()
+    given = request.WhichOneof("input_format") == "input" or bool(request.input_json)
+    return replace(command, run_input=_read_input(request, max_input_bytes)) if given else command
 
 
 def get_run(request: pb.GetRunRequest | pb.WaitRunRequest) -> RunLookup:
@@ -182,11 +211,22 @@ def list_runs(request: pb.ListRunsRequest) -> RunPage:
         InvalidArgument: With every field that is wrong.
     """
     found = Violations()
+    now = datetime.now(UTC)
+    from_time = until_time = None
+    if request.HasField("from_create_time"):
+        from_time = found.timestamp("from_create_time", request.from_create_time, now)
+    if request.HasField("until_create_time"):
+        until_time = found.timestamp("until_create_time", request.until_create_time, now)
+    if from_time is not None and until_time is not None and until_time <= from_time:
+        found.add("until_create_time", "must be after from_create_time")
     run_filter = RunFilter(
         states=found.enums("states", request.states, enums.RUN_STATE_OF),
         agent=found.name("agent", request.agent),
         labels=found.labels(request.labels),
         context_id=found.name("context_id", request.context_id),
+        parent_run_id=found.name("parent_run_id", request.parent_run_id, max_length=MAX_RUN_ID),
+        from_create_time=from_time,
+        until_create_time=until_time,
     )
     page = RunPage(
         namespace_of(found, request.namespace),
@@ -196,6 +236,45 @@ def list_runs(request: pb.ListRunsRequest) -> RunPage:
     )
     found.raise_any()
     return page
+
+
+def delete_runs(request: pb.DeleteRunsRequest, *, caller: str) -> DeleteCommand:
+    """Returns which runs are to be deleted.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+    """
+    found = Violations()
+    if len(request.run_ids) > MAX_DELETED_IDS:
+        found.add("run_ids", f"has {len(request.run_ids)} entries; at most {MAX_DELETED_IDS}")
+    for index, run_id in enumerate(request.run_ids[:MAX_DELETED_IDS]):
+        found.name(f"run_ids[{index}]", run_id, required=True, max_length=MAX_RUN_ID)
+    states = found.enums("states", request.states, enums.RUN_STATE_OF)
+    for state in sorted(states - TERMINAL_STATES):
+        found.add("states", f"{state} is not terminal; only runs that have ended can be deleted")
+    until_end_time = None
+    if request.HasField("until_end_time"):
+        until_end_time = found.timestamp("until_end_time", request.until_end_time, datetime.now(UTC))
+    command = DeleteCommand(
+        namespace=namespace_of(found, request.namespace),
+        caller=caller,
+        run_ids=tuple(dict.fromkeys(request.run_ids)),
+        run_filter=RunFilter(
+            states=states,
+            agent=found.name("agent", request.agent),
+            labels=found.labels(request.labels),
+            context_id=found.name("context_id", request.context_id),
+            until_end_time=until_end_time,
+        ),
+        validate_only=request.validate_only,
+    )
+    conditions = bool(command.run_filter.members) or request.HasField("until_end_time")
+    if request.run_ids and conditions:
+        found.add("run_ids", "no other condition may be set together with ids")
+    elif not request.run_ids and not conditions:
+        found.add("", "at least one condition is required: run_ids, states, agent, labels, context_id, until_end_time")
+    found.raise_any()
+    return command
 
 
 def list_log(request: pb.ListRunEventsRequest | pb.ListStepsRequest) -> LogPage:
@@ -299,7 +378,17 @@ def _schedule(found: Violations, request: pb.StartAgentRequest, now: datetime) -
             return None, None
 
 
-def _read_input(request: pb.StartAgentRequest, max_bytes: int) -> Mapping[str, Any]:
+def _deadline(found: Violations, request: pb.StartAgentRequest | pb.ForkRunRequest, now: datetime) -> datetime | None:
+    """Returns when the run ends as EXPIRED; None for never."""
+    if not request.HasField("deadline_time"):
+        return None
+    deadline_at = found.timestamp("deadline_time", request.deadline_time, now)
+    if deadline_at is not None and deadline_at <= now:
+        found.add("deadline_time", "is in the past")
+    return deadline_at
+
+
+def _read_input(request: pb.StartAgentRequest | pb.ForkRunRequest, max_bytes: int) -> Mapping[str, Any]:
     if request.WhichOneof("input_format") == "input":
         return read_struct(request.input, root="input", max_bytes=max_bytes)
     if not request.input_json:

@@ -71,8 +71,3 @@ def _heads(conn: sa.Connection, query: sa.TextClause, values: dict[str, Any]) ->
         )
         for row in rows
     }
-
-
-def missing(conn: sa.Connection, workflow_ids: Sequence[str]) -> list[str]:
-    """Returns those of the workflow ids that no run has (any more)."""
-    return [row.id for row in conn.execute(_MISSING, {"ids": list(workflow_ids)})]

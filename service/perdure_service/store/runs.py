@@ -20,6 +20,7 @@ from perdure_service.domain.runs import (
     Failure,
     Progress,
     Run,
+    RunFilter,
     RunKey,
     RunStart,
     RunState,
@@ -33,10 +34,11 @@ from perdure_service.store.dbos_tables import INPUT, STATUS
 _INSERT = sa.text("""
     INSERT INTO perdure.run (workflow_id, namespace, run_id, agent, agent_version, input_argument, input_sha256,
         request_id, unique_request_id, caller, labels, context_id, parent_workflow_id, trace_id, traceparent,
-        execution, executor_id, begun_at)
+        execution, executor_id, forked_from_workflow_id, forked_from_step, begun_at)
     VALUES (:workflow_id, :namespace, :run_id, :agent, :agent_version, :input_argument, :input_sha256,
         :request_id, :unique_request_id, :caller, CAST(:labels AS JSONB), :context_id, :parent_workflow_id, :trace_id,
-        :traceparent, :execution, :executor_id, CASE WHEN CAST(:execution AS INT) > 0 THEN now() END)
+        :traceparent, :execution, :executor_id, :forked_from_workflow_id, :forked_from_step,
+        CASE WHEN CAST(:execution AS INT) > 0 THEN now() END)
     ON CONFLICT DO NOTHING RETURNING workflow_id
 """)
 
@@ -44,7 +46,7 @@ _COLUMNS = """
     r.workflow_id, r.namespace, r.run_id, r.agent, r.agent_version, r.input_argument, r.input_sha256, r.request_id,
     r.caller, r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at,
     r.execution, r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure,
-    r.input_tokens, r.output_tokens,
+    r.input_tokens, r.output_tokens, r.forked_from_workflow_id, r.forked_from_step,
     s.status, s.workflow_deadline_epoch_ms,
     (SELECT count(*) FROM perdure.approval AS a
      WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
@@ -58,6 +60,9 @@ _GET_FULL = sa.text(
     f"SELECT {_COLUMNS}, r.output, i.inputs, s.serialization {_FROM} "
     f"LEFT JOIN {INPUT} AS i ON i.workflow_uuid = r.workflow_id WHERE r.workflow_id = :workflow_id"
 )
+
+MAX_PAGE_CHARS = 1024 * 1024
+"""Text in one page of a list, so that a message stays below what clients take (4 MiB by default)."""
 
 PORTABLE = "portable_json"
 """DBOS's name of its JSON format (dbos/_serialization.py)."""
@@ -103,6 +108,8 @@ def insert(
             "traceparent": start.traceparent,
             "execution": 1 if executor_id else 0,
             "executor_id": executor_id,
+            "forked_from_workflow_id": start.forked_from_workflow_id,
+            "forked_from_step": start.forked_from_step,
         },
     ).first()
     return row is not None
@@ -127,50 +134,78 @@ def get(conn: sa.Connection, workflow_id: str, *, full: bool = False) -> Run | N
 
 
 def list_page(
-    conn: sa.Connection,
-    namespace: str,
-    *,
-    states: frozenset[RunState],
-    agent: str,
-    labels: Mapping[str, str],
-    context_id: str,
-    page_size: int,
-    page_token: str,
+    conn: sa.Connection, namespace: str, run_filter: RunFilter, *, page_size: int, page_token: str
 ) -> tuple[list[Run], str]:
     """Returns a page of runs, newest first, and the token of the next page (empty at the end).
+
+    The order is by the time of creation, then by the workflow id. Neither ever changes, and the token holds both of
+    the last run that was returned. So a run that exists when the first page is read comes in exactly one page as long
+    as it satisfies the filter, and no run comes twice, whatever is created meanwhile. A run that is created later has
+    a later time and is not in the pages that follow; one whose transaction had begun by then, and committed since, may
+    be.
 
     Raises:
         InvalidArgument: The token is not from this list.
     """
-    filter_hash = [namespace, sorted(states), agent, dict(sorted(labels.items())), context_id]
-    conditions = ["r.namespace = :namespace"]
-    values: dict[str, Any] = {"namespace": namespace, "limit": page_size + 1}
+    filter_key = [namespace, run_filter.members]
+    where, values = conditions(namespace, run_filter)
+    values["limit"] = page_size + 1
     if page_token:
-        at, workflow_id = decode_token(page_token, filter_hash)
-        conditions.append("(r.created_at, r.workflow_id) < (CAST(:at AS TIMESTAMPTZ), CAST(:workflow_id AS TEXT))")
+        at, workflow_id = decode_token(page_token, filter_key)
+        where.append("(r.created_at, r.workflow_id) < (CAST(:at AS TIMESTAMPTZ), CAST(:workflow_id AS TEXT))")
         values |= {"at": at, "workflow_id": workflow_id}
-    if agent:
-        conditions.append("r.agent = :agent")
-        values["agent"] = agent
-    if context_id:
-        conditions.append("r.context_id = :context_id")
-        values["context_id"] = context_id
-    if labels:
-        conditions.append("r.labels @> CAST(:labels AS JSONB)")
-        values["labels"] = json.dumps(dict(labels))
-    if states:
-        conditions.append(f"({' OR '.join(_STATE_SQL[state] for state in sorted(states))})")
-        values["deadline_passed"] = DEADLINE_PASSED
     query = sa.text(
-        f"SELECT {_COLUMNS} {_FROM} WHERE {' AND '.join(conditions)} "
+        f"SELECT {_COLUMNS} {_FROM} WHERE {' AND '.join(where)} "
         "ORDER BY r.created_at DESC, r.workflow_id DESC LIMIT :limit"
     )
     rows = conn.execute(query, values).mappings().fetchall()
+    page: list[sa.RowMapping] = []
+    chars = 0
+    for row in rows[:page_size]:
+        chars += _chars(row)
+        if page and chars > MAX_PAGE_CHARS:
+            break
+        page.append(row)
     token = ""
-    if len(rows) > page_size:
-        rows = rows[:page_size]
-        token = encode_token((rows[-1]["created_at"].isoformat(), rows[-1]["workflow_id"]), filter_hash)
-    return [_run(row) for row in rows], token
+    if len(page) < len(rows):
+        token = encode_token((page[-1]["created_at"].isoformat(), page[-1]["workflow_id"]), filter_key)
+    return [_run(row) for row in page], token
+
+
+def conditions(namespace: str, run_filter: RunFilter) -> tuple[list[str], dict[str, Any]]:
+    """Returns what a filter means in SQL, over `r` (our row) and `s` (DBOS's status), and the values in it."""
+    where, values = ["r.namespace = :namespace"], dict[str, Any](namespace=namespace)
+    if run_filter.agent:
+        where.append("r.agent = :agent")
+        values["agent"] = run_filter.agent
+    if run_filter.context_id:
+        where.append("r.context_id = :context_id")
+        values["context_id"] = run_filter.context_id
+    if run_filter.labels:
+        where.append("r.labels @> CAST(:labels AS JSONB)")
+        values["labels"] = json.dumps(dict(run_filter.labels))
+    if run_filter.states:
+        where.append(f"({' OR '.join(_STATE_SQL[state] for state in sorted(run_filter.states))})")
+        values["deadline_passed"] = DEADLINE_PASSED
+    if run_filter.parent_run_id:
+        where.append("r.parent_workflow_id IN (:parent, :foreign_parent)")
+        values["parent"] = RunKey.of_api(namespace, run_filter.parent_run_id).workflow_id
+        values["foreign_parent"] = RunKey.foreign(namespace, run_filter.parent_run_id).workflow_id
+    times = (("from_create_time", "r.created_at >="), ("until_create_time", "r.created_at <"))
+    for name, comparison in (*times, ("until_end_time", "r.ended_at <")):
+        if (time := getattr(run_filter, name)) is not None:
+            where.append(f"{comparison} CAST(:{name} AS TIMESTAMPTZ)")
+            values[name] = time
+    if run_filter.until_end_time is not None:
+        # It follows, and bounds what is read of the index.
+        where.append("r.created_at < CAST(:until_end_time AS TIMESTAMPTZ)")
+    return where, values
+
+
+def _chars(row: sa.RowMapping) -> int:
+    """Returns about how many characters a run takes in a list's message."""
+    texts = (row["labels"], row["progress"], row["failure"], row["state_reason"])
+    return 600 + sum(len(text) if isinstance(text, str) else len(json.dumps(text)) for text in texts if text)
 
 
 _OPEN_APPROVAL = (
@@ -301,7 +336,7 @@ def _run(row: sa.RowMapping) -> Run:
     deadline_ms = row["workflow_deadline_epoch_ms"]
     progress = json.loads(row["progress"]) if row["progress"] else None
     labels = row["labels"] if isinstance(row["labels"], dict) else json.loads(row["labels"])
-    parent = row["parent_workflow_id"]
+    parent, origin = row["parent_workflow_id"], row["forked_from_workflow_id"]
     return Run(
         key=RunKey(row["namespace"], row["run_id"], row["workflow_id"]),
         agent=row["agent"],
@@ -334,6 +369,8 @@ def _run(row: sa.RowMapping) -> Run:
         output_json=row.get("output"),
         usage=Usage(row["input_tokens"], row["output_tokens"]),
         caller=row["caller"],
+        forked_from_run_id="" if origin is None else RunKey.of_workflow(origin).run_id,
+        forked_from_step_id=row["forked_from_step"],
     )
 
 

@@ -81,8 +81,7 @@ class Tailer:
     def __init__(
         self,
         read_news: Callable[[Mapping[str, int]], Sequence[News]],
-        close_ended: Callable[[Sequence[str]], None],
-        find_missing: Callable[[Sequence[str]], Sequence[str]],
+        close_ended: Callable[[Sequence[str]], Sequence[str]],
         *,
         poll_s: float,
     ) -> None:
@@ -90,13 +89,12 @@ class Tailer:
 
         Args:
             read_news: Returns the packs after the given position of each run; blocks.
-            close_ended: Ends the logs of those runs that ended without a terminal event; blocks.
-            find_missing: Returns those of the runs that do not exist any more; blocks.
+            close_ended: Ends the logs of those runs that ended without a terminal event, and returns those that have
+                been deleted; blocks.
             poll_s: How often everything watched is looked at.
         """
         self._read_news = read_news
         self._close_ended = close_ended
-        self._find_missing = find_missing
         self._poll_s = poll_s
         self._feeds: dict[str, _Feed] = {}
         self._hinted: set[str] = set()
@@ -208,9 +206,7 @@ class Tailer:
                 if chosen:
                     await self._read(chosen)
                 if all_ids:
-                    await asyncio.to_thread(self._close_ended, all_ids)
-                    # Its end may have come and gone between two looks; the log, which is empty now, tells a watcher.
-                    for workflow_id in await asyncio.to_thread(self._find_missing, all_ids):
+                    for workflow_id in await asyncio.to_thread(self._close_ended, all_ids):
                         self._tell_to_read(workflow_id)
             except Exception as error:  # noqa: BLE001 - logged; the next look tries again
                 log.warning("tailer.read_failed", error=type(error).__name__)
@@ -233,6 +229,7 @@ class Tailer:
                 subscription.deliver(pack)
 
     def _tell_to_read(self, workflow_id: str) -> None:
+        """Makes the watchers of a run read its log: there they see what is wrong with it, or that it is gone."""
         feed = self._feeds.get(workflow_id)
         for subscription in feed.subscriptions if feed else ():
             subscription.read_log(workflow_id)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 from perdure_client import AsyncClient, Client
+from perdure_client.cli._app import app
+from typer.testing import CliRunner
 
 from tests.unit.client.scripted import ScriptedServer
 
@@ -55,3 +58,14 @@ def blocking_client(server: ScriptedServer, slept: list[float]) -> Iterator[Clie
     """For `asyncio.to_thread`: the server needs the event loop."""
     with Client(server.address) as scripted_client:
         yield scripted_client
+
+
+@pytest.fixture
+def perdure(server: ScriptedServer, slept: list[float]) -> Callable[..., Awaitable[Any]]:
+    """Runs the command; its output is piped, so it is JSON unless a test says otherwise."""
+
+    async def invoke(*arguments: str, stdin: str | None = None) -> Any:
+        arguments = ("--address", server.address, *arguments)
+        return await asyncio.to_thread(CliRunner().invoke, app, list(arguments), input=stdin)
+
+    return invoke

@@ -51,20 +51,24 @@ from typer.testing import CliRunner
 from tests.unit.client.scripted import Fail, Hang, ScriptedServer, batch, end_event, log_event, run_message
 
 Invoke = Callable[..., Awaitable[Any]]
-COMMANDS = (
-    "start watch get list steps events trace signal cancel approvals approve reject agents executors".split()  # noqa: SIM905
-)
-
-
-@pytest.fixture
-def perdure(server: ScriptedServer, slept: list[float]) -> Invoke:
-    """Runs the command; its output is piped, so it is JSON unless a test says otherwise."""
-
-    async def invoke(*arguments: str, stdin: str | None = None) -> Any:
-        arguments = ("--address", server.address, *arguments)
-        return await asyncio.to_thread(CliRunner().invoke, app, list(arguments), input=stdin)
-
-    return invoke
+COMMANDS = [
+    "start",
+    "watch",
+    "get",
+    "list",
+    "steps",
+    "events",
+    "trace",
+    "signal",
+    "cancel",
+    "fork",
+    "delete",
+    "approvals",
+    "approve",
+    "reject",
+    "agents",
+    "executors",
+]
 
 
 def started(request: Any) -> runs.StartAgentResponse:
@@ -422,17 +426,17 @@ async def test_approvals_are_listed_shown_and_decided(server: ScriptedServer, pe
 async def test_the_inbox_can_be_watched(
     server: ScriptedServer, perdure: Invoke, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    printed: list[dict[str, Any]] = []
+    printed: list[Any] = []
 
-    def print_one(value: dict[str, Any]) -> None:
+    def print_one(value: Any, _form: object) -> None:
         printed.append(value)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("perdure_client.cli._approvals.write_json_line", print_one)
+    monkeypatch.setattr("perdure_client.cli._approvals.write_item", print_one)
     response = approvals.WatchApprovalsResponse(approvals=[PENDING])  # type: ignore[list-item]
     server.script(WATCH_APPROVALS, [response, Hang()])
     assert (await perdure("approvals", "--watch")).exit_code == 130
-    assert [item["approval_id"] for item in printed] == ["r/3"]
+    assert [item.approval_id for item in printed] == ["r/3"]
 
 
 async def test_agents_are_listed_and_one_is_shown_with_how_to_start_it(server: ScriptedServer, perdure: Invoke) -> None:

@@ -17,32 +17,19 @@ from tests.unit.client.scripted import METHODS, STREAMS
 NAMES = """
 AgentInfo AgentNotFound Approval ApprovalClosed ApprovalDecided ApprovalNotFound ApprovalRequested ApprovalState
 AsyncClient AsyncWatch AsyncWatching AttemptReset ChildStarted Client ClientClosed ConfigurationError ConflictPolicy
-Contention CursorOutOfRange DeadlineExceeded Decision Draining EventData EventKind FailedPrecondition Failure
-InputSchemaViolation InternalError InvalidArgument JsonValue LogLine ModelUsage NamespaceNotFound NotFound OutputDelta
-Overloaded PayloadTooLarge PerdureError PermissionDenied Progress ProtocolViolation Published QuotaExceeded Recovered
-ResourceExhausted RevisionConflict Run RunConflict RunEvent RunFailed RunFinished RunInputMismatch RunNotFound
-RunState RunTrace ServerUnavailable SignalReceived SpanKind SpanLink SpanStatus StartedRun StateChanged Step
-StepFailed StepRetrying StepStarted StepState StepSucceeded StoreUnavailable TimeoutOutcome TooManyStreams TraceSpan
-Unauthenticated Unavailable Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitTimeout
-Watch WatchUpdate Watching __version__
+Contention CursorOutOfRange DeadlineExceeded Decision Deletion Draining EventData EventKind ExecutorInfo ExecutorState
+FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue LogLine ModelUsage
+NamespaceNotFound NotFound OutputDelta Overloaded PayloadTooLarge PerdureError PermissionDenied Progress
+ProtocolViolation Published QuotaExceeded Recovered ResourceExhausted RevisionConflict Run RunConflict RunEvent
+RunFailed RunFinished RunForked RunInputMismatch RunNotFound RunState RunTrace ServerUnavailable SignalReceived
+SpanKind SpanLink SpanStatus StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded
+StoreUnavailable TimeoutOutcome TooManyStreams TraceSpan Unauthenticated Unavailable Unimplemented UnknownData Usage
+VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching __version__
 """
 
 METHOD_NAMES = """
-Contention CursorOutOfRange DeadlineExceeded Decision Draining EventData EventKind ExecutorInfo ExecutorState
-FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue LogLine NamespaceNotFound
-NotFound OutputDelta Overloaded PayloadTooLarge PerdureError PermissionDenied Progress ProtocolViolation Published
-Recovered ResourceExhausted RevisionConflict Run RunConflict RunEvent RunFailed RunFinished RunInputMismatch
-RunNotFound RunState ServerUnavailable SignalReceived StartedRun StateChanged Step StepFailed StepRetrying StepStarted
-StepState StepSucceeded StoreUnavailable TimeoutOutcome TooManyStreams Unauthenticated Unavailable Unimplemented
-UnknownData VersionUnavailable Violation WaitTimeout Watch WatchUpdate Watching __version__ address agents approvals
-approve cancel close decide events get get_agent get_approval list namespace reject run signal start steps trace wait
-watch watch_approvals
-"""
-
-METHOD_NAMES = """
-address agents approvals approve cancel close decide events executors get get_agent get_approval list namespace reject
-run signal start steps wait watch watch_approvals
->>>>>>> security
+address agents approvals approve cancel close decide delete_runs events executors fork get get_agent get_approval list
+namespace reject run signal start steps trace wait watch watch_approvals
 """
 
 

@@ -22,6 +22,7 @@ from perdure_client import (
     Published,
     Recovered,
     RunEvent,
+    RunForked,
     RunState,
     SignalReceived,
     StateChanged,
@@ -81,6 +82,7 @@ EVENTS: list[tuple[dict[str, Any], Any]] = [
         Recovered(from_executor_id="e", gap=timedelta(seconds=3)),
     ),
     ({"log": {"message": "m", "level": "warning"}}, LogLine(message="m", level="warning")),
+    ({"forked": {"from_run_id": "foo", "from_step_id": 3}}, RunForked(from_run_id="foo", from_step_id=3)),
     (
         {"usage": {"model": "small", "input_tokens": 7, "output_tokens": 3}},
         ModelUsage(model="small", input_tokens=7, output_tokens=3),

@@ -101,6 +101,7 @@ EVENTS: list[tuple[EventKind, dict[str, Any], dict[str, Any]]] = [
         {"model": "small", "input_tokens": 7, "output_tokens": 3},
         {"model": "small", "input_tokens": 7, "output_tokens": 3},
     ),
+    (EventKind.FORKED, {"from_run_id": "foo", "from_step_id": 3}, {"from_run_id": "foo", "from_step_id": 3}),
 ]
 
 
@@ -228,6 +229,8 @@ def test_a_run_has_all_its_fields():
         output_json="null",
         usage=Usage(12, 5),
         caller="ann",
+        forked_from_run_id="old",
+        forked_from_step_id=4,
     )
     message = convert.agent_run(run, full=True)
     assert message == agent_run_pb2.AgentRun(
@@ -256,6 +259,8 @@ def test_a_run_has_all_its_fields():
         last_sequence=3,
         usage=agent_run_pb2.RunUsage(input_tokens=12, output_tokens=5),
         caller="ann",
+        forked_from_run_id="old",
+        forked_from_step_id=4,
     )
     filled = {field.name for field, _ in message.ListFields()}
     assert filled == {field.name for field in agent_run_pb2.AgentRun.DESCRIPTOR.fields}

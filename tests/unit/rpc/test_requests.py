@@ -19,7 +19,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service.domain.approvals import ApprovalState, Decision
 from perdure_service.domain.events import EventKind
 from perdure_service.domain.runs import RunState
-from perdure_service.durable.service import RunFilter, StartCommand
+from perdure_service.durable.service import DeleteCommand, ForkCommand, RunFilter, StartCommand
 from perdure_service.errors import InvalidArgument, PayloadTooLarge
 from perdure_service.rpc import approval_requests, json_values, requests
 from perdure_service.rpc.validation import MAX_VIOLATIONS, Violations
@@ -52,6 +52,17 @@ def watch(**fields: Any) -> requests.Watch:
 
 def list_runs(**fields: Any) -> requests.RunPage:
     return requests.list_runs(pb.ListRunsRequest(**fields))
+
+
+def fork(**fields: Any) -> ForkCommand:
+    fields = {"run_id": "foo", "request_id": "r"} | fields
+    return requests.fork_run(
+        pb.ForkRunRequest(**fields), caller="ann", trace_parent="", now=NOON, max_input_bytes=MAX_INPUT_BYTES
+    )
+
+
+def delete(**fields: Any) -> DeleteCommand:
+    return requests.delete_runs(pb.DeleteRunsRequest(**{"run_ids": ["foo"]} | fields), caller="ann")
 
 
 def list_events(**fields: Any) -> requests.LogPage:
@@ -178,6 +189,32 @@ BAD: list[tuple[Any, dict[str, Any], str]] = [
     (list_runs, {"agent": "a\0"}, "agent"),
     (list_runs, {"labels": {"a": "\0"}}, "labels.a"),
     (list_runs, {"context_id": "c\0"}, "context_id"),
+    (list_runs, {"parent_run_id": "x" * 513}, "parent_run_id"),
+    (list_runs, {"from_create_time": Timestamp(nanos=-1)}, "from_create_time"),
+    (
+        list_runs,
+        {"from_create_time": Timestamp(seconds=9), "until_create_time": Timestamp(seconds=9)},
+        "until_create_time",
+    ),
+    # ForkRun
+    (fork, {"run_id": ""}, "run_id"),
+    (fork, {"request_id": ""}, "request_id"),
+    (fork, {"from_step_id": -1}, "from_step_id"),
+    (fork, {"agent_version": "1\0"}, "agent_version"),
+    (fork, {"labels": {"": "b"}}, 'labels[""]'),
+    (fork, {"deadline_time": Timestamp(seconds=1)}, "deadline_time"),
+    (fork, {"namespace": "a\0"}, "namespace"),
+    (fork, {"input_json": "[]"}, "input"),
+    (fork, {"input_json": "{"}, "input_json"),
+    # DeleteRuns
+    (delete, {"run_ids": []}, ""),
+    (delete, {"namespace": "a\0"}, "namespace"),
+    (delete, {"run_ids": ["a"] * 1_001}, "run_ids"),
+    (delete, {"run_ids": ["a", "\0"]}, "run_ids[1]"),
+    (delete, {"context_id": "c"}, "run_ids"),
+    (delete, {"run_ids": [], "states": [agent_run_pb2.AGENT_RUN_STATE_QUEUED]}, "states"),
+    (delete, {"run_ids": [], "until_end_time": Timestamp(seconds=2**62)}, "until_end_time"),
+    (delete, {"run_ids": [], "agent": "a\0"}, "agent"),
     (list_events, {"run_id": ""}, "run_id"),
     (list_events, {"page_size": -5}, "page_size"),
     (list_events, {"kinds": [run_event_pb2.RUN_EVENT_KIND_UNSPECIFIED]}, "kinds[0]"),
@@ -333,9 +370,48 @@ def test_a_list_of_runs_has_all_its_filters():
         agent="research",
         labels={"a": "b"},
         context_id="c",
+        parent_run_id="foo",
+        from_create_time=Timestamp(seconds=5),
+        until_create_time=Timestamp(seconds=6, nanos=7_000),
     )
-    wanted = RunFilter(frozenset({RunState.RUNNING, RunState.FAILED}), "research", {"a": "b"}, "c")
+    wanted = RunFilter(
+        frozenset({RunState.RUNNING, RunState.FAILED}),
+        "research",
+        {"a": "b"},
+        "c",
+        "foo",
+        datetime(1970, 1, 1, 0, 0, 5, tzinfo=UTC),
+        datetime(1970, 1, 1, 0, 0, 6, 7, tzinfo=UTC),
+    )
     assert page == requests.RunPage("lab", wanted, 50, "t")
+
+
+def test_a_fork_has_what_was_asked_for_and_leaves_open_what_was_not():
+    assert fork() == ForkCommand("default", "foo", "r", "ann", labels={})
+    full = fork(
+        namespace="lab", new_run_id="bar", from_step_id=4, agent_version="2", input_json='{"n": 9007199254740993}',
+        deadline_time=Timestamp(seconds=int(NOON.timestamp()) + 60), labels={"a": "b"}, validate_only=True,
+    )  # fmt: skip
+    wanted = ForkCommand(
+        "lab", "foo", "r", "ann", "bar", 4, "2", {"n": 9007199254740993}, {"a": "b"},
+        NOON.replace(microsecond=0) + timedelta(seconds=60), True,
+    )  # fmt: skip
+    assert full == wanted
+    struct = Struct()
+    assert fork(input=struct).run_input == {}, "an empty object is an input"
+    assert fork(input_json="").run_input is None
+
+
+def test_a_deletion_has_ids_or_conditions():
+    assert delete(run_ids=["b", "a", "b"], validate_only=True) == DeleteCommand(
+        "default", "ann", ("b", "a"), RunFilter(), True
+    )
+    states = [agent_run_pb2.AGENT_RUN_STATE_FAILED]
+    found = delete(run_ids=[], states=states, labels={"a": "b"}, until_end_time=Timestamp(seconds=5))
+    wanted = RunFilter(
+        frozenset({RunState.FAILED}), labels={"a": "b"}, until_end_time=datetime(1970, 1, 1, 0, 0, 5, tzinfo=UTC)
+    )
+    assert found == DeleteCommand("default", "ann", (), wanted)
 
 
 def test_a_log_may_be_limited_to_kinds():

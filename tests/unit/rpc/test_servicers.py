@@ -17,7 +17,7 @@ from perdure_service.domain.agents import AgentSpec
 from perdure_service.domain.approvals import ApprovalState, Decision
 from perdure_service.domain.events import EventKind, Step, StepState
 from perdure_service.domain.runs import RunState
-from perdure_service.durable.service import Page, RunFilter
+from perdure_service.durable.service import DeleteCommand, Deleted, ForkCommand, Page, RunFilter
 from perdure_service.rpc import agent_runs
 from perdure_service.rpc.calls import current_call
 
@@ -86,6 +86,25 @@ async def test_list(service):
     assert response.next_page_token == "next"
     wanted = RunFilter(agent="research", labels={})
     assert service.calls == [("list", ("default", wanted), {"page_size": 2, "page_token": "t"})]
+
+
+async def test_fork(service):
+    forked = a_run(forked_from_run_id="foo", forked_from_step_id=3)
+    service.script["fork"] = lambda command: (forked, True)
+    async with serving(service) as served:
+        response = await served.runs.ForkRun(pb.ForkRunRequest(run_id="foo", request_id="r"))
+    assert (response.created, response.from_step_id, response.run.forked_from_run_id) == (True, 3, "foo")
+    assert service.calls == [("fork", (ForkCommand("default", "foo", "r", "anonymous", labels={}),), {})]
+
+
+async def test_delete(service):
+    service.script["delete"] = lambda command: Deleted(2, ["a", "a.1"], True, ["b"], ["c"])
+    async with serving(service) as served:
+        response = await served.runs.DeleteRuns(pb.DeleteRunsRequest(run_ids=["a", "b", "c"]))
+    assert response == pb.DeleteRunsResponse(
+        deleted_count=2, sample_run_ids=["a", "a.1"], more=True, unfinished_run_ids=["b"], missing_run_ids=["c"]
+    )
+    assert service.calls == [("delete", (DeleteCommand("default", "anonymous", ("a", "b", "c")),), {})]
 
 
 async def test_list_events_and_steps(service):

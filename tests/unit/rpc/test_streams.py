@@ -12,10 +12,11 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2, run_event_pb2
+from perdure_service.domain.callers import Caller, everything
 from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import EventKind
 from perdure_service.errors import Draining, TooManyStreams
-from perdure_service.rpc import calls, interceptors
+from perdure_service.rpc.authentication import Authentication
 from perdure_service.rpc.streams import Streams, closing
 
 from tests.helpers.waiting import eventually_async
@@ -311,11 +312,11 @@ async def test_a_caller_has_a_share_of_the_streams_and_gets_it_back():
 
 
 async def test_a_caller_with_too_many_streams_is_refused_over_the_wire_and_others_are_not(service, monkeypatch):
-    def enter(method: str, metadata: Any, caller: str) -> calls.Call:
-        # Who calls is told by authentication; here by a key of the metadata.
-        return calls.enter_call(method, metadata, dict(metadata).get("test-caller", caller))
+    async def caller_of(_self: Authentication, metadata: Any) -> Caller:
+        return everything(dict(metadata).get("test-caller", ""))
 
-    monkeypatch.setattr(interceptors, "enter_call", enter)
+    monkeypatch.setattr(Authentication, "caller_of", caller_of)
+    monkeypatch.setattr(Authentication, "enabled", True)
     service.script["watch"] = streams(a_batch(1, snapshot=a_run()), then_stay=True)
 
     def watch(caller: str | None) -> Any:

@@ -36,7 +36,7 @@ def log() -> Log:
 
 @pytest.fixture
 async def tailer(log: Log) -> AsyncIterator[Tailer]:
-    tailer = Tailer(log.news, lambda ids: None, lambda ids: [one for one in ids if one in log.missing], poll_s=60)
+    tailer = Tailer(log.news, lambda ids: [one for one in ids if one in log.missing], poll_s=60)
     tailer.start()
     yield tailer
     await tailer.stop()
@@ -115,7 +115,7 @@ async def test_a_newcomer_that_read_less_than_the_feed_reads_on(tailer: Tailer, 
 
 
 async def test_a_run_that_was_deleted_is_looked_at_again(log: Log) -> None:
-    tailer = Tailer(log.news, lambda ids: None, lambda ids: [one for one in ids if one in log.missing], poll_s=0.01)
+    tailer = Tailer(log.news, lambda ids: [one for one in ids if one in log.missing], poll_s=0.01)
     tailer.start()
     try:
         log.events = {"a": 3, "b": 3}

@@ -13,7 +13,7 @@ import typer.core
 
 from perdure_client._config import DEFAULT_ADDRESS, DEFAULT_NAMESPACE, DEFAULT_TIMEOUT_S, VERSION
 from perdure_client._errors import ConfigurationError, InvalidArgument, PerdureError
-from perdure_client.cli import _approvals, _operators, _runs, _trace
+from perdure_client.cli import _approvals, _list, _manage, _operators, _runs, _trace
 from perdure_client.cli._context import Session
 from perdure_client.cli._output import say
 
@@ -31,6 +31,7 @@ Start durable agent runs, follow every step of them, and decide what they ask.
   perdure approve RUN/STEP                                decide it
   perdure watch RUN                                       follow a run, also one that has ended
   perdure trace RUN                                       see where its time went
+  perdure fork RUN --watch                                try a run that failed again
 
 On a terminal the output is for people; into a pipe it is JSON, one object per line. A token is taken from
 PERDURE_TOKEN only, as other users can see arguments; it is sent over TLS, or to this machine.
@@ -148,12 +149,14 @@ def _add(name: str, command: Callable[..., None]) -> None:
 _add("start", _runs.start)
 _add("watch", _runs.watch)
 _add("get", _runs.get)
-_add("list", _runs.list_runs)
+_add("list", _list.list_runs)
 _add("steps", _runs.steps)
 _add("events", _runs.events)
 _add("trace", _trace.trace)
 _add("signal", _runs.signal)
 _add("cancel", _runs.cancel)
+_add("fork", _manage.fork)
+_add("delete", _manage.delete)
 _add("approvals", _approvals.approvals)
 _add("approve", _approvals.approve)
 _add("reject", _approvals.reject)

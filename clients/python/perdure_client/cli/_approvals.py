@@ -11,20 +11,29 @@ from rich.text import Text
 
 from perdure_client._types import AgentInfo, Approval, ApprovalState, Decision, JsonValue
 from perdure_client.cli import _parse
-from perdure_client.cli._context import OutputOption, Session, session_of
+from perdure_client.cli._context import (
+    OutputOption,
+    Session,
+    complete_agent,
+    complete_approval,
+    complete_run,
+    session_of,
+)
 from perdure_client.cli._output import (
     Output,
     chosen,
     console,
     say,
-    write_json_line,
+    write_item,
     write_line,
     write_rows,
     write_value,
 )
-from perdure_client.cli._text import APPROVAL_STYLES, age, clean, jsonable, local_time, one_line, value_text
+from perdure_client.cli._text import APPROVAL_STYLES, age, clean, local_time, one_line, value_text
 
-ApprovalArgument = Annotated[str, typer.Argument(metavar="ID", help="The approval's id: RUN/STEP.")]
+ApprovalArgument = Annotated[
+    str, typer.Argument(metavar="ID", help="The approval's id: RUN/STEP.", autocompletion=complete_approval)
+]
 CommentOption = Annotated[str, typer.Option("--comment", "-c", help="For the record, and for the agent.")]
 AnswerOption = Annotated[
     Any,
@@ -39,8 +48,13 @@ RevisionOption = Annotated[
 
 def approvals(
     context: typer.Context,
-    approval_id: Annotated[str | None, typer.Argument(metavar="ID", help="Show this one, with its contents.")] = None,
-    run: Annotated[str | None, typer.Option("--run", help="Only those of this run.")] = None,
+    approval_id: Annotated[
+        str | None,
+        typer.Argument(metavar="ID", help="Show this one, with its contents.", autocompletion=complete_approval),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Only those of this run.", autocompletion=complete_run)
+    ] = None,
     state: Annotated[
         list[ApprovalState] | None,
         typer.Option(
@@ -69,9 +83,9 @@ def approvals(
         _watch_inbox(session, form, run, state)
     else:
         found = session.client.approvals(states=state or (), run=run)
-        if form is Output.JSON:
+        if form is not Output.TABLE:
             for approval in found:
-                write_json_line(jsonable(approval))
+                write_item(approval, form)
         elif write_rows(("ID", "QUESTION", "AGENT", "STATE", "ASKED", "UNTIL"), (_row(item) for item in found)):
             say(f"Decide: perdure{session.prefix} approve ID  or  reject ID")
         else:
@@ -113,7 +127,10 @@ def reject(
 
 def agents(
     context: typer.Context,
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one, with its schemas.")] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="Show this one, with its schemas.", autocompletion=complete_agent),
+    ] = None,
     agent_version: Annotated[str, typer.Option("--version", help="This version. Without it: the current one.")] = "",
     output: OutputOption = None,
 ) -> None:
@@ -128,15 +145,15 @@ def agents(
     form = chosen(output)
     if name is not None:
         found = session.client.get_agent(name, agent_version=agent_version)
-        if form is Output.JSON:
-            write_value(found)
+        if form is not Output.TABLE:
+            write_value(found, form)
         else:
             _show_agent(session, found)
         return
     listed = session.client.agents()
-    if form is Output.JSON:
+    if form is not Output.TABLE:
         for agent in listed:
-            write_json_line(jsonable(agent))
+            write_item(agent, form)
     elif not write_rows(("AGENT", "VERSION", "", "BUDGET", "WHAT IT DOES"), (_agent_row(agent) for agent in listed)):
         say("No agents. The server loads them with --agents, or from the entry points `perdure.agents`.")
 
@@ -153,8 +170,9 @@ def _decide(
     approval = session_of(context).client.decide(
         approval_id, decision, comment=comment, answer=answer, expected_revision=revision
     )
-    if chosen(output) is Output.JSON:
-        write_value(approval)
+    form = chosen(output)
+    if form is not Output.TABLE:
+        write_value(approval, form)
     else:
         by = f" by {clean(approval.decided_by)}" if approval.decided_by else ""
         write_line(f"{clean(approval.approval_id)}  {approval.state}{by}")
@@ -166,8 +184,8 @@ def _watch_inbox(session: Session, form: Output, run: str | None, states: Iterab
         for approval in inbox:
             if approval.state not in wanted or (run and approval.run_id != run):
                 continue
-            if form is Output.JSON:
-                write_json_line(jsonable(approval))
+            if form is not Output.TABLE:
+                write_item(approval, form)
                 continue
             time = local_time(approval.decide_time or approval.create_time)
             by = f" by {one_line(approval.decided_by)}" if approval.decided_by else ""
@@ -188,8 +206,8 @@ def _row(approval: Approval) -> tuple[str | Text, ...]:
 
 
 def _show_approval(session: Session, approval: Approval, form: Output) -> None:
-    if form is Output.JSON:
-        write_value(approval)
+    if form is not Output.TABLE:
+        write_value(approval, form)
         return
     screen = console()
     style = APPROVAL_STYLES.get(approval.state, "")

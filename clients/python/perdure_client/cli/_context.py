@@ -1,26 +1,29 @@
-"""What the commands share: the session with the server, and options that mean the same everywhere."""
+"""What the commands share: the session with the server, options that mean the same everywhere, and completion."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from perdure_client._client import Client
 from perdure_client.cli._output import Output
+from perdure_client.cli._text import age, clean, one_line
 
 CONNECT_TIMEOUT_S = 3.0
 """A person would rather be told."""
 
 OutputOption = Annotated[
     Output | None,
-    typer.Option("--output", "-o", help="table or json. Without it: table on a terminal, JSON lines into a pipe."),
+    typer.Option(
+        "--output", "-o", help="table, json or yaml. Without it: table on a terminal, JSON lines into a pipe."
+    ),
 ]
-RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.")]
 
 
 @dataclass
@@ -35,6 +38,7 @@ class Session:
     client_certificate_file: Path | None = None
     client_key_file: Path | None = None
     server_name: str | None = None
+    connect_timeout_s: float = CONNECT_TIMEOUT_S
 
     @cached_property
     def client(self) -> Client:
@@ -53,7 +57,7 @@ class Session:
             client_key=_content(self.client_key_file, "--client-key"),
             server_name=self.server_name,
             timeout=self.timeout_s,
-            connect_timeout=CONNECT_TIMEOUT_S,
+            connect_timeout=self.connect_timeout_s,
         )
 
     @property
@@ -94,3 +98,67 @@ def session_of(context: typer.Context) -> Session:
     session = context.obj
     assert isinstance(session, Session)
     return session
+
+
+# ---- completion ------------------------------------------------------------------------------------------------------
+
+COMPLETION_TIMEOUT_S = 1.0
+"""How long a key press may wait for the server; then nothing is proposed."""
+COMPLETION_RUNS = 200
+"""The newest runs that are proposed."""
+
+Proposals = list[tuple[str, str]]
+"""What may be written, and what it is."""
+
+
+def complete_run(context: typer.Context, incomplete: str) -> Proposals:
+    """Proposes the ids of the newest runs."""
+    return _proposed(
+        context,
+        incomplete,
+        lambda client: (
+            (run.run_id, f"{run.agent} {run.state} {age(run.create_time)}")
+            for run in client.list(limit=COMPLETION_RUNS)
+        ),
+    )
+
+
+def complete_agent(context: typer.Context, incomplete: str) -> Proposals:
+    """Proposes the names of agents."""
+    return _proposed(
+        context,
+        incomplete,
+        lambda client: ((one.agent, one_line(one.description)) for one in client.agents() if one.current),
+    )
+
+
+def complete_approval(context: typer.Context, incomplete: str) -> Proposals:
+    """Proposes the ids of the approvals that wait for a decision."""
+    return _proposed(
+        context, incomplete, lambda client: ((one.approval_id, one_line(one.title)) for one in client.approvals())
+    )
+
+
+def _proposed(
+    context: typer.Context, incomplete: str, find: Callable[[Client], Iterable[tuple[str, str]]]
+) -> Proposals:
+    """Returns what begins as the user has; nothing when the server does not tell in time, whatever the reason."""
+    # While words are completed no command runs: the options before it are in the context above.
+    options: dict[str, Any] = context.find_root().params
+    session = Session(
+        address=options.get("address"),
+        namespace=options.get("namespace"),
+        tls=options.get("tls"),
+        ca_file=options.get("ca_file"),
+        timeout_s=COMPLETION_TIMEOUT_S,
+        connect_timeout_s=COMPLETION_TIMEOUT_S,
+    )
+    try:
+        return [(value, clean(text)) for value, text in find(session.client) if value.startswith(incomplete)]
+    except Exception:  # noqa: BLE001 - a remark in the middle of a command line helps nobody
+        return []
+    finally:
+        session.close()
+
+
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="The run's id.", autocompletion=complete_run)]

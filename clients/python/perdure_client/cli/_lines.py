@@ -15,6 +15,7 @@ from perdure_client._events import (
     Published,
     Recovered,
     RunEvent,
+    RunForked,
     SignalReceived,
     StateChanged,
     StepFailed,
@@ -98,6 +99,8 @@ class EventLines:
             case ModelUsage(model=model, input_tokens=sent, output_tokens=received):
                 asked = f"{step} asked {one_line(model)}" if model else f"{step} asked a model"
                 return f"{asked}: {sent} tokens sent, {received} received"
+            case RunForked(from_run_id=origin, from_step_id=step_id):
+                return f"forked from {clean(origin)}, goes on at step {step_id}; what is told of earlier steps is its"
             case OutputDelta() | UnknownData():
                 return ""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from enum import StrEnum
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -22,6 +23,7 @@ class Output(StrEnum):
 
     TABLE = "table"
     JSON = "json"
+    YAML = "yaml"
 
 
 def chosen(output: Output | None) -> Output:
@@ -50,18 +52,41 @@ def write_json_line(value: Any) -> None:
     write_line(json.dumps(value, ensure_ascii=False))
 
 
-def write_value(value: Any) -> None:
-    """Writes a value of the library as JSON: indented on a terminal, one line into a pipe."""
-    if sys.stdout.isatty():
+def write_value(value: Any, form: Output = Output.JSON) -> None:
+    """Writes a value of the library as YAML, or as JSON: indented on a terminal, one line into a pipe."""
+    if form is Output.YAML:
+        write_line(_yaml(value))
+    elif sys.stdout.isatty():
         write_line(clean(json.dumps(jsonable(value), ensure_ascii=False, indent=2)))
     else:
         write_json_line(jsonable(value))
 
 
+def write_item(value: Any, form: Output) -> None:
+    """Writes one of many values of the library: a line of JSON, or a YAML document."""
+    if form is Output.YAML:
+        write_line(f"---\n{_yaml(value)}")
+    else:
+        write_json_line(jsonable(value))
+
+
+def _yaml(value: Any) -> str:
+    text = yaml.safe_dump(jsonable(value), sort_keys=False, allow_unicode=True, width=_NO_TERMINAL_WIDTH)
+    return clean(text) if sys.stdout.isatty() else text
+
+
 def write_rows(headers: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> int:
-    """Writes a table and returns how many rows it has. Where the terminal is too narrow, the last column gives way."""
-    cells = [[cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row] for row in rows]
+    """Writes a table and returns how many rows it has."""
     screen = console()
+    table = table_of(headers, rows, screen)
+    if table.row_count:
+        screen.print(table)
+    return table.row_count
+
+
+def table_of(headers: Sequence[str], rows: Iterable[Sequence[str | Text]], screen: Console) -> Table:
+    """Returns a table. Where the terminal is too narrow, the last column gives way."""
+    cells = [[cell if isinstance(cell, Text) else Text(clean(cell)) for cell in row] for row in rows]
     longest_id = min(screen.width, max((row[0].cell_len for row in cells), default=0))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=any(headers))
     table.add_column(headers[0], no_wrap=True, min_width=longest_id)  # ids are there to be copied
@@ -71,6 +96,4 @@ def write_rows(headers: Sequence[str], rows: Iterable[Sequence[str | Text]]) -> 
     for row in cells:
         row[-1].no_wrap, row[-1].overflow = True, "ellipsis"
         table.add_row(*row)
-    if table.row_count:
-        screen.print(table)
-    return table.row_count
+    return table

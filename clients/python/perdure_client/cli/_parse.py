@@ -59,6 +59,21 @@ def duration_or_moment(text: str) -> timedelta | datetime:
         raise typer.BadParameter(f"{text!r} is neither a duration (2h) nor a time (2030-01-31T09:00)") from None
 
 
+def past(text: str) -> datetime:
+    """Returns a time in the past, given as itself or as how long ago it is.
+
+    Raises:
+        typer.BadParameter: It is neither a duration nor a time.
+    """
+    value = duration_or_moment(text)
+    if isinstance(value, datetime):
+        return value
+    try:
+        return datetime.now().astimezone() - value
+    except OverflowError:
+        raise typer.BadParameter(f"{text!r} is longer ago than there are times") from None
+
+
 def json_value(text: str) -> JsonValue:
     """Returns JSON that is given as itself, as `@file`, or as `-` for standard input.
 

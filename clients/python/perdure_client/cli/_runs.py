@@ -1,19 +1,18 @@
-"""The commands about one run: start, watch, get, steps, events, signal, cancel."""
+"""The commands about one run: start, watch, get, steps, events, signal, cancel. Others are in their own modules."""
 
 from __future__ import annotations
 
 import sys
 from datetime import datetime, timedelta
-from itertools import islice
 from typing import Annotated, Any
 
 import typer
 from rich.text import Text
 
 from perdure_client._events import EventKind
-from perdure_client._types import ConflictPolicy, JsonValue, Run, RunState, Step
+from perdure_client._types import ConflictPolicy, JsonValue, Run, RunState, StartedRun, Step
 from perdure_client.cli import _parse
-from perdure_client.cli._context import OutputOption, RunArgument, Session, session_of
+from perdure_client.cli._context import OutputOption, RunArgument, Session, complete_agent, session_of
 from perdure_client.cli._follow import Detached, Style, follow, show_run
 from perdure_client.cli._lines import EventLines
 from perdure_client.cli._output import (
@@ -21,17 +20,14 @@ from perdure_client.cli._output import (
     chosen,
     console,
     say,
-    write_json_line,
+    write_item,
     write_line,
     write_rows,
     write_value,
 )
 from perdure_client.cli._text import (
-    RUN_STYLES,
     STEP_STYLES,
-    age,
     clean,
-    jsonable,
     local_time,
     one_line,
     short_duration,
@@ -56,12 +52,30 @@ ChildrenOption = Annotated[
         "the live view shows them while the run itself goes on.",
     ),
 ]
+WatchOption = Annotated[bool, typer.Option("--watch", "-w", help="Follow the run until its end.")]
+WaitOption = Annotated[bool, typer.Option("--wait", help="Wait for the run's end, then show it.")]
+ValidateOption = Annotated[bool, typer.Option("--validate-only", help="Check everything and start nothing.")]
+LabelOption = Annotated[
+    list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="To find the run by; repeatable.")
+]
+DeadlineOption = Annotated[
+    Any,
+    typer.Option(
+        "--deadline",
+        parser=_parse.duration_or_moment,
+        metavar="DURATION|TIME",
+        help="End the run as EXPIRED after 2h …, or at a time.",
+    ),
+]
 AfterOption = Annotated[int, typer.Option(min=0, metavar="N", help="Show only what came after event N.")]
 
 
 def start(
     context: typer.Context,
-    agent: Annotated[str, typer.Argument(metavar="AGENT", help="The agent's name; see `perdure agents`.")],
+    agent: Annotated[
+        str,
+        typer.Argument(metavar="AGENT", help="The agent's name; see `perdure agents`.", autocompletion=complete_agent),
+    ],
     input: Annotated[
         Any,
         typer.Option(
@@ -78,9 +92,7 @@ def start(
     agent_version: Annotated[
         str, typer.Option("--version", help="This version only. Without it: the current one.")
     ] = "",
-    label: Annotated[
-        list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="To find the run by; repeatable.")
-    ] = None,
+    label: LabelOption = None,
     context_id: Annotated[str, typer.Option("--context", help="Your grouping of runs: a conversation, a case.")] = "",
     delay: Annotated[
         timedelta | None, typer.Option(parser=_parse.duration, metavar="DURATION", help="Begin after 10s, 5m, 2h …")
@@ -88,21 +100,14 @@ def start(
     start_time: Annotated[
         datetime | None, typer.Option("--at", parser=_parse.moment, metavar="TIME", help="Begin at 2030-01-31T09:00.")
     ] = None,
-    deadline: Annotated[
-        Any,
-        typer.Option(
-            parser=_parse.duration_or_moment,
-            metavar="DURATION|TIME",
-            help="End the run as EXPIRED after 2h …, or at a time.",
-        ),
-    ] = None,
+    deadline: DeadlineOption = None,
     fail_if_exists: Annotated[
         bool, typer.Option("--fail-if-exists", help="Fail when the run id exists, even with the same input.")
     ] = False,
-    validate_only: Annotated[bool, typer.Option("--validate-only", help="Check everything and start nothing.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow the run until its end.")] = False,
+    validate_only: ValidateOption = False,
+    watch: WatchOption = False,
     children: ChildrenOption = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Wait for the run's end, then show it.")] = False,
+    wait: WaitOption = False,
     output: StyleOption = None,
 ) -> None:
     """Starts an agent. From then on the run survives every crash.
@@ -130,18 +135,38 @@ def start(
         conflict_policy=ConflictPolicy.FAIL if fail_if_exists else ConflictPolicy.USE_EXISTING,
         validate_only=validate_only,
     )
-    form = Output.JSON if output is Style.JSON else chosen(None if output is None else Output.TABLE)
+    go_on(session, run, watch=watch, wait=wait, validate_only=validate_only, style=output, children=children)
+
+
+def go_on(
+    session: Session,
+    run: StartedRun,
+    *,
+    watch: bool,
+    wait: bool,
+    validate_only: bool,
+    style: Style | None,
+    children: bool | None = None,
+) -> None:
+    """Does what was asked for after a start: follow the run, wait for it, or just show it."""
+    form = Output.JSON if style is Style.JSON else chosen(None if style is None else Output.TABLE)
     if watch and not validate_only:
-        _follow_to_the_end(session, run.run_id, 0, output, children)
+        _follow_to_the_end(session, run.run_id, 0, style, children)
     elif wait and not validate_only:
         _wait(session, run.run_id, form)
     elif form is Output.JSON:
         write_value(run)
     elif validate_only:
-        write_line("Valid. Nothing was started.")
+        at = f" It would go on at step {run.forked_from_step_id}." if run.forked_from_run_id else ""
+        write_line(f"Valid. Nothing was started.{at}")
     else:
         existed = "" if run.created else "  (it existed already)"
-        write_line(f"{clean(run.agent)}@{clean(run.agent_version)}  {clean(run.run_id)}  {run.state}{existed}")
+        at = (
+            f"  from step {run.forked_from_step_id} of {clean(run.forked_from_run_id)}"
+            if run.forked_from_run_id
+            else ""
+        )
+        write_line(f"{clean(run.agent)}@{clean(run.agent_version)}  {clean(run.run_id)}  {run.state}{at}{existed}")
         write_line(f"Follow it: perdure{session.prefix} watch {clean(run.run_id)}")
 
 
@@ -173,58 +198,18 @@ def get(context: typer.Context, run: RunArgument, output: OutputOption = None) -
     Examples:
       perdure get run-0c1f
       perdure get run-0c1f -o json | jq .output
+      perdure get run-0c1f -o yaml
     """
-    found = session_of(context).client.get(run)
-    if chosen(output) is Output.JSON:
-        write_value(found)
+    session, form = session_of(context), chosen(output)
+    found = session.client.get(run)
+    if form is not Output.TABLE:
+        write_value(found, form)
         return
     write_rows(("", ""), ((Text(name, style="dim"), text) for name, text in _facts(found) if text))
     show_run(found, console())
-
-
-def list_runs(
-    context: typer.Context,
-    state: Annotated[
-        list[RunState] | None,
-        typer.Option(
-            "--state",
-            "-s",
-            metavar="STATE",
-            case_sensitive=False,
-            help="In this state: QUEUED, RUNNING, AWAITING_INPUT, SUCCEEDED, FAILED …; repeatable.",
-        ),
-    ] = None,
-    agent: Annotated[str, typer.Option("--agent", "-a", help="Of this agent.")] = "",
-    label: Annotated[
-        list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="With this label; repeatable.")
-    ] = None,
-    context_id: Annotated[str, typer.Option("--context", help="Of this context.")] = "",
-    limit: Annotated[int, typer.Option("--limit", "-n", min=0, help="At most so many; 0 for all.")] = 50,
-    output: OutputOption = None,
-) -> None:
-    """Lists runs, newest first.
-
-    Examples:
-      perdure list
-      perdure list --state RUNNING --state AWAITING_INPUT --agent research
-      perdure list --label team=blue --limit 0 | jq -r .run_id
-    """
-    runs = session_of(context).client.list(
-        states=state or (),
-        agent=agent,
-        labels=_parse.labels(label or []),
-        context_id=context_id,
-        limit=limit + 1 if limit else None,
-    )
-    if chosen(output) is Output.JSON:
-        for found in islice(runs, limit or None):
-            write_json_line(jsonable(found))
-        return
-    rows = [_row(found) for found in runs]
-    if not write_rows(("RUN", "AGENT", "STATE", "AGE", "TOOK", "PROGRESS"), rows[: limit or None]):
-        say("No runs. Start one: perdure start AGENT")
-    elif limit and len(rows) > limit:
-        say(f"There are more; the {limit} newest are shown (--limit).")
+    if found.done and not found.succeeded:
+        again = "Try it again from the first step that did not succeed"
+        say(f"{again}: perdure{session.prefix} fork {found.run_id} --watch")
 
 
 def steps(context: typer.Context, run: RunArgument, output: OutputOption = None) -> None:
@@ -233,10 +218,10 @@ def steps(context: typer.Context, run: RunArgument, output: OutputOption = None)
     Example:
       perdure steps run-0c1f
     """
-    found = session_of(context).client.steps(run)
-    if chosen(output) is Output.JSON:
+    found, form = session_of(context).client.steps(run), chosen(output)
+    if form is not Output.TABLE:
         for step in found:
-            write_json_line(jsonable(step))
+            write_item(step, form)
     elif not write_rows(("STEP", "NAME", "STATE", "TRIES", "BEGAN", "TOOK", ""), (_step_row(step) for step in found)):
         say("No steps yet.")
 
@@ -258,12 +243,12 @@ def events(
       perdure events run-0c1f --kind step_retrying --kind step_failed
     """
     formatted = EventLines(session_of(context).prefix)
-    as_json = chosen(output) is Output.JSON
+    form = chosen(output)
     for event in session_of(context).client.events(run, kinds=kind or ()):
         if event.sequence <= after:
             continue
-        if as_json:
-            write_json_line(jsonable(event))
+        if form is not Output.TABLE:
+            write_item(event, form)
         else:
             for line in formatted.lines(event):
                 write_line(line)
@@ -301,9 +286,9 @@ def cancel(
     Example:
       perdure cancel run-0c1f --reason 'asked the wrong question'
     """
-    found = session_of(context).client.cancel(run, reason=reason)
-    if chosen(output) is Output.JSON:
-        write_value(found)
+    found, form = session_of(context).client.cancel(run, reason=reason), chosen(output)
+    if form is not Output.TABLE:
+        write_value(found, form)
     else:
         write_line(f"{clean(found.run_id)}  {found.state}")
 
@@ -362,6 +347,10 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("labels", clean(" ".join(f"{key}={value}" for key, value in sorted(run.labels.items())))),
         ("context", clean(run.context_id)),
         ("parent", clean(run.parent_run_id)),
+        (
+            "forked from",
+            clean(f"{run.forked_from_run_id}, at step {run.forked_from_step_id}") if run.forked_from_run_id else "",
+        ),
         ("events", str(run.last_sequence)),
         ("used", tokens(run.usage) if run.usage else ""),
         ("to decide", str(run.pending_approvals or "")),
@@ -371,18 +360,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
 
 def _value_cell(value: JsonValue) -> str:
     return "" if value is None else value_text(value)
-
-
-def _row(run: Run) -> tuple[str | Text, ...]:
-    took = short_duration(run.end_time - run.start_time) if run.end_time and run.start_time else ""
-    progress = ""
-    if run.failure:
-        progress = one_line(str(run.failure))
-    elif run.progress and not run.done:
-        count = f"{run.progress.completed}/{run.progress.total} " if run.progress.total else ""
-        progress = count + one_line(run.progress.message)
-    state = Text(str(run.state), style=RUN_STYLES.get(run.state, ""))
-    return run.run_id, f"{run.agent}@{run.agent_version}", state, age(run.create_time), took, progress
 
 
 def _step_row(step: Step) -> tuple[str | Text, ...]:
