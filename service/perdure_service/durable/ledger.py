@@ -316,15 +316,13 @@ class Ledger:
         return events
 
     @staticmethod
-    def has_checkpoint(conn: sa.Connection, workflow_id: str, function_id: int) -> bool:
-        """Returns whether an operation is recorded."""
-        return (
-            conn.execute(
-                sa.text(f"SELECT 1 FROM {OUTPUTS} WHERE workflow_uuid = :w AND function_id = :f"),
-                {"w": workflow_id, "f": function_id},
-            ).first()
-            is not None
-        )
+    def recorded_name(conn: sa.Connection, workflow_id: str, function_id: int) -> str | None:
+        """Returns the name of the operation that is recorded under a number, None if none is."""
+        found = conn.execute(
+            sa.text(f"SELECT function_name FROM {OUTPUTS} WHERE workflow_uuid = :w AND function_id = :f"),
+            {"w": workflow_id, "f": function_id},
+        ).scalar()
+        return None if found is None else str(found)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.runs import RunStart
-from perdure_service.durable import steps, system_database
+from perdure_service.durable import replay, steps, system_database
 from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
@@ -124,6 +124,7 @@ class Runtime:
         system_database.install(self._build)
         steps.install(self.executions, self.spans, self.lease)
         _observe_workflows(self.executions)
+        replay.install(self.executions, lambda: self.database)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
             config={
