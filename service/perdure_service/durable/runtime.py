@@ -184,6 +184,12 @@ class Runtime:
             DBOS.destroy(workflow_completion_timeout_sec=0)
         self.lease.stop()
 
+    def forget(self) -> None:
+        """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
+        self._owners.stop()
+        self._writer.stop()
+        self.lease.forget()
+
     def _build(self, **arguments: Any) -> PerdureSystemDatabase:
         database = PerdureSystemDatabase(
             executions=self.executions,
