@@ -364,6 +364,8 @@ class Ledger:
             last = execution.last_failure if execution else None
             if last is not None and (last.type, last.message) == (failure.type, failure.message):
                 failure = last  # which knows the step, and the cause that the portable form has lost
+            if execution is not None and execution.diverged is not None:
+                failure = execution.diverged
         return self.close(
             conn,
             ended,

@@ -21,7 +21,6 @@ import sqlalchemy as sa
 from dbos import _core
 from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._error import DBOSUnexpectedStepError, DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
-from dbos._serialization import PortableWorkflowError
 from dbos._sys_db import SystemDatabase, db_retry
 
 from perdure_service.domain.runs import NON_DETERMINISTIC, Failure
@@ -36,6 +35,10 @@ WAYS_OUT = (
 )
 
 _plain_get_wf_invoke_func = _core._get_wf_invoke_func
+
+
+class NonDeterministicError(Exception):
+    """What a diverged run ends with. For callers of the run it is the failure type `NON_DETERMINISTIC`."""
 
 
 class ReplayDiverged(BaseException):
@@ -115,8 +118,7 @@ def _judged(execution: Execution, function: Callable[[], Any], database: SystemD
     if execution.diverged is not None:
         if cause is not None and not isinstance(cause, ReplayDiverged):
             execution.diverged = replace(execution.diverged, cause=f"{type(cause).__name__}: {cause}"[:MESSAGE_CHARS])
-        execution.last_failure = execution.diverged  # which knows more than the exception can carry
-        raise PortableWorkflowError(execution.diverged.message, NON_DETERMINISTIC) from cause
+        raise NonDeterministicError(execution.diverged.message) from cause
     if cause is not None:
         raise cause
     return result

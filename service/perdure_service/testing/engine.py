@@ -74,8 +74,8 @@ class Engine:
         """Launches it, and takes back what an engine before it left."""
         settings, runtime = self._settings, self.mortal.runtime
         resources.bind(resources.Resources(self.database, settings))
-        await asyncio.to_thread(self.mortal.launch)
         agents_context.bind(lambda: current_run(runtime.database))
+        await asyncio.to_thread(self.mortal.launch)
         self._tailer.start()
         self._service = RunService(
             runtime,
