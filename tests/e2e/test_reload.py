@@ -78,6 +78,9 @@ def test_files_that_are_not_code_change_nothing_and_one_interrupt_ends_all(serve
     (server.folder / "notes.txt").write_text("not code")
     assert server.interrupt() == 0
     assert "starting again" not in server.said[before:]
-    with pytest.raises(OSError), socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2])), 1):
+    with (
+        pytest.raises(ConnectionRefusedError),
+        socket.create_connection(("127.0.0.1", int(server.address.rpartition(":")[2])), 1),
+    ):
         pass
     assert not (server.data_dir / "postgres" / "postmaster.pid").exists(), "its database runs on"

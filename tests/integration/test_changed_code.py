@@ -71,7 +71,7 @@ def test_a_replay_that_meets_another_step_fails_the_run_and_names_both(
 
 def test_a_replay_that_ends_before_a_recorded_step_fails_the_run(harness: BlockingHarness) -> None:
     run = replayed_in(harness, "ends early")
-    with pytest.raises(RunFailed, match="Step 2 is recorded as 'changed.second', but the agent's code ended") as info:
+    with pytest.raises(RunFailed, match=r"Step 2 is recorded as 'changed\.second', but the agent's code ended") as info:
         run.result()
     assert info.value.failure is not None
     assert info.value.failure.type == "NON_DETERMINISTIC"

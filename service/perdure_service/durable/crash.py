@@ -35,6 +35,7 @@ log = structlog.get_logger()
 Condition = Callable[[sa.Connection], bool]
 """Whether the transaction under way is the one to die at; asked right before its COMMIT."""
 
+
 class EngineDied(Exception):
     """The engine died while this call was under way; what it did or not, the database knows."""
 
@@ -95,7 +96,7 @@ class MortalRuntime:
     def launch(self) -> int:
         """Launches the runtime; see there."""
         plain = _dbos.ThreadPoolExecutor  # type: ignore[attr-defined]
-        _dbos.ThreadPoolExecutor = self._agent_threads  # type: ignore[attr-defined]
+        _dbos.ThreadPoolExecutor = self._agent_threads  # type: ignore[attr-defined,assignment]
         try:
             taken_back = self.runtime.launch()
         finally:

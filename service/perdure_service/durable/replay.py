@@ -111,7 +111,7 @@ def _judged(execution: Execution, function: Callable[[], Any], database: SystemD
         result = function()
     except (DBOSWorkflowConflictIDError, DBOSWorkflowCancelledError):
         raise  # it lost its run, and says nothing about it
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - raised again below
         cause = error
     if execution.diverged is None and (cause is None or isinstance(cause, Exception)):
         _look_for_more(execution, database, cause)

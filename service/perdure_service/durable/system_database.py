@@ -33,7 +33,6 @@ from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.transactions import QUEUE
 
-
 GET_RESULT = "DBOS.getResult"
 """What DBOS records when a run takes the result of a child."""
 

@@ -117,6 +117,10 @@ class BlockingHarness:
         which = run if isinstance(run, str) else run.run
         self.wait(self.harness.crash_after_step(which, step_id, before=before))
 
+    def disarm(self) -> None:
+        """See `AgentHarness.disarm`."""
+        self.harness.disarm()
+
     def check_replay(self, agent: str, run_input: Any = None, **options: Any) -> list[tuple[int, str]]:
         """See `AgentHarness.check_replay`."""
         return self.wait(self.harness.check_replay(agent, run_input, **options))

@@ -91,7 +91,7 @@ def _template(execute: _Statements, server_url: str) -> str:
     """Returns the name of a database with today's schema; makes it when there is none."""
     what = f"{version('dbos')} {[(one.number, one.name) for one in MIGRATIONS]}"
     name = f"{PREFIX}_template_{hashlib.sha256(what.encode()).hexdigest()[:12]}"
-    if not execute(f"SELECT 1 FROM pg_database WHERE datname = '{name}'"):
+    if name not in execute("SELECT datname FROM pg_database"):
         # Under another name until it is complete: a killed process leaves no half of a template.
         making = f"{PREFIX}_making_{uuid4().hex[:8]}"
         execute(f"CREATE DATABASE {making} TEMPLATE template0")
@@ -130,8 +130,8 @@ def _drop_left_over(server_url: str) -> None:
     engine = create_engine(server_url, pool_size=1, statement_timeout=timedelta(minutes=1))
     try:
         with _exclusively(engine) as execute:
-            for name in execute(f"SELECT datname FROM pg_database WHERE datname LIKE '{PREFIX}\\_%%'"):
-                owner = name.removeprefix(f"{PREFIX}_").partition("_")[0]
+            for name in execute("SELECT datname FROM pg_database"):
+                owner = name.removeprefix(f"{PREFIX}_").partition("_")[0] if name.startswith(PREFIX) else ""
                 if owner == "making" or (owner.isdigit() and _gone(int(owner))):
                     execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
     finally:

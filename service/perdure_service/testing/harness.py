@@ -20,7 +20,7 @@ from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision
 from perdure_service.domain.runs import Run, RunKey
-from perdure_service.durable import crash
+from perdure_service.durable.crash import Condition, recorded_steps, step_recorded
 from perdure_service.durable.requests import StartCommand
 from perdure_service.durable.service import RunService
 from perdure_service.errors import PerdureError
@@ -31,8 +31,8 @@ from perdure_service.testing import decisions as decided
 from perdure_service.testing.databases import own_database
 from perdure_service.testing.decisions import Decisions
 from perdure_service.testing.engine import Engine
-from perdure_service.testing.points import CrashNeverHappened, CrashPoint
 from perdure_service.testing.model import ScriptedModel
+from perdure_service.testing.points import CrashNeverHappened, CrashPoint
 from perdure_service.testing.replay import check_replay
 from perdure_service.testing.runs import POLL_S, HarnessRun, RunFailed
 
@@ -118,13 +118,10 @@ class AgentHarness:
             self._stack.callback(_in_use.release)
             if self.model is not None:
                 self._stack.enter_context(self.model.serving())
-                self._given = {"model": self.model.settings(), **self._given}
             self._settings = load_settings(**{**QUICK, **self._given})
             catalogue.load(self._agents, entry_points=False)
             models.prepare(self._settings.model)
-            self._url = self._stack.enter_context(
-                own_database(self._server_url or test_database_url(), self._data_dir)
-            )
+            self._url = self._stack.enter_context(own_database(self._server_url or test_database_url(), self._data_dir))
             self._stack.callback(resources.bind, None)
             self._stack.callback(agents_context.bind, agents_context.bind(lambda: None))
             self._start_loop()
@@ -208,8 +205,9 @@ class AgentHarness:
                 raise RuntimeError("the engine could not be launched again after a crash") from self._broken
             engine = self._engine
             assert engine is not None, "alive"
-            task = asyncio.ensure_future(call(engine.service))
-            await asyncio.wait({task, engine.died}, return_when=asyncio.FIRST_COMPLETED)
+            task: asyncio.Future[T] = asyncio.ensure_future(call(engine.service))
+            both: set[asyncio.Future[Any]] = {task, engine.died}
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not engine.mortal.dead:
                 return await task
             if task.done() and not task.cancelled() and task.exception() is None:
@@ -267,9 +265,7 @@ class AgentHarness:
 
     async def cancel(self, run: HarnessRun, reason: str = "cancelled by the test") -> Run:
         """Cancels a run; returns it as it is then."""
-        return await self.call(
-            lambda service: service.cancel(run.key.namespace, run.id, reason=reason, caller="test")
-        )
+        return await self.call(lambda service: service.cancel(run.key.namespace, run.id, reason=reason, caller="test"))
 
     async def approve(self, run: HarnessRun, comment: str = "", *, answer: Any = None, title: str = "") -> Approval:
         """Approves what a run asks, and waits for the question if it has not come to it.
@@ -292,14 +288,16 @@ class AgentHarness:
 
     async def decide(self, run: HarnessRun, decision: Decision, *, title: str = "") -> Approval:
         """Decides what a run asks; see `approve`."""
+        approval_id = await self._asked(run, title)
+        return await self.call(lambda service: service.decide_approval(run.key.namespace, approval_id, decision))
+
+    async def _asked(self, run: HarnessRun, title: str) -> str:
+        """Waits for a question of a run, and returns its id."""
         deadline = time.monotonic() + self.timeout_s
         while True:
-            asked = [one for one in await run.approvals() if title in ("", one.title)]
-            if asked:
-                approval_id = asked[0].approval_id
-                return await self.call(
-                    lambda service: service.decide_approval(run.key.namespace, approval_id, decision)
-                )
+            for approval in await run.approvals():
+                if title in ("", approval.title):
+                    return approval.approval_id
             now = await run.get()
             if now.state.terminal:
                 raise RunFailed(now)
@@ -378,9 +376,9 @@ class AgentHarness:
             await asyncio.sleep(POLL_S)
 
     def _arm(self, key: RunKey, point: CrashPoint) -> None:
-        self.arm(key, crash.step_recorded(key.workflow_id, point.step_id), point)
+        self.arm(key, step_recorded(key.workflow_id, point.step_id), point)
 
-    def arm(self, key: RunKey, condition: crash.Condition, point: CrashPoint) -> None:
+    def arm(self, key: RunKey, condition: Condition, point: CrashPoint) -> None:
         """Makes the engine crash at the first commit that a condition is true for."""
         engine = self._engine
         assert engine is not None, "open the harness first"
@@ -398,13 +396,17 @@ class AgentHarness:
         """Returns some characters that no id had before."""
         return uuid4().hex[:8]
 
+    def disarm(self) -> None:
+        """Calls off the crash that is still to come."""
+        self._armed = None
+        if self._engine is not None:
+            self._engine.mortal.arm(None)
+
     def check_crashed(self, key: RunKey | None = None) -> None:
         """Raises CrashNeverHappened when a crash (of a run) is still to come."""
         if self._armed is not None and (key is None or key.run_id == self._armed[0]):
             run_id, point = self._armed
-            raise CrashNeverHappened(
-                f"run {run_id} was to crash {point}, and never came to it"
-            )
+            raise CrashNeverHappened(f"run {run_id} was to crash {point}, and never came to it")
 
     async def recorded(self, run: HarnessRun) -> list[tuple[int, str]]:
         """Returns number and name of every operation of a run that is recorded: what a replay must meet again."""
@@ -413,7 +415,10 @@ class AgentHarness:
             engine = self._engine
             assert engine is not None, "alive"
             return await asyncio.to_thread(
-                retrying, engine.database, "steps.recorded", lambda conn: crash.recorded_steps(conn, run.key.workflow_id)
+                retrying,
+                engine.database,
+                "steps.recorded",
+                lambda conn: recorded_steps(conn, run.key.workflow_id),
             )
 
         return await self.call(read)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
-
-from perdure_service.settings import ModelSettings
 
 MODEL_NAME = "scripted"
 
@@ -90,9 +89,14 @@ class ScriptedModel:
         assert self._url, "serve it first: `with model.serving():`, or give it to a harness"
         return self._url
 
-    def settings(self) -> ModelSettings:
-        """Returns the settings with which an agent asks this model, while it is served."""
-        return ModelSettings(base_url=self.url, name=MODEL_NAME, timeout_s=10.0)  # type: ignore[call-arg]
+    def variables(self) -> dict[str, str]:
+        """Returns the variables of the environment with which agents ask this model, while it is served."""
+        return {
+            "PERDURE_MODEL__BASE_URL": self.url,
+            "PERDURE_MODEL__NAME": MODEL_NAME,
+            "PERDURE_MODEL__API_KEY": "scripted",
+            "PERDURE_MODEL__TIMEOUT_S": "10",
+        }
 
     def reply(self, call: ModelCall) -> Reply:
         """Counts a request and returns what the script says."""
@@ -102,7 +106,7 @@ class ScriptedModel:
 
     @contextmanager
     def serving(self) -> Iterator[ScriptedModel]:
-        """Serves the endpoint until the end of the `with`."""
+        """Serves the endpoint until the end of the `with`, and sets the variables with which agents ask it."""
         model = self
 
         class Handler(_Handler):
@@ -114,12 +118,28 @@ class ScriptedModel:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, name="scripted-model")
         thread.start()
         try:
-            yield self
+            with _environment(self.variables()):
+                yield self
         finally:
             server.shutdown()
             server.server_close()
             thread.join()
             self._url = ""
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Sets variables of the environment for the time of a `with`: agents may read them where settings do."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -100,9 +100,7 @@ def _compare_steps(where: str, expected: Steps, found: Steps, run: Run) -> None:
         raise ReplayDiffers(f"the run that {where} {missing} step {longer[0]} ({longer[1]})")
 
 
-def _compare(
-    where: str, found: tuple[Any, Any], wanted: tuple[Any, Any], same: Callable[[Any, Any], bool]
-) -> None:
+def _compare(where: str, found: tuple[Any, Any], wanted: tuple[Any, Any], same: Callable[[Any, Any], bool]) -> None:
     if found[1] != wanted[1]:
         raise ReplayDiffers(f"the run that {where} ended otherwise: {found[1] or 'well'}, not {wanted[1] or 'well'}")
     if not same(found[0], wanted[0]):
@@ -121,7 +119,9 @@ async def _nothing_twice(where: str, run: HarnessRun) -> None:
 
 def _result(run: Run) -> tuple[Any, Any]:
     """Returns a run's output and failure, comparable with another run's."""
-    failure = None if run.failure is None else f"{run.failure.type}: {run.failure.message}".replace(run.key.run_id, "RUN")
+    failure = (
+        None if run.failure is None else f"{run.failure.type}: {run.failure.message}".replace(run.key.run_id, "RUN")
+    )
     return _plain(run.output_json, run), failure or (None if run.state.value == "SUCCEEDED" else run.state.value)
 
 

@@ -150,5 +150,3 @@ class HarnessRun:
             )
         )
         return page.items
-
-
