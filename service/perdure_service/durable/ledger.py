@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -364,6 +364,9 @@ class Ledger:
             last = execution.last_failure if execution else None
             if last is not None and (last.type, last.message) == (failure.type, failure.message):
                 failure = last  # which knows the step, and the cause that the portable form has lost
+            elif last is not None and failure.retryable and f"Step {last.step_name} " in failure.message:
+                # An error of the attempts that pickle cannot read back: the step's own failure is the last of them.
+                failure = replace(failure, step_name=last.step_name, cause=f"{last.type}: {last.message}")
             if execution is not None and execution.diverged is not None:
                 failure = execution.diverged
         return self.close(

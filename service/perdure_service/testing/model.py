@@ -60,6 +60,10 @@ class ModelCall:
         return "".join(str(part.get("text", "")) for part in content)
 
 
+Replies = Iterable[Reply] | Callable[[ModelCall], Reply]
+"""A script: one reply for each request, in order, or a function of the request."""
+
+
 class ScriptedModel:
     """A scripted model: give it to `AgentHarness(model=…)`, or serve it yourself and hand out `url`.
 
@@ -67,7 +71,7 @@ class ScriptedModel:
         calls: Every request, in order. The crash of an engine does not reset it: a model is another system.
     """
 
-    def __init__(self, replies: Iterable[Reply] | Callable[[ModelCall], Reply]) -> None:
+    def __init__(self, replies: Replies) -> None:
         """Creates it.
 
         Args:
@@ -77,11 +81,7 @@ class ScriptedModel:
         self.calls: list[ModelCall] = []
         self._lock = threading.Lock()
         self._url = ""
-        if callable(replies):
-            self._next = replies
-        else:
-            rest = iter(replies)
-            self._next = lambda _call: next(rest, Fails(400, "the test's script has no more replies"))
+        self._next = _script(replies)
 
     @property
     def url(self) -> str:
@@ -105,6 +105,15 @@ class ScriptedModel:
             return self._next(call)
 
     @contextmanager
+    def scripted(self, replies: Replies) -> Iterator[None]:
+        """Replies by another script for the time of a `with`."""
+        before, self._next = self._next, _script(replies)
+        try:
+            yield
+        finally:
+            self._next = before
+
+    @contextmanager
     def serving(self) -> Iterator[ScriptedModel]:
         """Serves the endpoint until the end of the `with`, and sets the variables with which agents ask it."""
         model = self
@@ -125,6 +134,13 @@ class ScriptedModel:
             server.server_close()
             thread.join()
             self._url = ""
+
+
+def _script(replies: Replies) -> Callable[[ModelCall], Reply]:
+    if callable(replies):
+        return replies
+    rest = iter(replies)
+    return lambda _call: next(rest, Fails(400, "the test's script has no more replies"))
 
 
 @contextmanager
