@@ -54,6 +54,7 @@ PROGRAMS: dict[str, tuple[Callable[[], Awaitable[Any]], ...]] = {
     "removed": (second, wait),
     "added": (first, renamed, second, wait),
     "ends early": (first,),
+    "does nothing": (),
     "child": (first, child, wait),
     "sleep": (first, lambda: DBOS.sleep_async(0.01), wait),
     "signal": (first, wait, wait),

@@ -69,9 +69,18 @@ def test_a_replay_that_meets_another_step_fails_the_run_and_names_both(
     assert last.data["failure"]["type"] == "NON_DETERMINISTIC"
 
 
-def test_a_replay_that_ends_before_a_recorded_step_fails_the_run(harness: BlockingHarness) -> None:
-    run = replayed_in(harness, "ends early")
-    with pytest.raises(RunFailed, match=r"Step 2 is recorded as 'changed\.second', but the agent's code ended") as info:
+@pytest.mark.parametrize(
+    ("program", "words"),
+    [
+        ("ends early", r"Step 2 is recorded as 'changed\.second', but the agent's code ended"),
+        ("does nothing", r"Step 1 is recorded as 'changed\.first', but the agent's code ended"),
+    ],
+)
+def test_a_replay_that_ends_before_a_recorded_step_fails_the_run(
+    harness: BlockingHarness, program: str, words: str
+) -> None:
+    run = replayed_in(harness, program)
+    with pytest.raises(RunFailed, match=words) as info:
         run.result()
     assert info.value.failure is not None
     assert info.value.failure.type == "NON_DETERMINISTIC"

@@ -4,7 +4,7 @@ DBOS compares the name of each operation with the one recorded under its number,
 agent's code, which may catch it and go on. Here the execution is *diverged* from then on: the code gets a
 BaseException, which `except Exception` does not catch; each further DBOS call raises it again; and however the code
 ends, the run fails with `NON_DETERMINISTIC`. What DBOS does not look at, code that ends before it has come to all that
-is recorded, is looked for at the end of an execution that met something recorded.
+is recorded, is looked for at the end of each execution that may have met something recorded.
 
 Nothing is written that was not before: the outcome goes through the owner's fence like any other, so an execution
 that diverged because it is a zombie (its run went on elsewhere, and recorded more) can end nothing.
@@ -127,7 +127,8 @@ def _judged(execution: Execution, function: Callable[[], Any], database: SystemD
 def _look_for_more(execution: Execution, database: SystemDatabase, cause: BaseException | None) -> None:
     """Marks an execution that ended before it came to all that is recorded."""
     context = get_local_dbos_context()
-    if not execution.followed or context is None or not execution.may_go_on:
+    replays = execution.number > 1 or execution.followed  # a fork has steps in its first execution
+    if not replays or context is None or execution.dead:
         return
     beyond = _recorded_after(database, execution.key.workflow_id, context.function_id)
     if beyond is not None:
