@@ -32,7 +32,7 @@ style: .venv/installed
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 
 types: .venv/installed
-	.venv/bin/mypy && .venv/bin/pyright
+	.venv/bin/mypy && .venv/bin/mypy service/docs/examples/refunds && .venv/bin/pyright
 
 layers: .venv/installed
 	.venv/bin/lint-imports

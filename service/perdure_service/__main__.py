@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from perdure_service import reloading
 from perdure_service.errors import PerdureError
 
 DESCRIPTION = """\
@@ -31,9 +32,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and ends the process: 0 is good, 1 says on standard error what is wrong, 2 is wrong usage."""
+    options = _parser().parse_args(arguments)
     try:
-        status = _run(_parser().parse_args(arguments))
+        status = _run(options)
     except PerdureError as error:
+        if getattr(options, "reload_child", False):
+            reloading.show_cause(error)
         print(f"perdure-server: {error.message}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
@@ -83,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
                 "--data-dir", type=Path, metavar="DIR", help="where the embedded PostgreSQL keeps its data"
             )
             command.add_argument("--documents", type=Path, metavar="DIR", help="load these documents before serving")
+            command.add_argument(
+                "--reload",
+                action="store_true",
+                help="start again with the new code whenever a Python file of the agents or of this folder changes",
+            )
+            command.add_argument(f"--{reloading.CHILD_OPTION}", action="store_true", help=argparse.SUPPRESS)
     commands.add_parser("migrate", help="bring the schema of the configured database up to date")
     commands.add_parser("check", help="print the effective settings and try the database")
     documents = commands.add_parser("documents", help="the documents that the research agent reads")
@@ -117,6 +127,10 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "dev" | "serve":
             dev = options.command == "dev"
+            if dev and options.reload:
+                return reloading.run(settings, options.documents, report)
+            if dev and options.reload_child:
+                reloading.end_with_parent()
             folder = options.documents if dev else None
             return app.run_server(settings, dev=dev, documents_folder=folder, report=report)
         case "migrate":

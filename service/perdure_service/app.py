@@ -167,8 +167,9 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         "agents.publish",
         lambda conn: agent_store.publish(conn, [agent.spec for agent in agents], alone=dev),
     )
-    taken_back = await asyncio.to_thread(runtime.launch)
+    # Before the launch: a run that is taken back begins while `launch` still works.
     agents_context.bind(lambda: current_run(runtime.database))
+    taken_back = await asyncio.to_thread(runtime.launch)
     tailer = Tailer(
         lambda seen: retrying(engine, "events.news", lambda conn: event_log.news(conn, seen)),
         runtime.database.close_ended_if_any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -357,6 +358,11 @@ def load_settings(**overrides: Any) -> Settings:
             f"PERDURE_{'__'.join(str(part) for part in e['loc']).upper()}: {e['msg']}" for e in error.errors()
         )
         raise ConfigurationError(problems) from None
+
+
+def test_database_url() -> str | None:
+    """Returns PERDURE_TEST_DATABASE_URL: the server on which tests make their databases, None for an embedded one."""
+    return os.environ.get("PERDURE_TEST_DATABASE_URL") or None
 
 
 def configured_database_url(settings: Settings, directory: Path = Path()) -> str | None:

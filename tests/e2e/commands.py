@@ -43,11 +43,11 @@ def _as_in_a_terminal() -> None:
 class DevServer:
     """`perdure-server dev` as a user starts it in a terminal, with a PostgreSQL of its own."""
 
-    def __init__(self, folder: Path, *agents: str) -> None:
+    def __init__(self, folder: Path, *agents: str, options: tuple[str, ...] = ()) -> None:
         self.folder = folder
         self.data_dir = folder / "home" / "data" / "perdure"
         self.address = f"127.0.0.1:{free_port()}"
-        self._command = [str(PROGRAMS / "perdure-server"), "dev", "--address", self.address]
+        self._command = [str(PROGRAMS / "perdure-server"), "dev", "--address", self.address, *options]
         for module in agents:
             self._command += ["--agents", module]
         self._said = folder / "server.log"

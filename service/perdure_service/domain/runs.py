@@ -56,6 +56,9 @@ TERMINAL_STATUSES = frozenset({"SUCCESS", "ERROR", "CANCELLED", "MAX_RECOVERY_AT
 DEADLINE_PASSED = "DEADLINE_PASSED"
 """`run.end_reason` of a run that its deadline ended."""
 
+NON_DETERMINISTIC = "NON_DETERMINISTIC"
+"""The type of the failure of a run whose replay did not follow its recording."""
+
 WAITING_SLEEP = "sleep"
 WAITING_SIGNAL = "signal"
 WAITING_APPROVAL = "approval"

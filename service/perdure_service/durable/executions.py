@@ -89,6 +89,10 @@ class Execution:
     """What its committed events say of its spans; None while nobody wants any."""
     attempt_spans: dict[int, RunSpan] = field(default_factory=dict)
     """The spans of attempts that the log does not yet have as over, by their ids."""
+    followed: bool = False
+    """Whether its code has come to an operation that is recorded."""
+    diverged: Failure | None = None
+    """Why it must not go on: its replay left the recording. See `replay`."""
     _replayed_notes: list[Event] = field(default_factory=list)
     _buffer: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -129,6 +133,7 @@ class Execution:
         What the code says between operations that are recorded, an earlier execution has said. Only what it says
         after the last of them may be new.
         """
+        self.followed = self.followed or recorded
         if not self.replaying:
             return
         notes, self._replayed_notes = self._replayed_notes, []

@@ -124,14 +124,18 @@ class Lease:
 
     def stop(self) -> None:
         """Ends the lease and gives back what is left of this executor's runs, so that others go on at once."""
-        self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
+        self.forget()
         try:
             retrying(self._engine, "lease.remove", lambda conn: executors.remove(conn, self._executor_id))
             self.take_back()
         except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
             log.warning("lease.stop_failed", error=type(error).__name__)
+
+    def forget(self) -> None:
+        """Ends the thread and leaves the lease as it is, as a killed process does."""
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=5)
 
     @property
     def open(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -324,15 +324,13 @@ class Ledger:
         return events
 
     @staticmethod
-    def has_checkpoint(conn: sa.Connection, workflow_id: str, function_id: int) -> bool:
-        """Returns whether an operation is recorded."""
-        return (
-            conn.execute(
-                sa.text(f"SELECT 1 FROM {OUTPUTS} WHERE workflow_uuid = :w AND function_id = :f"),
-                {"w": workflow_id, "f": function_id},
-            ).first()
-            is not None
-        )
+    def recorded_name(conn: sa.Connection, workflow_id: str, function_id: int) -> str | None:
+        """Returns the name of the operation that is recorded under a number, None if none is."""
+        found = conn.execute(
+            sa.text(f"SELECT function_name FROM {OUTPUTS} WHERE workflow_uuid = :w AND function_id = :f"),
+            {"w": workflow_id, "f": function_id},
+        ).scalar()
+        return None if found is None else str(found)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -374,6 +372,11 @@ class Ledger:
             last = execution.last_failure if execution else None
             if last is not None and (last.type, last.message) == (failure.type, failure.message):
                 failure = last  # which knows the step, and the cause that the portable form has lost
+            elif last is not None and failure.retryable and f"Step {last.step_name} " in failure.message:
+                # An error of the attempts that pickle cannot read back: the step's own failure is the last of them.
+                failure = replace(failure, step_name=last.step_name, cause=f"{last.type}: {last.message}")
+            if execution is not None and execution.diverged is not None:
+                failure = execution.diverged
         return self.close(
             conn,
             ended,

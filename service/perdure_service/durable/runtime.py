@@ -25,7 +25,7 @@ from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Event
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
-from perdure_service.durable import metering, steps, system_database
+from perdure_service.durable import metering, replay, steps, system_database
 from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
@@ -136,6 +136,7 @@ class Runtime:
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
         _observe_workflows(self.executions)
+        replay.install(self.executions, lambda: self.database)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
             config={
@@ -195,6 +196,13 @@ class Runtime:
             DBOS.destroy(workflow_completion_timeout_sec=0)
         self.lease.stop()
         self._traces.stop()
+
+    def forget(self) -> None:
+        """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
+        self._owners.stop()
+        self._writer.stop()
+        self._traces.stop()
+        self.lease.forget()
 
     def _build(self, **arguments: Any) -> PerdureSystemDatabase:
         database = PerdureSystemDatabase(

@@ -22,18 +22,21 @@ from typing import Any
 
 import sqlalchemy as sa
 from dbos._context import current_owner_xid, get_local_dbos_context
-from dbos._error import DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
+from dbos._error import DBOSUnexpectedStepError, DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
 from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase, WorkflowStatusInternal
 
 from perdure_service.agents.catalogue import budget_of
 from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
-from perdure_service.durable import metering, values
+from perdure_service.durable import metering, replay, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.transactions import QUEUE
+
+GET_RESULT = "DBOS.getResult"
+"""What DBOS records when a run takes the result of a child."""
 
 
 class RequestRepeated(Exception):
@@ -183,7 +186,10 @@ class PerdureSystemDatabase(StatusDatabase):
     def _check_operation_execution_txn(
         self, workflow_id: str, function_id: int, function_name: str, conn: Any
     ) -> RecordedResult | None:
-        recorded = super()._check_operation_execution_txn(workflow_id, function_id, function_name, conn)
+        try:
+            recorded = super()._check_operation_execution_txn(workflow_id, function_id, function_name, conn)
+        except DBOSUnexpectedStepError as error:
+            raise replay.unexpected(self.executions, error) from None
         execution = self._execution_here()
         if execution is not None and execution.key.workflow_id == workflow_id:
             execution.passed(recorded=recorded is not None)
@@ -192,6 +198,7 @@ class PerdureSystemDatabase(StatusDatabase):
     @staticmethod
     def refuse_dead(execution: Execution) -> None:
         """Raises in an execution that must not go on; DBOS then waits for the owner's outcome."""
+        replay.refuse_diverged(execution)
         if not execution.may_go_on:
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
 
@@ -339,7 +346,13 @@ class PerdureSystemDatabase(StatusDatabase):
         operation = Operation(execution)
 
         def begin(conn: sa.Connection) -> None:
-            operation.facts["replayed"] = self.ledger.has_checkpoint(conn, own.workflow_id, function_id)
+            recorded = self.ledger.recorded_name(conn, own.workflow_id, function_id)
+            operation.facts["replayed"] = recorded is not None
+            if recorded not in (None, GET_RESULT) and execution is not None:
+                # DBOS compares nothing here.
+                raise replay.diverge(execution, function_id, recorded or "", f"the replay met {GET_RESULT!r}")
+            if recorded is not None and execution is not None:
+                execution.followed = True
 
         def finish(_conn: sa.Connection) -> None:
             if execution is not None and not operation.facts["replayed"]:
@@ -349,7 +362,7 @@ class PerdureSystemDatabase(StatusDatabase):
                     data["error"] = values.stored_failure(error, serialization, self.serializer).to_json()
                 operation.add(
                     own.workflow_id,
-                    Event(kind, now_ms(), data, function_id, "DBOS.getResult", 0, execution.number),
+                    Event(kind, now_ms(), data, function_id, GET_RESULT, 0, execution.number),
                 )
 
         operation.begin, operation.finish = begin, finish

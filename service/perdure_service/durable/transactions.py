@@ -19,6 +19,7 @@ from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
+from perdure_service.durable.replay import refuse_diverged
 from perdure_service.store.dbos_tables import STATUS
 
 QUEUE = "perdure"
@@ -114,6 +115,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         if execution is not None and execution.key.workflow_id != workflow_id:
             execution = self.executions.find(workflow_id, current_owner_xid(workflow_id))
         if execution is not None:
+            refuse_diverged(execution)
             self._move_on(execution)
         return self.operations.open(Operation(execution, **hooks))
 

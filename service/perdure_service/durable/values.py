@@ -48,10 +48,10 @@ def output_json(output: str | None, serialization: str | None, serializer: Seria
 def failure_of(error: BaseException, step_name: str = "") -> Failure:
     """Returns what a caller may know of an error."""
     cause = error.__cause__
-    retryable = isinstance(error, DBOSMaxStepRetriesExceeded)
+    name = error.name if isinstance(error, PortableWorkflowError) else type(error).__name__
+    retryable = name == DBOSMaxStepRetriesExceeded.__name__
     if retryable and getattr(error, "errors", None):
         cause = error.errors[-1]  # type: ignore[attr-defined]
-    name = error.name if isinstance(error, PortableWorkflowError) else type(error).__name__
     return Failure(
         type=name,
         message=_message(error),

@@ -1,0 +1,155 @@
+"""Agents whose code changes under a run: which program they are is a global, which survives the harness's crashes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from dbos import DBOS
+from perdure_service.agents import agent, run
+
+PROGRAM = "recorded"
+"""What the agents do from now on."""
+
+BODIES: list[str] = []
+"""Every body of a step that ran, in order."""
+
+AFTERWARDS: list[str] = []
+"""What the agents' own code still did although its run had left the recording, or crashed."""
+
+
+@DBOS.step(name="changed.first")
+async def first() -> str:
+    BODIES.append("first")
+    return "first"
+
+
+@DBOS.step(name="changed.second")
+async def second() -> str:
+    BODIES.append("second")
+    return "second"
+
+
+@DBOS.step(name="changed.renamed")
+async def renamed() -> str:
+    BODIES.append("renamed")
+    return "renamed"
+
+
+@DBOS.workflow(name="changed.child")
+async def child() -> str:
+    return "child"
+
+
+async def wait() -> str:
+    return str(await run.signal("go"))
+
+
+PROGRAMS: dict[str, tuple[Callable[[], Awaitable[Any]], ...]] = {
+    "recorded": (first, second, wait),
+    "swapped": (second, first, wait),
+    "renamed": (first, renamed, wait),
+    "removed": (second, wait),
+    "added": (first, renamed, second, wait),
+    "ends early": (first,),
+    "does nothing": (),
+    "child": (first, child, wait),
+    "sleep": (first, lambda: DBOS.sleep_async(0.01), wait),
+    "signal": (first, wait, wait),
+    "approval": (first, lambda: run.approval("Go on?"), wait),
+    "event": (first, lambda: DBOS.set_event_async("key", 1), wait),
+    "longer": (first, second, wait, renamed),
+}
+"""The steps of each program."""
+
+
+@agent(name="changed")
+async def changed(catches: bool = False) -> list[Any]:
+    """Does what `PROGRAM` says now; `catches` is code that goes on after any error."""
+    done: list[Any] = []
+    for step in PROGRAMS[PROGRAM]:
+        if not catches:
+            done.append(await step())
+            continue
+        try:
+            done.append(await step())
+        except Exception as error:
+            AFTERWARDS.append(type(error).__name__)
+            done.append("caught")
+    return done
+
+
+@agent(name="changed-child-first")
+async def changed_child_first() -> list[Any]:
+    """Has a child; later a step in its place, or takes its result where another operation was."""
+    if PROGRAM == "recorded":
+        return [await child(), await wait()]
+    if PROGRAM == "no result":
+        await DBOS.start_workflow_async(child)
+        return [await first(), await wait()]
+    return [await first(), await wait()]
+
+
+@agent(name="changed-step-first")
+async def changed_step_first() -> list[Any]:
+    """Starts a child and runs a step; later takes the child's result where the step was."""
+    handle = await DBOS.start_workflow_async(child)
+    result = await first() if PROGRAM == "recorded" else await handle.get_result()
+    return [result, await wait()]
+
+
+@agent(name="changed-gather")
+async def changed_gather() -> list[Any]:
+    """Runs steps at once and collects whatever they raise."""
+    steps = (first, second) if PROGRAM == "recorded" else (first, renamed)
+    results: list[Any] = await asyncio.gather(*(step() for step in steps), return_exceptions=True)
+    return [str(one) for one in results] + [await wait()]
+
+
+@agent(name="changed-broken")
+async def changed_broken() -> list[Any]:
+    """Has a mistake in its new code, before a step that is recorded."""
+    await first()
+    if PROGRAM != "recorded":
+        raise TypeError("a mistake")
+    return [await second(), await wait()]
+
+
+@DBOS.step(name="changed.blocking")
+def blocking(text: str) -> str:
+    BODIES.append(text)
+    return text
+
+
+@agent(name="changed-blocking")
+def changed_blocking() -> list[str]:
+    """The same in blocking code, which catches everything."""
+    done = [blocking("one")]
+    with suppress(Exception):
+        if PROGRAM == "recorded":
+            done.append(blocking("two"))
+        else:
+            DBOS.sleep(0.01)
+    return [*done, str(DBOS.recv("go", timeout_seconds=60))]
+
+
+@agent(name="patched")
+async def patched() -> list[Any]:
+    """Changed under its runs, with a patch: old runs keep the old path."""
+    done: list[Any] = [await first()]
+    if PROGRAM == "patched" and await DBOS.patch_async("check-before-second"):
+        done.append(await renamed())
+    done.append(await second())
+    done.append(await wait())
+    return done
+
+
+@agent(name="patched-blocking")
+def patched_blocking() -> list[str]:
+    """The same in blocking code."""
+    done = [blocking("one")]
+    if PROGRAM == "patched" and DBOS.patch("more"):
+        done.append(blocking("more"))
+    return [*done, blocking("two"), str(DBOS.recv("go", timeout_seconds=60))]
