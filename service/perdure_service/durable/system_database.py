@@ -288,7 +288,7 @@ class PerdureSystemDatabase(StatusDatabase):
             self.limit.check(what, value)
         except OutputTooLarge:
             with self._plain_begin() as conn:
-                recorded = self.ledger.has_checkpoint(conn, workflow_id, function_id)
+                recorded = self.ledger.recorded_name(conn, workflow_id, function_id) is not None
             if not recorded:
                 raise
 
