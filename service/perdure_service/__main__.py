@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("check", help="print the effective settings and try the database")
     documents = commands.add_parser("documents", help="the documents that the research agent reads")
     verbs = documents.add_subparsers(dest="verb", required=True, metavar="VERB")
-    load = verbs.add_parser("load", help="make the Markdown and text files of a folder searchable")
+    load = verbs.add_parser("load", help="make the documents of a folder searchable: Markdown, text, HTML, PDF")
     load.add_argument("folder", type=Path, metavar="DIR", help="the folder; files that it no longer has are forgotten")
     load.add_argument("--data-dir", type=Path, metavar="DIR", help="the data folder of a `dev` server")
     return parser

@@ -12,9 +12,11 @@ import pytest
 import sqlalchemy as sa
 from perdure_service.errors import ConfigurationError, StoreUnavailable
 from perdure_service.store import documents
+from perdure_service.store.document_process import DocumentProcess
 from perdure_service.store.engine import create_engine
 
 from tests.helpers.databases import DatabaseServer
+from tests.helpers.pdfs import pdf
 
 FILES = {
     "leases.md": """# Leases
@@ -143,6 +145,85 @@ def test_only_changed_files_are_written_again(engine: sa.Engine, folder: Path) -
     after = documents.search(engine, "approvals", 9)
     assert [passage.body for passage in after] == ["Undecided approvals wait for ever."]
     assert after[0].chunk_id != before.chunk_id, "an old source must not point to new words"
+
+
+def chunk_ids(engine: sa.Engine, path: str) -> list[str]:
+    query = sa.text(
+        "SELECT c.chunk_id FROM perdure.chunk AS c JOIN perdure.document AS d ON d.document_id = c.document_id "
+        "WHERE d.path = :path ORDER BY c.ordinal"
+    )
+    with engine.connect() as connection:
+        return list(connection.execute(query, {"path": path}).scalars())
+
+
+def test_a_reload_writes_the_passages_that_changed_and_no_others(engine: sa.Engine, folder: Path) -> None:
+    load(engine, folder)
+    written: list[str] = []
+    sa.event.listen(engine, "before_cursor_execute", lambda *args: written.append(" ".join(args[2].split()[:3])))
+    load(engine, folder)
+    assert not [statement for statement in written if not statement.startswith("SELECT")]
+    before = chunk_ids(engine, "leases.md")
+    untouched = chunk_ids(engine, "approvals.md")
+    written.clear()
+    text = FILES["leases.md"].replace("# Leases\n", "# Leases\n\nAn introduction.\n").replace("fifteen", "sixteen")
+    (folder / "leases.md").write_text(text, encoding="utf-8")
+    report, lines = load(engine, folder)
+    assert (report.loaded, report.unchanged, report.chunks) == (1, 3, 2)
+    assert lines == ["loaded   leases.md: 3 passages, 2 new"]
+    after = chunk_ids(engine, "leases.md")
+    assert after[1] == before[0]
+    assert not set(before[1:]) & set(after)
+    assert chunk_ids(engine, "approvals.md") == untouched
+    assert len([statement for statement in written if statement.startswith("INSERT INTO perdure.chunk")]) == 1
+    assert documents.search(engine, "sixteen seconds", 1)[0].heading == "Leases > Expiry"
+
+
+def test_the_same_words_twice_are_two_passages(engine: sa.Engine, tmp_path: Path) -> None:
+    long = "A sentence about leases. " * 40
+    (tmp_path / "twice.txt").write_text(f"{long}\n\n{long}", encoding="utf-8")
+    report, _ = load(engine, tmp_path)
+    assert report.chunks == len(set(chunk_ids(engine, "twice.txt"))) == 2
+
+
+def test_html_and_pdf_are_found_by_their_words_with_the_place(engine: sa.Engine, tmp_path: Path) -> None:
+    page = "<title>Gates</title><nav>zebra</nav><h1>Harbour</h1><h2>Locks</h2><p>The lock opens at high tide.</p>"
+    (tmp_path / "harbour.html").write_text(page, encoding="utf-8")
+    (tmp_path / "atlas.pdf").write_bytes(pdf("Ferries sail to the islands.", "Whales winter in the bay."))
+    report, _ = load(engine, tmp_path)
+    assert (report.loaded, report.failed) == (2, ())
+    assert documents.search(engine, "when does the lock open?", 1)[0].heading == "Harbour > Locks"
+    whales = documents.search(engine, "where do whales winter?", 1)[0]
+    assert (whales.document, whales.heading) == ("atlas.pdf", "atlas > Page 2")
+    assert documents.search(engine, "zebra", 1) == []
+    again, lines = load(engine, tmp_path)
+    assert (again.unchanged, lines) == (2, [])
+
+
+def test_bad_pdfs_and_pages_are_reported_by_name_and_the_rest_is_loaded(engine: sa.Engine, folder: Path) -> None:
+    (folder / "a-broken.pdf").write_bytes(pdf("words")[:200])
+    (folder / "b-secret.pdf").write_bytes(pdf("words", password="secret"))
+    (folder / "c-scan.pdf").write_bytes(pdf(""))
+    (folder / "d-empty.html").write_text("<nav>menu</nav>", encoding="utf-8")
+    (folder / "e-good.pdf").write_bytes(pdf("Whales winter in the bay."))
+    report, lines = load(engine, folder)
+    assert report.loaded == len(FILES) + 1
+    failed = dict(report.failed)
+    assert sorted(failed) == ["a-broken.pdf", "b-secret.pdf", "c-scan.pdf", "d-empty.html"]
+    assert failed["a-broken.pdf"].startswith("is a broken PDF: ")
+    assert failed["b-secret.pdf"] == "is encrypted; save it without a password"
+    assert "OCR" in failed["c-scan.pdf"]
+    assert failed["d-empty.html"] == "holds no text"
+    assert sorted(line.split(":")[0] for line in lines if line.startswith("failed")) == [
+        f"failed   {name}" for name in sorted(failed)
+    ]
+
+
+def test_a_file_that_takes_too_long_to_read_does_not_hold_up_the_rest(engine: sa.Engine, folder: Path) -> None:
+    (folder / "slow.pdf").write_bytes(pdf("words"))
+    lines: list[str] = []
+    report = documents.load_folder(engine, folder, lines.append, reader=DocumentProcess(time_limit_s=0.001))
+    assert report.failed == (("slow.pdf", "takes longer than 0.001 s to read"),)
+    assert report.loaded == len(FILES)
 
 
 def test_deleted_files_are_removed_from_their_collection_only(engine: sa.Engine, folder: Path, tmp_path: Path) -> None:

@@ -93,6 +93,19 @@ def test_only_new_passages_are_embedded_and_those_of_removed_files_go(engine: sa
     assert nearest(engine, embedder, "the vehicle", 9) == ["pasta.md", "doctor.md"]
 
 
+def test_of_a_changed_document_only_the_changed_passages_are_embedded_again(engine: sa.Engine, folder: Path) -> None:
+    sections = "".join(f"\n\n## Part {number}\n\nPart {number} has a car." for number in range(20))
+    (folder / "long.md").write_text(f"# Long{sections}", encoding="utf-8")
+    documents.load_folder(engine, folder, lambda _: None)
+    embedder = WordEmbedder()
+    document_vectors.create_vectors(engine, 64)
+    assert embed(engine, embedder) == 23
+    (folder / "long.md").write_text(f"# Long{sections.replace('7 has a car', '7 has a boat')}", encoding="utf-8")
+    documents.load_folder(engine, folder, lambda _: None)
+    assert embed(engine, embedder) == 2  # parts 7 and 17
+    assert embedder.texts == 25
+
+
 def test_another_model_makes_all_vectors_anew_and_sees_none_of_the_old(engine: sa.Engine, folder: Path) -> None:
     document_vectors.create_vectors(engine, 64)
     embed(engine, WordEmbedder())

@@ -42,7 +42,7 @@ class FamilyView:
 
     Attributes:
         root: The watched run.
-        children: Its descendants by run id, in the order in which they were started.
+        children: Its descendants by run id: each before its own, and otherwise in the order in which they were started.
     """
 
     root: RunView
@@ -66,6 +66,17 @@ class FamilyView:
             case ChildStarted(child_run_id=run_id) if run_id not in self.children and run_id != self.root.run_id:
                 depth = child.depth + 1 if child else 1
                 new = ChildView(view=RunView(run_id=run_id), depth=depth, name=event.step_name)
-                return replace(family, children={**family.children, run_id: new})
+                return replace(family, children=_placed(family.children, event.run_id, new))
             case _:
                 return family
+
+
+def _placed(children: Mapping[str, ChildView], parent: str, new: ChildView) -> dict[str, ChildView]:
+    """Returns the descendants with a new one behind the last of its parent's."""
+    if new.depth == 1:
+        return {**children, new.view.run_id: new}
+    known = list(children.items())
+    at = next(index for index, (run_id, _) in enumerate(known) if run_id == parent) + 1
+    while at < len(known) and known[at][1].depth >= new.depth:
+        at += 1
+    return dict([*known[:at], (new.view.run_id, new), *known[at:]])

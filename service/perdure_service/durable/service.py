@@ -305,7 +305,8 @@ class RunService:
                 if run.state.terminal or left <= 0:
                     break
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(subscription.changed.wait(), timeout=min(left, WAIT_RECHECK_S))
+                    async with asyncio.timeout(min(left, WAIT_RECHECK_S)):
+                        await subscription.changed.wait()
             return run, not run.state.terminal
         finally:
             self._tailer.unsubscribe(subscription)
@@ -481,7 +482,8 @@ class RunService:
             yield [one for one in found if one.state is ApprovalState.PENDING], True
             while True:
                 try:
-                    batch = await asyncio.wait_for(changed.get(), timeout=heartbeat_s)
+                    async with asyncio.timeout(heartbeat_s):
+                        batch = await changed.get()
                 except TimeoutError:
                     yield [], True
                     continue

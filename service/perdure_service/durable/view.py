@@ -136,9 +136,11 @@ class View:
             children: The members below it, each with the last event that was delivered.
         """
         self._position = position
-        places = [(root, position), *children]
+        places = [*children, (root, position)]  # in this order: what has ended is complete before its parent goes on
         for head, at in places:
-            self._join(head, at)
+            member = self._join(head, at)
+            if member is not None:
+                self._enqueue(member)
         return all(at >= head.last_sequence for head, at in places)
 
     async def next(self, heartbeat_s: float) -> Piece | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 MAX_CHUNK_CHARACTERS = 1_200
@@ -33,10 +33,21 @@ def cut(text: str, *, title: str, markdown: bool) -> tuple[str, list[Chunk]]:
         title: Its title, unless it begins with a heading of the first level.
         markdown: Whether lines may be headings and code fences.
     """
+    return cut_blocks(_blocks(text, markdown), title=title)
+
+
+def cut_blocks(blocks: Iterable[tuple[int, str]], *, title: str) -> tuple[str, list[Chunk]]:
+    """Returns a document's title and its passages; see `cut`.
+
+    Args:
+        blocks: (level, heading) from level 1, and (0, text) for paragraphs, in order.
+        title: Its title, unless it begins with a heading of the first level.
+    """
     above: dict[int, str] = {}
     sections: list[tuple[str, list[str]]] = []
-    for level, block in _blocks(text, markdown):
+    for level, block in blocks:
         if level:
+            block = block[:MAX_HEADING_CHARACTERS]
             above = {upper: name for upper, name in above.items() if upper < level} | {level: block}
             if level == 1 and block and not sections:
                 title = block
@@ -71,7 +82,7 @@ def _blocks(text: str, markdown: bool) -> Iterator[tuple[int, str]]:
                 yield 0, "\n".join(lines)
             lines = []
             if heading:
-                yield heading.end(), line[heading.end() :].strip().rstrip("#").rstrip()[:MAX_HEADING_CHARACTERS]
+                yield heading.end(), line[heading.end() :].strip().rstrip("#").rstrip()
             continue
         mark = _FENCE.match(line) if markdown else None
         if mark:

@@ -9,18 +9,22 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 
 from perdure_service.errors import ConfigurationError
-from perdure_service.store import sqlstates
-from perdure_service.store.document_chunks import Chunk, cut
+from perdure_service.store import document_readers, sqlstates
+from perdure_service.store.document_chunks import Chunk, cut, cut_blocks
+from perdure_service.store.document_process import DocumentProcess
 
-SUFFIXES = frozenset({".md", ".markdown", ".txt"})
+TEXT_SUFFIXES = frozenset({".md", ".markdown", ".txt"})
+SUFFIXES = TEXT_SUFFIXES | document_readers.KINDS.keys()
 MAX_FILE_BYTES = 10 * 2**20
+MAX_PDF_BYTES = 50 * 2**20
+"""Pictures and fonts are the most of a large PDF."""
 MAX_PASSAGES = 100
 
 DOCUMENT_MIGRATION_STATEMENTS: tuple[str, ...] = (
@@ -76,7 +80,10 @@ class Passage:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """What `load_folder` did, in files. `failed` holds (path, why); of those stays what was loaded before."""
+    """What `load_folder` did, in files. `chunks` are the new passages of the loaded ones.
+
+    `failed` holds (path, why); of those stays what was loaded before.
+    """
 
     loaded: int
     unchanged: int
@@ -89,12 +96,18 @@ class LoadReport:
 
 
 def load_folder(
-    engine: sa.Engine, folder: Path, report: Callable[[str], None], *, collection: str | None = None
+    engine: sa.Engine,
+    folder: Path,
+    report: Callable[[str], None],
+    *,
+    collection: str | None = None,
+    reader: DocumentProcess | None = None,
 ) -> LoadReport:
-    """Makes a collection equal to the Markdown and text files of a folder and its subfolders, and returns what it did.
+    """Makes a collection equal to the documents of a folder and its subfolders, and returns what it did.
 
-    Files and folders whose name begins with a dot are left out. Only changed files are written, each in a transaction
-    of its own, so that it can be interrupted and repeated.
+    Documents are the files of `SUFFIXES`: Markdown, text, HTML and PDF. Files and folders whose name begins with a dot
+    are left out. Only files whose bytes have changed are read and written, each in a transaction of its own, so that
+    it can be interrupted and repeated; the passages of the others stay as they are, with their ids and vectors.
 
     Args:
         engine: The database.
@@ -102,42 +115,60 @@ def load_folder(
         report: Is told a line about every file that was loaded, removed or could not be read.
         collection: What the files belong to; the folder's name by default. Documents of the collection that have no
             file any more are removed.
+        reader: Reads HTML and PDF; by default one with the usual bounds.
 
     Raises:
-        ConfigurationError: There is no such folder.
+        ConfigurationError: There is no such folder, or a package that it needs is missing.
         StoreUnavailable: The database is not there; what was loaded before stays.
     """
     if not folder.is_dir():
         raise ConfigurationError(f"{folder} is not a folder")
     collection = folder.resolve().name if collection is None else collection
+    files = list(_files(folder))
+    document_readers.check_installed(frozenset(path.suffix.lower() for path in files))
     known = _known_documents(engine, collection)
+    with reader or DocumentProcess() as process:
+        result = _load_files(engine, folder, files, collection, known, process, report)
+    seen = {path.relative_to(folder).as_posix() for path in files}
+    gone = sorted(known.keys() - seen)
+    if gone:
+        _remove(engine, [_document_id(collection, name) for name in gone])
+    for name in gone:
+        report(f"removed  {name}")
+    return replace(result, removed=len(gone))
+
+
+def _load_files(
+    engine: sa.Engine,
+    folder: Path,
+    files: Sequence[Path],
+    collection: str,
+    known: Mapping[str, str],
+    process: DocumentProcess,
+    report: Callable[[str], None],
+) -> LoadReport:
+    """Loads those of the files that have changed."""
     failed: list[tuple[str, str]] = []
     loaded = unchanged = chunk_count = 0
-    seen: set[str] = set()
-    for path in _files(folder):
+    for path in files:
         name = path.relative_to(folder).as_posix()
-        seen.add(name)
         try:
-            text, sha256 = _read(path)
+            content = _read(path)
+            sha256 = hashlib.sha256(content).hexdigest()
             if known.get(name) == sha256:
                 unchanged += 1
                 continue
-            title, chunks = cut(text, title=path.stem, markdown=path.suffix.lower() != ".txt")
-            _write(engine, collection, name, title, sha256, chunks)
+            title, chunks = _cut(path, content, process)
+            new = _write(engine, collection, name, title, sha256, chunks)
         except (OSError, ValueError, sa.exc.DBAPIError) as error:
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             failed.append((_printable(name), why))
             report(f"failed   {_printable(name)}: {why}")
             continue
         loaded += 1
-        chunk_count += len(chunks)
-        report(f"loaded   {name}: {len(chunks)} passages")
-    gone = sorted(known.keys() - seen)
-    if gone:
-        _remove(engine, [_document_id(collection, name) for name in gone])
-    for name in gone:
-        report(f"removed  {name}")
-    return LoadReport(loaded, unchanged, len(gone), chunk_count, tuple(failed))
+        chunk_count += new
+        report(f"loaded   {name}: {len(chunks)} passages" + (f", {new} new" if new < len(chunks) else ""))
+    return LoadReport(loaded, unchanged, 0, chunk_count, tuple(failed))
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -147,24 +178,38 @@ def _files(folder: Path) -> Iterator[Path]:
             yield path
 
 
-def _read(path: Path) -> tuple[str, str]:
-    """Returns a file's text and the hash of its bytes.
+def _read(path: Path) -> bytes:
+    """Returns a file's content.
 
     Raises:
         OSError: It cannot be read.
-        ValueError: It is too long or not text.
+        ValueError: It is too long, or has a name that is not text.
     """
     path.as_posix().encode("utf-8")
-    if path.stat().st_size > MAX_FILE_BYTES:
-        raise ValueError(f"is over {MAX_FILE_BYTES} bytes")
-    content = path.read_bytes()
+    limit = MAX_PDF_BYTES if path.suffix.lower() == ".pdf" else MAX_FILE_BYTES
+    if path.stat().st_size > limit:
+        raise ValueError(f"is over {limit} bytes")
+    return path.read_bytes()
+
+
+def _cut(path: Path, content: bytes, process: DocumentProcess) -> tuple[str, list[Chunk]]:
+    """Returns the title and the passages of a file.
+
+    Raises:
+        ValueError: It cannot be read, or is not text.
+    """
+    suffix = path.suffix.lower()
+    if suffix in document_readers.KINDS:
+        document = process.read(suffix, content)
+        return cut_blocks(document.blocks, title=document.title or path.stem)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"is not UTF-8 at byte {error.start}") from None
     if "\0" in text:
         raise ValueError("holds NUL characters, so it is not text")
-    return text.replace("\r\n", "\n").replace("\r", "\n"), hashlib.sha256(content).hexdigest()
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return cut(text, title=path.stem, markdown=suffix != ".txt")
 
 
 def _printable(name: str) -> str:
@@ -191,7 +236,13 @@ _UPSERT_DOCUMENT = sa.text("""
     ON CONFLICT (document_id) DO UPDATE
     SET title = excluded.title, sha256 = excluded.sha256, loaded_at = excluded.loaded_at
 """)
-_DELETE_CHUNKS = sa.text("DELETE FROM perdure.chunk WHERE document_id = :document_id")
+_KNOWN_CHUNKS = sa.text("SELECT chunk_id, ordinal FROM perdure.chunk WHERE document_id = :document_id")
+_DELETE_CHUNKS = sa.text("DELETE FROM perdure.chunk WHERE chunk_id = ANY(CAST(:chunk_ids AS TEXT[]))")
+_MOVE_CHUNKS = sa.text("""
+    UPDATE perdure.chunk AS c SET ordinal = m.ordinal
+    FROM unnest(CAST(:chunk_ids AS TEXT[]), CAST(:ordinals AS INT[])) AS m (chunk_id, ordinal)
+    WHERE c.chunk_id = m.chunk_id
+""")
 _INSERT_CHUNKS = sa.text("""
     INSERT INTO perdure.chunk (chunk_id, document_id, ordinal, heading, body)
     SELECT c.chunk_id, :document_id, c.ordinal, c.heading, c.body
@@ -201,28 +252,51 @@ _INSERT_CHUNKS = sa.text("""
 """)
 
 
-def _write(engine: sa.Engine, collection: str, path: str, title: str, sha256: str, chunks: Sequence[Chunk]) -> None:
+def _write(engine: sa.Engine, collection: str, path: str, title: str, sha256: str, chunks: Sequence[Chunk]) -> int:
+    """Makes a document equal to its file and returns how many passages are new; others stay, with their vectors."""
     document_id = _document_id(collection, path)
     document = {
         "document_id": document_id, "collection": collection, "path": path, "title": title, "sha256": sha256,
     }  # fmt: skip
-    passages = {
-        "document_id": document_id,
-        # The content is in the id, so that an old report's source never points to other words.
-        "chunk_ids": [f"{document_id[:16]}-{sha256[:8]}-{chunk.ordinal}" for chunk in chunks],
-        "ordinals": [chunk.ordinal for chunk in chunks],
-        "headings": [chunk.heading for chunk in chunks],
-        "bodies": [chunk.body for chunk in chunks],
-    }
+    wanted = _with_ids(document_id, chunks)
 
-    def write(connection: sa.Connection) -> None:
+    def write(connection: sa.Connection) -> int:
         # The document first: its lock keeps a second loader of the same file waiting.
         connection.execute(_UPSERT_DOCUMENT, document)
-        connection.execute(_DELETE_CHUNKS, {"document_id": document_id})
-        if chunks:
+        known = {row.chunk_id: row.ordinal for row in connection.execute(_KNOWN_CHUNKS, {"document_id": document_id})}
+        gone = [chunk_id for chunk_id in known if chunk_id not in wanted]
+        moved = {one: chunk.ordinal for one, chunk in wanted.items() if known.get(one, chunk.ordinal) != chunk.ordinal}
+        new = {chunk_id: chunk for chunk_id, chunk in wanted.items() if chunk_id not in known}
+        if gone:
+            connection.execute(_DELETE_CHUNKS, {"chunk_ids": gone})
+        if moved:
+            connection.execute(_MOVE_CHUNKS, {"chunk_ids": list(moved), "ordinals": list(moved.values())})
+        if new:
+            passages = {
+                "document_id": document_id,
+                "chunk_ids": list(new),
+                "ordinals": [chunk.ordinal for chunk in new.values()],
+                "headings": [chunk.heading for chunk in new.values()],
+                "bodies": [chunk.body for chunk in new.values()],
+            }
             connection.execute(_INSERT_CHUNKS, passages)
+        return len(new)
 
-    sqlstates.retrying(engine, "documents.write", write)
+    return sqlstates.retrying(engine, "documents.write", write)
+
+
+def _with_ids(document_id: str, chunks: Sequence[Chunk]) -> dict[str, Chunk]:
+    """Returns passages by their ids, which are made of their words: an old report's source never points to others."""
+    found: dict[str, Chunk] = {}
+    for chunk in chunks:
+        digest = hashlib.sha256(f"{chunk.heading}\0{chunk.body}".encode()).hexdigest()[:16]
+        base = f"{document_id[:16]}-{digest}"
+        chunk_id, copy = base, 1
+        while chunk_id in found:  # the same words again, under the same heading
+            copy += 1
+            chunk_id = f"{base}-{copy}"
+        found[chunk_id] = chunk
+    return found
 
 
 def _remove(engine: sa.Engine, document_ids: Sequence[str]) -> None:

@@ -220,11 +220,11 @@ def _children(
 ) -> RenderableType:
     """Returns a line for each child that has not ended, or failed, and how many others there are."""
     own = [child for child in children if not child.view.state.terminal or child.view.state is RunState.FAILED]
-    shown = own if everything else own[-CHILD_LINES:]
+    shown = own if everything else own[:CHILD_LINES]
     done = Counter(child.view.state for child in children if child.view.state.terminal)
     counts = [f"{number} {state}" for state, number in sorted(done.items())]
     if len(own) > len(shown):
-        counts.append(f"{len(own) - len(shown)} earlier ones go on or failed")
+        counts.append(f"{len(own) - len(shown)} more go on or failed")
     title = Text(f"{len(children)} child run{'s' * (len(children) > 1)}", style="dim")
     title.append(": " + ", ".join(counts) if counts else "", style="dim")
     grid = Table.grid(padding=(0, 1), expand=console.is_terminal)
