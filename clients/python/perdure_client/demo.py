@@ -164,7 +164,11 @@ def dev_server(documents: Path, data: Path, log: Path, traces: str) -> Generator
 def _server_environment(traces: str) -> dict[str, str]:
     ours = ("OTEL_", "PERDURE_NAMESPACE", "PERDURE_ADDRESS", "PERDURE_TOKEN")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {"OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{traces}", "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}
+    return kept | {
+        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{traces}",
+        "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
+        "OTEL_METRICS_EXPORTER": "none",  # nobody takes them here
+    }
 
 
 def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> str:

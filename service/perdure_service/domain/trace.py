@@ -146,11 +146,11 @@ def in_tree_order(spans: Iterable[TraceSpan]) -> Iterator[TraceSpan]:
     below: dict[int | None, list[TraceSpan]] = {}
     for span in all_spans:
         below.setdefault(span.parent_span_id if span.parent_span_id in known else None, []).append(span)
-    stack = sorted(below.get(None, ()), key=_place, reverse=True)
+    stack = sorted(below.get(None, ()), key=_place)[::-1]
     while stack:
         span = stack.pop()
         yield span
-        stack += sorted(below.get(span.span_id, ()), key=_place, reverse=True)
+        stack += sorted(below.get(span.span_id, ()), key=_place)[::-1]
 
 
 def _place(span: TraceSpan) -> tuple[int, int]:

@@ -150,7 +150,9 @@ class Ledger:
         key = RunKey.of_workflow(workflow_id, row["namespace"] if row else "default")
         if row:
             trace_id = row["trace_id"]
-            traceparent = self._spans.traceparent_of_execution(parent or "", trace_id, row["execution"])
+            traceparent = self._spans.traceparent_of_execution(
+                parent or "", trace_id, row["execution"], sampled=_sampled(row["traceparent"])
+            )
         else:
             trace_id, traceparent = f"{derive_trace_id(workflow_id):032x}", ""
         declared = by_workflow(name)

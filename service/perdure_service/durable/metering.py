@@ -14,7 +14,7 @@ from datetime import datetime
 import sqlalchemy as sa
 import structlog
 
-from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.events import EventKind, Pack
 from perdure_service.domain.runs import RunState
 from perdure_service.durable.executions import Execution
 from perdure_service.store import run_counts
@@ -35,11 +35,11 @@ _OUTCOMES = {
 log = structlog.get_logger()
 
 
-def committed(execution: Execution | None, events: Sequence[Event]) -> None:
+def committed(execution: Execution | None, packs: Sequence[Pack]) -> None:
     """Records the steps and attempts that an execution of this process has just committed."""
     if execution is None:
         return
-    for event in events:
+    for event in (event for pack in packs for event in pack.events):
         outcome = _OUTCOMES.get(event.kind)
         if outcome is None:
             continue

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import sqlalchemy as sa
@@ -82,17 +81,9 @@ class Operation:
         """The runs that this commit wrote events of."""
         return list(self._packs)
 
-    def written(self) -> Iterator[tuple[str, list[Event]]]:
-        """Yields the runs that this commit wrote events of, each with the events as they are in the log."""
-        for workflow_id, packs in self._packs.items():
-            yield (
-                workflow_id,
-                [
-                    replace(event, sequence=(pack.first_sequence or 0) + index)
-                    for pack in packs
-                    for index, event in enumerate(pack.events)
-                ],
-            )
+    def written(self) -> Iterator[tuple[str, Sequence[Pack]]]:
+        """Yields the runs that this commit wrote events of, each with what it wrote."""
+        yield from self._packs.items()
 
     def begun(self, conn: sa.Connection) -> None:
         """Is called in each new transaction."""
@@ -168,7 +159,7 @@ class Operations:
     def __init__(
         self,
         committed: Callable[[list[str]], None],
-        told: Callable[[Execution | None, str, Sequence[Event]], None] = lambda _execution, _workflow_id, _events: None,
+        told: Callable[[Execution | None, str, Sequence[Pack]], None] = lambda _execution, _workflow_id, _packs: None,
     ) -> None:
         """Creates the stack.
 
@@ -234,9 +225,9 @@ class Operations:
                 slow = CheckpointTooSlow(str(error.orig))
                 raise sa.exc.OperationalError(error.statement, None, slow, hide_parameters=True) from error
             written = operation.workflow_ids
-            for workflow_id, events in operation.written():
+            for workflow_id, packs in operation.written():
                 own = operation.execution is not None and operation.execution.key.workflow_id == workflow_id
-                self._told(operation.execution if own else None, workflow_id, events)
+                self._told(operation.execution if own else None, workflow_id, packs)
         if written:
             self._committed(written)
         operation.committed()

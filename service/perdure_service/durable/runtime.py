@@ -22,7 +22,7 @@ from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
 from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
 
 from perdure_service.agents.catalogue import RegisteredAgent
-from perdure_service.domain.events import Event
+from perdure_service.domain.events import Pack
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import metering, replay, steps, system_database
@@ -217,11 +217,11 @@ class Runtime:
             self._database = database
         return database
 
-    def _committed(self, execution: Execution | None, workflow_id: str, events: Sequence[Event]) -> None:
+    def _committed(self, execution: Execution | None, workflow_id: str, packs: Sequence[Pack]) -> None:
         """Tells of a commit. It has happened, so nothing that goes wrong here may look like its failure."""
         try:
-            metering.committed(execution, events)
-            self.spans.committed(execution, workflow_id, events)
+            metering.committed(execution, packs)
+            self.spans.committed(execution, workflow_id, packs)
         except Exception as error:  # noqa: BLE001 - logged
             log.error("telemetry.failed", workflow_id=workflow_id, error=type(error).__name__)
 

@@ -10,10 +10,11 @@ an approval, the end of a run from outside.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from perdure_service import telemetry
-from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import RunKey, RunState
 from perdure_service.domain.trace import (
     RunLink,
@@ -37,9 +38,9 @@ class Spans:
         self._writer = writer
 
     @staticmethod
-    def traceparent_of_execution(workflow_id: str, trace_id: str, execution: int) -> str:
+    def traceparent_of_execution(workflow_id: str, trace_id: str, execution: int, *, sampled: bool) -> str:
         """Returns what a child run started by this execution has as its caller."""
-        return format_traceparent(int(trace_id, 16), execution_span_id(workflow_id, execution))
+        return format_traceparent(int(trace_id, 16), execution_span_id(workflow_id, execution), sampled)
 
     def attempt(self, execution: Execution, step_id: int, step: StepProgress, start_ms: int) -> RunSpan:
         """Opens the span of an attempt and makes it current, so that what its body does nests in it.
@@ -65,16 +66,21 @@ class Spans:
             execution.attempt_spans[span_id] = span
         return span
 
-    def committed(self, execution: Execution | None, workflow_id: str, events: Sequence[Event]) -> None:
+    def committed(self, execution: Execution | None, workflow_id: str, packs: Sequence[Pack]) -> None:
         """Is told of events that have just been committed, in the order of a run's log.
 
         Args:
             execution: The execution of this process that committed them; None for an outside writer.
             workflow_id: Whose log they are in.
-            events: With their sequences.
+            packs: What it was, and where in the log.
         """
         if not self._tracer.enabled:
             return
+        events = [
+            replace(event, sequence=(pack.first_sequence or 0) + index)
+            for pack in packs
+            for index, event in enumerate(pack.events)
+        ]
         if execution is not None:
             if execution.fold is None:
                 run = TracedRun(execution.key, execution.agent, execution.agent_version, execution.trace_id)

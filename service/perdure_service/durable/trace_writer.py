@@ -76,6 +76,7 @@ class TraceWriter:
         self._write = write
         self._pending: dict[str, tuple[What, int]] = {}
         self._gone: list[str] = []
+        self._full = False
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="trace-writer", daemon=True)
@@ -95,8 +96,11 @@ class TraceWriter:
         with self._changed:
             known = self._pending.get(workflow_id)
             if known is None and len(self._pending) >= MAX_PENDING:
-                log.warning("trace_writer.full", workflow_id=workflow_id)
+                if not self._full:
+                    log.warning("trace_writer.full", workflow_id=workflow_id)
+                self._full = True
                 return
+            self._full = False
             before, earliest_ms = known or (what, since_ms)
             self._pending[workflow_id] = (before | what, min(earliest_ms, since_ms))
             self._changed.notify()

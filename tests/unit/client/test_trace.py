@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from google.protobuf.timestamp_pb2 import Timestamp
 from perdure.v1 import agent_run_service_pb2 as pb
+from perdure.v1 import run_event_pb2
 from perdure_client import AsyncClient, RunTrace, SpanKind, SpanLink, SpanStatus, TraceSpan
-from perdure_client._transport import GET_RUN_TRACE
+from perdure_client._transport import GET_RUN_TRACE, LIST_RUN_EVENTS
 from perdure_client.cli._app import app
 from perdure_client.cli._trace import ASCII, FINE, drawn
 from rich.cells import cell_len
@@ -144,6 +145,40 @@ async def test_the_client_returns_typed_spans(server: ScriptedServer, client: As
     assert (second.kind, second.status, second.end_time) == (SpanKind.UNKNOWN, SpanStatus.UNSET, None)
     [request] = server.asked(GET_RUN_TRACE)
     assert (request.run_id, request.exclude_children) == ("r", True)
+
+
+def test_what_errors_say_stands_beside_the_attempts_and_never_breaks_the_lines() -> None:
+    drawing = lines(TRACE, 100, messages={"s2/1": "no answer\nwithin 30 s\x1b[2J", "s1/1": "unused: it succeeded"})
+    [line] = [line for line in drawing if "attempt 1" in line]
+    assert "TimeoutError: no answer within" in line
+    assert "\x1b" not in line
+    assert "unused" not in "\n".join(drawing)
+    narrow = lines(TRACE, 40, messages={"s2/1": "x" * 200})
+    assert max(cell_len(line) for line in narrow[1:-1]) <= 40
+
+
+async def test_the_command_reads_what_the_errors_of_the_runs_own_attempts_say(server: ScriptedServer) -> None:
+    def failed(run_id: str, step_id: int, attempt: int) -> pb.TraceSpan:
+        numbers = {"perdure.execution": "1", "perdure.step_id": str(step_id), "perdure.attempt": str(attempt)}
+        return pb.TraceSpan(
+            span_id=f"{run_id}/{step_id}/{attempt}", name="attempt", kind=pb.SPAN_KIND_ATTEMPT, run_id=run_id,
+            status=pb.SPAN_STATUS_ERROR, error_type="E", attributes=numbers,
+            start_time=Timestamp(seconds=1), end_time=Timestamp(seconds=3),
+        )  # fmt: skip
+
+    def event(attempt: int, **data: Any) -> run_event_pb2.RunEvent:
+        return run_event_pb2.RunEvent(sequence=attempt, execution=1, step_id=4, attempt=attempt, **data)
+
+    retrying = run_event_pb2.StepRetrying(error={"type": "E", "message": "try one"})
+    gave_up = run_event_pb2.StepFailed(error={"type": "Max", "message": "too often", "cause": "E: try two"})
+    spans = [failed("r", 4, 1), failed("r", 4, 2), failed("r.5", 4, 1)]
+    server.script(GET_RUN_TRACE, pb.GetRunTraceResponse(spans=spans))
+    events = [event(1, step_retrying=retrying), event(2, step_failed=gave_up)]
+    server.script(LIST_RUN_EVENTS, pb.ListRunEventsResponse(events=events))
+    result = await asyncio.to_thread(CliRunner().invoke, app, ["--address", server.address, "trace", "r"])
+    assert result.exit_code == 0, result.output
+    remarks = [line.rpartition("  ")[2] for line in result.stdout.splitlines() if "attempt " in line]
+    assert remarks[:3] == ["E: try one", "E: try two", "E"], "those of children are in their own events"
 
 
 async def test_the_command_draws_also_into_a_pipe_and_gives_json_when_asked(server: ScriptedServer) -> None:

@@ -240,6 +240,27 @@ def test_what_a_caller_does_not_want_sampled_is_not_recorded_inside_neither(tele
     assert sink.spans == []
 
 
+def test_a_span_goes_back_to_spans_of_other_traces(telemetry, sink):
+    origin = TraceParent(derive_trace_id("default.bar.r"), derive_span_id("default.bar.r", "run"), True)
+    telemetry.tracer.record_span("run", trace_id=TRACE, span_id=RUN, start_ns=1, end_ns=2, links=[origin])
+    telemetry.shutdown()
+    [link] = sink.named("run").links
+    assert (int.from_bytes(link.trace_id), int.from_bytes(link.span_id)) == origin[:2]
+
+
+def test_a_span_may_be_left_and_ended_later(telemetry, sink):
+    span = telemetry.tracer.span("attempt", trace_id=TRACE, span_id=RUN, start_ns=1_000, activate=True)
+    span.leave()
+    assert not trace.get_current_span().get_span_context().is_valid
+    assert span.recording
+    span.set_attribute(names.ATTEMPT, 1)
+    span.end("ok", end_ns=2_000)
+    telemetry.shutdown()
+    sent = sink.named("attempt")
+    assert (sent.start_time_unix_nano, sent.end_time_unix_nano) == (1_000, 2_000)
+    assert attributes_of(sent) == {"perdure.attempt": 1}
+
+
 def test_an_exception_marks_the_span_with_its_class_and_not_with_its_words(telemetry, sink):
     span = telemetry.tracer.span("step a", trace_id=TRACE, span_id=STEP, activate=True)
     with pytest.raises(ValueError, match="secret"), span:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from perdure_client._client import Client
+from perdure_client._events import EventKind, StepFailed, StepRetrying
 from perdure_client._types import RunTrace, SpanKind, SpanStatus, TraceSpan
 from perdure_client.cli._context import RunArgument, session_of
 from perdure_client.cli._output import Output, console, say, write_value
@@ -68,7 +70,8 @@ def trace(
     """Draws where the time of a run went: executions, steps, attempts, waits, approvals, and the runs it has started.
 
     The server reads it from the database, so no collector is needed; the ids are those of the exported spans. A step
-    that took one attempt is one line. Into a pipe it draws plain text; `-o json` has everything.
+    that took one attempt is one line. Into a pipe it draws plain text; `-o json` has all attributes. What the errors of
+    the run's own attempts say is read from its events: it is not in spans.
 
     Examples:
       perdure trace run-0c1f
@@ -81,7 +84,9 @@ def trace(
         return
     screen = console()
     width = screen.width if sys.stdout.isatty() else PIPE_WIDTH
-    for line in drawn(found, width, now=datetime.now(UTC), signs=ASCII if screen.options.ascii_only else FINE):
+    signs = ASCII if screen.options.ascii_only else FINE
+    messages = _messages(session_of(context).client, run, found)
+    for line in drawn(found, width, now=datetime.now(UTC), signs=signs, messages=messages):
         _print(screen, line)
     if found.truncated:
         say("There are more spans; the last ones are not shown.")
@@ -90,6 +95,24 @@ def trace(
 def _print(screen: Console, line: Text) -> None:
     line.rstrip()
     screen.print(line, no_wrap=True, overflow="ellipsis", crop=False, soft_wrap=True)
+
+
+def _messages(client: Client, run: str, found: RunTrace) -> dict[str, str]:
+    """Returns what the errors of the run's own attempts say, by the ids of their spans."""
+    failed = {
+        tuple(span.attributes.get(f"perdure.{name}", "") for name in ("execution", "step_id", "attempt")): span.span_id
+        for span in found.spans
+        if span.kind is SpanKind.ATTEMPT and span.status is SpanStatus.ERROR and span.run_id == run
+    }
+    if not failed:
+        return {}
+    told: dict[str, str] = {}
+    for event in client.events(run, kinds=(EventKind.STEP_RETRYING, EventKind.STEP_FAILED)):
+        span_id = failed.get((str(event.execution), str(event.step_id), str(event.attempt)))
+        if span_id is not None and isinstance(event.data, StepRetrying | StepFailed):
+            error = event.data.error
+            told[span_id] = error.cause.partition(": ")[2] or error.message
+    return told
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -105,7 +128,9 @@ class _Row:
     remark: str
 
 
-def drawn(found: RunTrace, width: int, *, now: datetime, signs: Signs = FINE) -> Iterator[Text]:
+def drawn(
+    found: RunTrace, width: int, *, now: datetime, signs: Signs = FINE, messages: Mapping[str, str] | None = None
+) -> Iterator[Text]:
     """Yields the lines of a waterfall.
 
     Args:
@@ -113,6 +138,7 @@ def drawn(found: RunTrace, width: int, *, now: datetime, signs: Signs = FINE) ->
         width: Columns at most.
         now: What has not ended goes on until then.
         signs: The characters to draw with.
+        messages: What errors say, by the ids of spans.
     """
     if not found.spans:
         return
@@ -120,10 +146,10 @@ def drawn(found: RunTrace, width: int, *, now: datetime, signs: Signs = FINE) ->
     last = max(span.end_time or span.start_time or now for span in found.spans)
     goes_on = any(span.end_time is None for span in found.spans)
     end = max(now, last) if goes_on else last
-    rows = list(_rows(found.spans, signs, 3 if width >= NARROW else 2))
+    rows = list(_rows(found.spans, signs, 3 if width >= NARROW else 2, messages or {}))
     yield from _head(found, begin)
     remarks = max((len(row.remark) for row in rows), default=0)
-    beside = min(remarks, width // 4) if width >= NARROW else 0
+    beside = min(remarks, width // 3) if width >= NARROW else 0
     longest = max(len(row.guides) + len(row.label) for row in rows)
     room = width - DURATION_WIDTH - 2 - (beside + 2 if beside else 0)
     label_width = min(longest, max(room // 2, room - 60))
@@ -132,11 +158,13 @@ def drawn(found: RunTrace, width: int, *, now: datetime, signs: Signs = FINE) ->
     for row in rows:
         yield _line(row, label_width, bar_width, beside, begin, end, signs)
         if row.remark and not beside:
-            yield Text.assemble(" " * len(row.guides), "  ", (row.remark, _remark_style(row.span)))
+            line = Text.assemble(" " * len(row.guides), "  ", (row.remark, _remark_style(row.span)))
+            line.truncate(width, overflow="ellipsis")
+            yield line
     yield from _sum(found, end - begin, end, signs)
 
 
-def _rows(spans: Sequence[TraceSpan], signs: Signs, indent: int) -> Iterator[_Row]:
+def _rows(spans: Sequence[TraceSpan], signs: Signs, indent: int, messages: Mapping[str, str]) -> Iterator[_Row]:
     """Yields a row for each span as the tree has them; the only attempt of a step is told with the step."""
     guides = [guide[: indent - 1] + " " for guide in signs.guides]
     known = {span.span_id for span in spans}
@@ -149,7 +177,7 @@ def _rows(spans: Sequence[TraceSpan], signs: Signs, indent: int) -> Iterator[_Ro
         attempts = [child for child in children if child.kind is SpanKind.ATTEMPT]
         only = attempts[0] if len(attempts) == 1 and not below.get(attempts[0].span_id) else None
         shown = [child for child in children if child is not only]
-        yield _Row(own, _label(span), span, _remark(span, only, signs))
+        yield _Row(own, _label(span), span, _remark(span, only, signs, messages))
         for child in shown:
             final = child is shown[-1]
             guide, deeper = guides[1 if final else 0], guides[3 if final else 2]
@@ -173,14 +201,13 @@ def _label(span: TraceSpan) -> str:
             return one_line(span.name)
 
 
-def _remark(span: TraceSpan, attempt: TraceSpan | None, signs: Signs) -> str:
+def _remark(span: TraceSpan, attempt: TraceSpan | None, signs: Signs, messages: Mapping[str, str]) -> str:
     """Returns what else is to be said: the error, the decision, the tokens, where the run comes from."""
     facts: list[str] = []
-    error = span.error_type
-    if attempt is not None and attempt.error_type:
-        error = attempt.error_type
-    if error:
-        facts.append(one_line(error))
+    failed = attempt if attempt is not None and attempt.error_type else span
+    if failed.error_type:
+        message = messages.get(failed.span_id, "")
+        facts.append(one_line(failed.error_type + (f": {message}" if message else "")))
     if span.kind is SpanKind.APPROVAL and "perdure.approval_state" in span.attributes:
         by = span.attributes.get("perdure.decided_by")
         facts.append(one_line(span.attributes["perdure.approval_state"] + (f" by {by}" if by else "")))
