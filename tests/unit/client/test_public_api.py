@@ -18,13 +18,13 @@ NAMES = """
 AgentInfo AgentNotFound Approval ApprovalClosed ApprovalDecided ApprovalNotFound ApprovalRequested ApprovalState
 AsyncClient AsyncWatch AsyncWatching AttemptReset ChildStarted Client ClientClosed ConfigurationError ConflictPolicy
 Contention CursorOutOfRange DeadlineExceeded Decision Draining EventData EventKind ExecutorInfo ExecutorState
-FailedPrecondition Failure
-InputSchemaViolation InternalError InvalidArgument JsonValue LogLine NamespaceNotFound NotFound OutputDelta Overloaded
-PayloadTooLarge PerdureError PermissionDenied Progress ProtocolViolation Published Recovered ResourceExhausted
-RevisionConflict Run RunConflict RunEvent RunFailed RunFinished RunInputMismatch RunNotFound RunState ServerUnavailable
-SignalReceived StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded StoreUnavailable
-TimeoutOutcome TooManyStreams Unauthenticated Unavailable Unimplemented UnknownData VersionUnavailable Violation
-WaitTimeout Watch WatchUpdate Watching __version__
+FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue KeysUnavailable LogLine
+NamespaceNotFound NotFound OutputDelta Overloaded PayloadTooLarge PerdureError PermissionDenied Progress
+ProtocolViolation Published Recovered ResourceExhausted RevisionConflict Run RunConflict RunEvent RunFailed RunFinished
+RunInputMismatch RunNotFound RunState ServerUnavailable SignalReceived StartedRun StateChanged Step StepFailed
+StepRetrying StepStarted StepState StepSucceeded StoreUnavailable TimeoutOutcome TokenExpired TokenMissing
+TooManyStreams Unauthenticated Unavailable Unimplemented UnknownData VersionUnavailable Violation WaitTimeout Watch
+WatchUpdate Watching __version__
 """
 
 METHOD_NAMES = """
