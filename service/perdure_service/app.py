@@ -24,7 +24,6 @@ from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
 from perdure_service.rpc import security
-from perdure_service.rpc.addresses import check_addresses
 from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
@@ -219,7 +218,10 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
     Raises:
         ConfigurationError: It cannot serve like this; in one sentence.
     """
-    check_addresses(settings, dev=dev)
+    for finding in security.findings(settings, dev=dev):
+        if finding.severity == "error":
+            raise ConfigurationError(finding.text)
+        log.warning("security.finding", text=finding.text)
     if dev:
         report("dev listens on this machine only" + ("" if settings.auth.enabled else "; its users may do everything"))
     server: embedded.EmbeddedPostgres | None = None

@@ -487,7 +487,7 @@ def test_cancelling_a_running_run_stops_its_effects(rpc: Rpc, database_url: str)
     done = len(effects(database_url, run_id))
     events = rpc.events(run_id)
     assert states_in(events) == ["RUNNING", "CANCELLED"]
-    assert events[-1].state_changed.reason == "enough"
+    assert events[-1].state_changed.reason == "cancelled by dev: enough"
     # Another run has its whole life meanwhile, as a measure of time.
     rpc.output_of(rpc.start("counter", {"steps": 6, "delay_s": 0.05}))
     assert len(effects(database_url, run_id)) <= done + 1

@@ -13,6 +13,7 @@ from perdure_client._config import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_RECONNECT_TIMEOUT_S,
     DEFAULT_TIMEOUT_S,
+    TokenSource,
     make_config,
 )
 from perdure_client._core import Core
@@ -49,7 +50,9 @@ class AsyncClient:
 
     Args:
         address: `host:port`, or `https://host:port` for TLS. None: `PERDURE_ADDRESS`, else localhost:50051.
-        token: Sent as a bearer token, over TLS or loopback only. None: `PERDURE_TOKEN`, else none.
+        token: Sent as a bearer token, over TLS or loopback only. A function is called for every attempt, and again
+            when the server says that the token has expired; it must not block, so let it keep the token it has. None:
+            `PERDURE_TOKEN`, else none.
         namespace: Of every call. None: `PERDURE_NAMESPACE`, else `default`.
         tls: Whether to speak TLS. None: as the address says, else if `PERDURE_TLS` or root certificates are given.
         root_certificates: PEM bytes of the authorities to trust. None: the file `PERDURE_CA_FILE`, else the usual
@@ -71,7 +74,7 @@ class AsyncClient:
         self,
         address: str | None = None,
         *,
-        token: str | None = None,
+        token: str | TokenSource | None = None,
         namespace: str | None = None,
         tls: bool | None = None,
         root_certificates: bytes | None = None,

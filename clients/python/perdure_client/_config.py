@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +38,8 @@ _MAX_MESSAGE_BYTES = 8 * 2**20  # the server's own limit (PERDURE_MAX_MESSAGE_BY
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _LOOPBACK = re.compile(r"localhost|127(?:\.\d{1,3}){3}|::1|0:0:0:0:0:0:0:1", re.IGNORECASE)
 
+TokenSource = Callable[[], str]
+"""Returns a token that is good now."""
 ChannelOptions = tuple[tuple[str, str | int], ...]
 
 CHANNEL_OPTIONS: ChannelOptions = (
@@ -64,7 +67,7 @@ class Config:
     Attributes:
         address: gRPC's name of the server, without our `http://` or `https://`.
         namespace: The namespace of every call.
-        token: The bearer token; empty for none.
+        token: The bearer token, or what returns one; empty for none.
         credentials: Of the channel; None for plaintext.
         server_name: The name that the server's certificate is for; empty for the address.
         timeout_s: For one call in all, repeats included.
@@ -74,12 +77,21 @@ class Config:
 
     address: str
     namespace: str = DEFAULT_NAMESPACE
-    token: str = field(default="", repr=False)
+    token: str | TokenSource = field(default="", repr=False)
     credentials: grpc.ChannelCredentials | None = field(default=None, repr=False)
     server_name: str = ""
     timeout_s: float = DEFAULT_TIMEOUT_S
     connect_timeout_s: float = DEFAULT_CONNECT_TIMEOUT_S
     reconnect_timeout_s: float = DEFAULT_RECONNECT_TIMEOUT_S
+
+    @property
+    def renews_token(self) -> bool:
+        """Whether another token can be had when one has expired."""
+        return callable(self.token)
+
+    def current_token(self) -> str:
+        """Returns the token of the next call; empty for none."""
+        return self.token() if callable(self.token) else self.token
 
     @property
     def channel_options(self) -> ChannelOptions:
@@ -92,7 +104,7 @@ class Config:
 def make_config(
     address: str | None,
     *,
-    token: str | None,
+    token: str | TokenSource | None,
     namespace: str | None,
     tls: bool | None,
     root_certificates: bytes | None,

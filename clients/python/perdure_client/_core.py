@@ -17,7 +17,6 @@ from perdure_client._config import Config
 from perdure_client._errors import DeadlineExceeded, RunFailed, WaitTimeout
 from perdure_client._events import EventKind, RunEvent
 from perdure_client._retry import Patience
-from perdure_client._rpc_errors import from_rpc_error
 from perdure_client._transport import Method, Transport
 from perdure_client._types import (
     AgentInfo,
@@ -30,7 +29,7 @@ from perdure_client._types import (
     StartedRun,
     Step,
 )
-from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata
+from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata, failure_from
 
 _LONGEST_WAIT_S = 60.0
 """The server's own bound of one WaitRun."""
@@ -102,13 +101,13 @@ class Core:
             PerdureError: It failed, not worth repeating or for too long.
         """
         patience = patience or Patience(self.config.timeout_s, self.config.connect_timeout_s)
-        metadata = call_metadata(self.config)
         while True:
             timeout_s = min(patience.remaining_s, attempt_s or patience.remaining_s)
             try:
+                metadata = call_metadata(self.config)
                 return await self.transport.unary(method, request, timeout_s=timeout_s, metadata=metadata)
             except grpc.RpcError as error:
-                failure = from_rpc_error(error, self.config.address)
+                failure = failure_from(error, self.config)
                 delay_s = patience.delay_before_repeat_s(failure)
                 if delay_s is None:
                     raise failure from error

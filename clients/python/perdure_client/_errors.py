@@ -102,6 +102,18 @@ class Unauthenticated(PerdureError):
     hint = "Set PERDURE_TOKEN, or pass token=…"
 
 
+class TokenMissing(Unauthenticated):
+    """The call carries no token, and the server wants one."""
+
+    reason = "TOKEN_MISSING"
+
+
+class TokenExpired(Unauthenticated):
+    """The token was good and is no longer; get a new one. A client whose token is a function does so by itself."""
+
+    reason = "TOKEN_EXPIRED"
+
+
 class PermissionDenied(PerdureError):
     """The caller may not do this; ask for the role."""
 
@@ -238,6 +250,12 @@ class StoreUnavailable(Unavailable):
     """The server cannot reach its database; wait and repeat, which is safe."""
 
     reason = "STORE_UNAVAILABLE"
+
+
+class KeysUnavailable(Unavailable):
+    """The server has never reached its identity provider, so it cannot check tokens; wait and repeat."""
+
+    reason = "KEYS_UNAVAILABLE"
 
 
 class Draining(Unavailable):

@@ -26,6 +26,9 @@ _BY_REASON: dict[str, type[PerdureError]] = {
     for error in (
         _errors.InvalidArgument,
         _errors.InputSchemaViolation,
+        _errors.TokenMissing,
+        _errors.TokenExpired,
+        _errors.KeysUnavailable,
         _errors.NamespaceNotFound,
         _errors.RunNotFound,
         _errors.AgentNotFound,

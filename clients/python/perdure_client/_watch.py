@@ -17,7 +17,7 @@ from perdure.v1 import agent_run_service_pb2, approval_service_pb2, run_event_pb
 
 from perdure_client._config import Config
 from perdure_client._convert import approval_from, event_from, run_from
-from perdure_client._errors import ApprovalNotFound, PerdureError, ProtocolViolation, ServerUnavailable
+from perdure_client._errors import ApprovalNotFound, PerdureError, ProtocolViolation, ServerUnavailable, TokenExpired
 from perdure_client._events import WatchUpdate
 from perdure_client._retry import LONGEST_DELAY_S, Backoff, Patience
 from perdure_client._rpc_errors import from_rpc_error, silence
@@ -194,7 +194,7 @@ class _Reader(Generic[_RequestT, _ResponseT]):
                 self._stream = self._open(next_request())
             response = await self._stream.read(self._silence_s)
         except grpc.RpcError as error:
-            raise from_rpc_error(error, address) from error
+            raise failure_from(error, self._config) from error
         except Silence as error:
             raise silence(address, self._silence_s) from error
         if response is None:
@@ -235,8 +235,17 @@ class _Reader(Generic[_RequestT, _ResponseT]):
 
 def call_metadata(config: Config) -> Metadata:
     """Returns what goes with every call: the token, and the caller's trace."""
-    token: Metadata = (("authorization", f"Bearer {config.token}"),) if config.token else ()
-    return token + trace_metadata()
+    token = config.current_token()
+    credentials: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
+    return credentials + trace_metadata()
+
+
+def failure_from(error: grpc.RpcError, config: Config) -> PerdureError:
+    """Returns what a failed call raises; an expired token is worth a repeat where the next one is another."""
+    failure = from_rpc_error(error, config.address)
+    if isinstance(failure, TokenExpired) and config.renews_token:
+        failure.retryable = True
+    return failure
 
 
 class Watcher(Protocol[_ItemT]):

@@ -124,8 +124,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 if not inspect.isasyncgenfunction(serve):
                     await serve(request, context)
                     return
+                begun = False
                 async with aclosing(serve(request, context)) as responses:
                     async for response in responses:
+                        if not begun:
+                            # Else the first write would bring them, and grpc.aio takes them for not sent when that is
+                            # cancelled under a slow reader: it sends them again with the status, which gRPC refuses.
+                            await context.send_initial_metadata(())
+                            begun = True
                         await context.write(response)
 
         async def call(data: bytes, context: RpcContext) -> None:

@@ -15,6 +15,8 @@ NAMESPACES_CLAIM = "perdure_namespaces"
 ROLES_CLAIM = "perdure_roles"
 INVALID_TEXT = "the token is not valid"
 EXPIRED_TEXT = "the token has expired; get a new one"
+LAST_EXPIRY_S = 253_402_300_799
+"""The end of the year 9999: a token may name a number that no clock and no float has."""
 _REQUIRED = ["exp", "iss", "aud", "sub"]
 
 
@@ -99,7 +101,7 @@ class JwtTokens:
             name,
             frozenset(_texts(claims, NAMESPACES_CLAIM)),
             frozenset(map(Role, roles)),
-            expires_at_s=float(claims["exp"]) + self._leeway_s,
+            expires_at_s=float(min(int(claims["exp"]), LAST_EXPIRY_S)) + self._leeway_s,
         )
 
 

@@ -31,14 +31,24 @@ def describe(settings: Settings) -> str:
     return f"security: calls at {settings.address} come {wire}, {who}; {admin}"
 
 
+def findings(settings: Settings, *, dev: bool = False) -> list[Finding]:
+    """Returns what is wrong with addresses, certificates and the file of tokens, each with the way out.
+
+    Args:
+        settings: As they would be served.
+        dev: Whether by `dev`.
+    """
+    return [*_addresses(settings, dev), *_tls(settings), *_tokens(settings)]
+
+
 def diagnose(settings: Settings) -> list[Finding]:
-    """Returns what is wrong with addresses, certificates and tokens, each with the way out. Reads the keys once."""
-    return [*_addresses(settings), *_tls(settings), *_auth(settings)]
+    """Returns the same for `serve`, and whether the keys of the identity provider can be read. Asks for them once."""
+    return [*findings(settings), *_keys(settings)]
 
 
-def _addresses(settings: Settings) -> Iterator[Finding]:
+def _addresses(settings: Settings, dev: bool) -> Iterator[Finding]:
     try:
-        check_addresses(settings)
+        check_addresses(settings, dev=dev)
     except ConfigurationError as error:
         yield Finding("error", error.message)
         return
@@ -70,17 +80,19 @@ def _tls(settings: Settings) -> Iterator[Finding]:
         yield Finding("warning", f"Every user of this machine can read {key}; chmod o-r it.")
 
 
-def _auth(settings: Settings) -> Iterator[Finding]:
+def _keys(settings: Settings) -> Iterator[Finding]:
+    url = settings.auth.jwks_url
+    if url is None:
+        return
+    try:
+        read_keys(url)
+    except (OSError, ValueError) as error:
+        # A warning: `serve` starts, answers UNAVAILABLE and goes on trying.
+        yield Finding("warning", f"The keys at {url} cannot be read ({error}); no token can be checked until they can.")
+
+
+def _tokens(settings: Settings) -> Iterator[Finding]:
     auth = settings.auth
-    if auth.jwks_url is not None:
-        try:
-            read_keys(auth.jwks_url)
-        except (OSError, ValueError) as error:
-            # A warning: `serve` starts, answers UNAVAILABLE and goes on trying.
-            yield Finding(
-                "warning",
-                f"The keys at {auth.jwks_url} cannot be read ({error}); no token can be checked until they can.",
-            )
     if auth.tokens_file is None:
         return
     try:

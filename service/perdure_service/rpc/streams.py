@@ -15,8 +15,6 @@ from perdure_service.errors import Draining, PerdureError, TooManyStreams
 T = TypeVar("T")
 
 DRAIN_TEXT = "this server is stopping; call again, and another one will answer"
-MAX_TIMER_S = 86_400.0
-"""No stream is open for longer, whatever its token says."""
 AGE_TEXT = "this stream is as old as it may get; open it again after its last cursor"
 
 
@@ -144,7 +142,7 @@ class Stay:
             self._timers.append(loop.call_later(self._max_age_s, self.end, Draining(AGE_TEXT)))
         if self._expiry is not None:
             after_s, error = self._expiry
-            self._timers.append(loop.call_later(min(max(after_s, 0.0), MAX_TIMER_S), self.end, error))
+            self._timers.append(loop.call_later(max(after_s, 0.0), self.end, error))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -13,7 +13,10 @@ from typer.testing import CliRunner
 
 from tests.unit.client.scripted import ScriptedServer
 
-VARIABLES = ("PERDURE_ADDRESS", "PERDURE_TOKEN", "PERDURE_NAMESPACE", "PERDURE_TLS", "PERDURE_CA_FILE")
+VARIABLES = (
+    "PERDURE_ADDRESS", "PERDURE_ADMIN_ADDRESS", "PERDURE_TOKEN", "PERDURE_NAMESPACE", "PERDURE_TLS", "PERDURE_CA_FILE",
+    "PERDURE_CLIENT_CERTIFICATE_FILE", "PERDURE_CLIENT_KEY_FILE", "PERDURE_SERVER_NAME",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

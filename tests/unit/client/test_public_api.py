@@ -18,13 +18,14 @@ NAMES = """
 AgentInfo AgentNotFound Approval ApprovalClosed ApprovalDecided ApprovalNotFound ApprovalRequested ApprovalState
 AsyncClient AsyncWatch AsyncWatching AttemptReset ChildStarted Client ClientClosed ConfigurationError ConflictPolicy
 Contention CursorOutOfRange DeadlineExceeded Decision Deletion Draining EventData EventKind ExecutorInfo ExecutorState
-FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue LogLine ModelUsage
-NamespaceNotFound NotFound OutputDelta Overloaded PayloadTooLarge PerdureError PermissionDenied Progress
+FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue KeysUnavailable LogLine
+ModelUsage NamespaceNotFound NotFound OutputDelta Overloaded PayloadTooLarge PerdureError PermissionDenied Progress
 ProtocolViolation Published QuotaExceeded Recovered ResourceExhausted RevisionConflict Run RunConflict RunEvent
 RunFailed RunFinished RunForked RunInputMismatch RunNotFound RunState RunTrace ServerUnavailable SignalReceived
 SpanKind SpanLink SpanStatus StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded
-StoreUnavailable TimeoutOutcome TooManyStreams TraceSpan Unauthenticated Unavailable Unimplemented UnknownData Usage
-VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching __version__
+StoreUnavailable TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
+Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching
+__version__
 """
 
 METHOD_NAMES = """

@@ -21,7 +21,10 @@ from perdure_client import (
     ProtocolViolation,
     RunNotFound,
     ServerUnavailable,
+    TokenExpired,
+    TokenMissing,
     TooManyStreams,
+    Unauthenticated,
     Watch,
     WatchUpdate,
 )
@@ -368,3 +371,30 @@ async def test_the_blocking_inbox_is_the_same(server: ScriptedServer, blocking_c
             return [next(watch).approval_id, next(watch).approval_id]
 
     assert await asyncio.to_thread(read) == ["a", "b"]
+
+
+EXPIRED = Fail(grpc.StatusCode.UNAUTHENTICATED, "TOKEN_EXPIRED")
+
+
+async def test_a_client_whose_token_is_a_function_renews_it_when_it_has_expired(
+    server: ScriptedServer, slept: list[float]
+) -> None:
+    tokens = iter(["first", "second", "third", "fourth"])
+    async with AsyncClient(server.address, token=lambda: next(tokens)) as client:
+        server.script(WATCH_RUN, [batch([1]), EXPIRED], finished_run(LAST))
+        assert await watched(client) == list(range(1, LAST + 1))
+        server.script(GET_APPROVAL, EXPIRED, approval_service_pb2.GetApprovalResponse())
+        await client.get_approval("a/1")
+    sent = [metadata["authorization"] for metadata in server.metadata]
+    assert sent == ["Bearer first", "Bearer second", "Bearer third", "Bearer fourth"]
+
+
+async def test_a_token_that_is_a_text_cannot_be_renewed(server: ScriptedServer) -> None:
+    async with AsyncClient(server.address, token="only") as client:
+        server.script(WATCH_RUN, [batch([1]), EXPIRED])
+        with pytest.raises(TokenExpired):
+            await watched(client)
+        for reason, error in (("TOKEN_MISSING", TokenMissing), ("TOKEN_INVALID", Unauthenticated)):
+            server.script(GET_APPROVAL, Fail(grpc.StatusCode.UNAUTHENTICATED, reason))
+            with pytest.raises(error):
+                await client.get_approval("a/1")

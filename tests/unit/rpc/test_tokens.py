@@ -84,6 +84,11 @@ async def test_a_good_token_says_who_calls_and_what_they_may(key):
     assert caller.expires_at_s == expires + 30
 
 
+async def test_a_token_may_be_good_for_longer_than_there_are_numbers():
+    caller = await tokens_of(Published(KEY)).check(KEY.token(exp=10**400))
+    assert caller.expires_at_s == 253_402_300_799 + 30
+
+
 async def test_a_token_without_our_claims_is_good_for_nothing():
     caller = await caller_of(
         tokens_of(Published(KEY)), f"Bearer {KEY.token(without=('perdure_namespaces', 'perdure_roles'))}"
