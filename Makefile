@@ -4,6 +4,8 @@
 
 # The first of these that is Python 3.11 or newer; or choose: make PYTHON=/path/to/python3.12 …
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+# Two modules of tests at once, each in a process and on a database server of its own; WORKERS= runs one after another.
+WORKERS ?= -n 2 --dist loadfile
 # What `make api` compares the API with, when it exists.
 BASE ?= origin/main
 PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos
@@ -21,7 +23,7 @@ demo: .venv/installed  ## Run the research agent on documents, live (YES=1 asks 
 	.venv/bin/python -m perdure_client.demo
 
 test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE_TEST_DATABASE_URL)
-	.venv/bin/python -m pytest tests/unit tests/integration tests/chaos tests/e2e
+	.venv/bin/python -m pytest $(WORKERS) tests/unit tests/integration tests/chaos tests/e2e
 
 chaos: .venv/installed  ## Run the chaos tests at every point there is, not at some that the seed chooses
 	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest tests/chaos

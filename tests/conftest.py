@@ -17,8 +17,9 @@ from tests.helpers.databases import FORMS, DatabaseServer, given_server, url_in_
 
 HERE = Path(__file__).parent
 SEED = int(os.environ.get("PERDURE_TEST_SEED") or random.SystemRandom().randrange(2**32))
+os.environ["PERDURE_TEST_SEED"] = str(SEED)  # the workers of pytest-xdist are made later, and take it from here
 _outcomes: dict[str, Counter[str]] = {}
-_logged_marks: list[str] = []
+_logged_marks: set[str] = set()
 
 
 def pytest_report_header() -> list[str]:
@@ -85,7 +86,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Counts, by folder, what ran and what was skipped, and searches what was logged for payloads and secrets."""
     for title, text in report.sections:
         if title.startswith(("Captured log", "Captured stderr")):
-            _logged_marks.extend(f"{report.nodeid}: {line}" for line in marks.marks_in(text))
+            _logged_marks.update(f"{report.nodeid}: {line}" for line in marks.marks_in(text))
     if report.when == "call" or report.skipped:
         _count(report.nodeid, "skipped" if report.skipped else "ran")
     elif report.failed:
@@ -114,13 +115,15 @@ def _skipped_folders(config: pytest.Config) -> list[str]:
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A folder that was skipped as a whole is a failure: nothing was shown. So is a payload or a secret in a log."""
+    if hasattr(session.config, "workerinput"):
+        return  # a worker of pytest-xdist has seen a part only; every report reaches the process that made it
     if (_skipped_folders(session.config) or _logged_marks) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Names the folders that were skipped, and the tests that logged what they must not."""
-    for line in _logged_marks:
+    for line in sorted(_logged_marks):
         terminalreporter.write_line(f"ERROR: a payload or a secret was logged by {line}", red=True)
     for folder in _skipped_folders(config):
         terminalreporter.write_line(f"ERROR: every test in tests/{folder} was skipped", red=True)

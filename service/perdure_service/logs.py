@@ -175,7 +175,7 @@ def censor(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 
 def censor_text(text: str) -> str:
-    """Returns `text` without passwords of URLs, the values of `password=` and `Bearer`, and rows that are quoted."""
+    """Returns `text` without passwords of URLs, values of `password=` and `Bearer`, and rows that are quoted."""
     for pattern in (_URL_PASSWORD, _KEYWORD_PASSWORD, _BEARER, _ROW):
         text = pattern.sub(rf"\g<before>{CENSORED}", text)
     return text

@@ -12,7 +12,8 @@ from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 
 TEXTS = (
-    "", " ", "a", "A", "..", "a/b", "a/1", "ä", "🙂", "\u202e", "\x00", "\n", "\x7f", "%s%n{0}", "'; DROP TABLE perdure.run; --",
+    "", " ", "a", "A", "..", "a/b", "a/1", "ä", "🙂", "\u202e", "\x00", "\n", "\x7f", "%s%n{0}",
+    "'; DROP TABLE perdure.run; --",
     "x" * 64, "x" * 129, "x" * 513, "x" * 70_000, "-1", "999999999999999999999", "NaN", "null", "{}", "[]", "[" * 5_000,
     '{"a":' * 70 + "1" + "}" * 70, '{"a": 1e999}', '{"a": NaN}', '{"steps": 1}', '{"steps": -1}', '"\\ud800"', "e30",
     "WzEsWyJhIl0sMV0",

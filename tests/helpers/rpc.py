@@ -197,14 +197,14 @@ class Rpc:
     def start_call(self, agent: str, run_input: Any = None, **fields: Any) -> pb.StartAgentResponse:
         """StartAgent, with JSON text as input."""
         metadata = fields.pop("metadata", None)
-        if agent == "counter" and isinstance(run_input, dict):
-            run_input = {"note": marks.PAYLOAD, **run_input}
         text = json.dumps({} if run_input is None else run_input)
         request = pb.StartAgentRequest(agent=agent, input_json=text, **fields)
         return self.runs.StartAgent(request, timeout=scaled(TIMEOUT_S), metadata=metadata)
 
     def start(self, agent: str, run_input: Any = None, **fields: Any) -> str:
-        """Starts an agent under an id of its own; returns the id."""
+        """Starts an agent under an id of its own; returns the id. A `counter` gets a payload to search the logs for."""
+        if agent == "counter" and isinstance(run_input, dict) and "run_id" not in fields:
+            run_input = {"note": marks.PAYLOAD, **run_input}
         fields.setdefault("run_id", new_id(agent))
         return self.start_call(agent, run_input, **fields).run.run_id
 

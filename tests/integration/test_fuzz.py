@@ -104,14 +104,14 @@ async def test_mutated_messages_leave_the_server_serving_with_no_internal_error(
         for channel in channels:
             await channel.close()
 
-    # A method that nobody serves says so, whatever it is asked; it never says OK.
+    # A method that nobody serves says so, whatever it is asked, or that it is no message.
     unserved = {path for path, code in answers if code == "UNIMPLEMENTED"}
-    served_well = {path for path, code in answers if code == "OK"}
+    understood = {path for path, code in answers if code not in ("UNIMPLEMENTED", "INVALID_ARGUMENT")}
     wrong = [one for one in wrong if one[1] != "UNIMPLEMENTED"]
     assert not wrong, f"PERDURE_TEST_SEED={SEED}: {len(wrong)} wrong answers, e.g. {wrong[:5]}"
     assert sum(answers.values()) == MESSAGES
-    # Not all was refused at the door: each RPC that is served said OK to something.
-    assert served_well == {one.path for one in RPCS} - unserved
+    # Not all was refused at the door: of each RPC that is served, some requests made sense.
+    assert understood == {one.path for one in RPCS} - unserved
     print(f"{MESSAGES} messages in {time.monotonic() - began:.0f} s")
 
     run_id = rpc.start("counter", {"steps": 1})

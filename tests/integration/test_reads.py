@@ -30,7 +30,7 @@ SERVICES = ("perdure.v1.AgentRunService", "perdure.v1.ApprovalService", "perdure
 
 
 def test_input_and_output_are_in_the_full_view_only(rpc: Rpc) -> None:
-    run_id = rpc.start("counter", {"steps": 2, "text": "ü"})
+    run_id = rpc.start("counter", {"steps": 2, "text": "ü"}, run_id=new_id())
     rpc.end_of(run_id)
     for view in (run_pb.AGENT_RUN_VIEW_UNSPECIFIED, run_pb.AGENT_RUN_VIEW_BASIC):
         run = rpc.runs.GetRun(pb.GetRunRequest(run_id=run_id, view=view)).run

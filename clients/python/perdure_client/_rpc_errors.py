@@ -73,7 +73,9 @@ _CONNECTION_BROKE = re.compile(
     r"Endpoint closing|Transport closed|HTTP/?2",
 )
 # How gRPC names a message that is over a limit (src/core/ext/filters/message_size); whose limit, it says before that.
-_TOO_LARGE = re.compile(r"(?P<what>Received|Sent) message larger than max \((?P<size>\d+) vs\.? (?P<limit>\d+)\)")
+_TOO_LARGE = re.compile(
+    r"(?P<what>Received|Sent|Decompressed) message larger than max(?: \((?P<size>\d+) vs\.? (?P<limit>\d+)\))?"
+)
 _BROKEN_CODES = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
 
 
@@ -149,7 +151,7 @@ def _from_transport(code: grpc.StatusCode, text: str, address: str) -> PerdureEr
     if code is grpc.StatusCode.UNAVAILABLE or (code in _BROKEN_CODES and _CONNECTION_BROKE.search(text)):
         return _unreachable(text, address)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (found := _TOO_LARGE.search(text)):
-        return _too_large(text, found["what"], found["size"], found["limit"])
+        return _too_large(text, found)
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return _errors.DeadlineExceeded(f"no answer from {address} within the timeout")
     if code is grpc.StatusCode.UNIMPLEMENTED:
@@ -158,17 +160,18 @@ def _from_transport(code: grpc.StatusCode, text: str, address: str) -> PerdureEr
     return error_class(f"{address} answered {code.name}: {text}", code=code.name, reason=code.name)
 
 
-def _too_large(text: str, what: str, size: str, limit: str) -> PerdureError:
+def _too_large(text: str, found: re.Match[str]) -> PerdureError:
     """Returns the error for a message that gRPC itself refused: the limit is the server's, or this client's own."""
-    is_request = (what == "Sent") == text.startswith("CLIENT")
+    is_request = (found["what"] == "Sent") == text.startswith("CLIENT")
     which, way_out = (
         ("request", "send a reference to what is large instead")
         if is_request
         else ("answer", "ask for less: a smaller page, or a run without its input and output")
     )
+    sizes = f"{found['size']} bytes, more than the {found['limit']}" if found["size"] else "more than the most"
     return _errors.PayloadTooLarge(
-        f"the {which} takes {size} bytes, more than the {limit} of one message; {way_out}",
-        metadata={"field": which, "limit_bytes": limit},
+        f"the {which} takes {sizes} of one message; {way_out}",
+        metadata={"field": which, **({"limit_bytes": found["limit"]} if found["limit"] else {})},
     )
 
 

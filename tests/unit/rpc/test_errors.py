@@ -14,7 +14,7 @@ from google.protobuf.struct_pb2 import ListValue, Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service import errors
-from perdure_service.rpc import interceptors
+from perdure_service.rpc import agent_runs, interceptors
 from perdure_service.rpc.status import DETAILS_KEY, wire_error
 
 from tests.helpers.waiting import eventually_async
@@ -119,6 +119,16 @@ async def test_any_other_exception_is_an_id_to_the_caller_and_a_cause_in_the_log
     assert line["log_level"] == "error"
     assert SECRET in line["exception"]
     assert "doubles.py" in line["exception"] or stream  # where it was raised
+
+
+async def test_a_method_of_the_schema_that_this_server_does_not_have_is_unimplemented(service, monkeypatch, rpc_log):
+    monkeypatch.delattr(agent_runs.AgentRuns, "GetRun")  # what is left is the generated servicer's own
+    async with serving(service) as served:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await served.runs.GetRun(REQUEST)
+    assert raised.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    assert raised.value.details() == "this server does not have the method"
+    assert rpc_log == []
 
 
 async def test_an_error_that_cannot_be_logged_is_answered_all_the_same(service, monkeypatch):
