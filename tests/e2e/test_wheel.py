@@ -195,5 +195,7 @@ def test_its_commands_and_agents_are_declared(wheel: Path) -> None:
         "perdure-server = perdure_service.__main__:main",
         "research = perdure_service.agents.research",
         "notes = perdure_service.agents.notes",
+        "assistant = perdure_service.agents.assistant",
+        "briefing = perdure_service.agents.briefing",
     ):
         assert line in told.splitlines()

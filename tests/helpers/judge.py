@@ -61,8 +61,18 @@ def assert_consistent(database_url: str, workflow_id: str, end: str = "SUCCEEDED
         e.step_id: e.step_name for e in log if e.kind is EventKind.OUTPUT_DELTA and e.step_name == "DBOS.writeStream"
     }
     assert recorded == told_names | streamed
+    assert _usage_of(database_url, workflow_id) == tuple(
+        sum(event.data[name] for event in log if event.kind is EventKind.USAGE)
+        for name in ("input_tokens", "output_tokens")
+    ), "the run's usage is what its log adds up to"
     _assert_states_follow(log)
     return log
+
+
+def _usage_of(database_url: str, workflow_id: str) -> tuple[int, ...]:
+    query = "SELECT input_tokens, output_tokens FROM perdure.run WHERE workflow_id = %s"
+    with sql(database_url) as connection:
+        return tuple(connection.execute(query, (workflow_id,)).fetchall()[0])
 
 
 def _assert_states_follow(log: list[Event]) -> None:

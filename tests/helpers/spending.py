@@ -8,6 +8,8 @@ import sqlalchemy as sa
 from dbos import DBOS
 from perdure_service.agents import BudgetExceeded, agent, run
 from perdure_service.agents.resources import resources
+from perdure_service.agents.tool_loop import Tool, run_tools
+from pydantic import BaseModel
 
 from tests.helpers.agents import FlakyError, effect
 
@@ -71,6 +73,19 @@ async def deaf() -> str:
             run.log(f"refused {number}")
     await spend(3, 0, False)
     return "never"
+
+
+class Total(BaseModel):
+    """What was spent."""
+
+    calls: int
+
+
+@agent(name="delegator")
+async def delegator(task: str) -> Total:
+    """Has a model spend by a child run."""
+    total, _ = await run_tools("Spend.", task, tools=[Tool(spender)], output=Total)
+    return total
 
 
 @agent(name="usage-outside")

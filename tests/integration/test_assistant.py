@@ -16,7 +16,7 @@ from perdure_service.store.engine import create_engine
 
 from tests.helpers import eventually, judge
 from tests.helpers.model_endpoint import ModelEndpoint, Turn, serving
-from tests.helpers.server import ServerProcess
+from tests.helpers.server import ServerProcess, create_effects_table
 from tests.helpers.web import Web
 from tests.helpers.web import serving as serving_web
 
@@ -62,8 +62,10 @@ def web() -> Iterator[Web]:
 
 @pytest.fixture(scope="module")
 def server(url: str, shared_endpoint: ModelEndpoint, web: Web) -> Iterator[ServerProcess]:
+    create_effects_table(url)
     with ServerProcess(
         url,
+        "tests.helpers.spending",
         PERDURE_MODEL__BASE_URL=shared_endpoint.url,
         PERDURE_MODEL__NAME="small",
         PERDURE_FETCH_ALLOW=f"127.0.0.1:{web.port}",
@@ -225,6 +227,18 @@ def test_a_model_that_never_ends_is_ended_by_the_budget(client: Client, url: str
     assert run.failure.message == "the run's budget is 300000 tokens; it has used 300000"
     assert len(endpoint.calls) == 2
     assert steps_of(log_of(url, run)) == ["tools.ask_model", "assistant.calculate", "tools.ask_model"]
+
+
+def test_an_agent_can_be_a_tool_and_is_a_child_run_then(client: Client, url: str, endpoint: ModelEndpoint) -> None:
+    endpoint.script += [Turn(calls=(("spender", {"steps": 2}),)), Turn(calls=(("final_answer", {"calls": 2}),))]
+    run = client.wait(client.start("delegator", {"task": "spend"}, run_id="delegated"), timeout=60)
+    assert run.succeeded, run.failure
+    assert run.output == {"calls": 2}
+    assert told(endpoint.calls[1]) == ["2"]
+    (child,) = [event.data["child_run_id"] for event in log_of(url, run) if event.kind is EventKind.CHILD_STARTED]
+    found = client.get(child)
+    assert (found.agent, found.input, found.output) == ("spender", {"steps": 2}, 2)
+    assert found.usage == Usage(input_tokens=20, output_tokens=2)
 
 
 # ---- sub-agents ------------------------------------------------------------------------------------------------------

@@ -122,6 +122,13 @@ def test_an_agent_that_catches_it_gets_it_again_from_the_next_step(client: Clien
     assert [e.data["message"] for e in of(log_of(url, run), EventKind.LOG)] == ["refused 1", "refused 2"]
 
 
+def test_an_agent_that_needs_a_model_says_what_to_set_where_there_is_none(client: Client) -> None:
+    failure = client.wait(client.start("assistant", {"task": "x"}, run_id="no-model"), timeout=30).failure
+    assert failure is not None
+    assert (failure.type, failure.step_name) == ("ConfigurationError", "tools.ask_model")
+    assert "PERDURE_MODEL__BASE_URL" in failure.message
+
+
 def test_the_catalogue_says_what_a_run_may_use(client: Client) -> None:
     found = {agent.agent: (agent.max_steps, agent.max_tokens) for agent in client.agents()}
     assert found["three-steps"] == (3, 0)

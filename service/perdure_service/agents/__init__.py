@@ -1,6 +1,7 @@
 """What an agent's author imports: `agent` or `expose` to declare one, and `run` to talk to the run it is in.
 
-Everything else in an agent is DBOS's own API: steps, sleep, messages, child workflows.
+Everything else in an agent is DBOS's own API: steps, sleep, messages, child workflows. `tool_loop` has a model work
+with tools.
 """
 
 from perdure_service.agents.context import run

@@ -99,19 +99,8 @@ async def fetch(url: str, allowed: AllowList) -> tuple[str, str]:
 
 async def _read(client: httpx2.AsyncClient, url: httpx2.URL, allowed: AllowList) -> str | httpx2.URL:
     """Returns the text of a URL, or where it redirects to."""
-    address, port = await _address(url, allowed)
-    # The connection goes to the address, but the host is asked, and its certificate is the host's.
-    request = client.build_request(
-        "GET",
-        url.copy_with(host=address, port=port),
-        headers={
-            "host": url.netloc.decode("ascii"),
-            "accept": "text/*, application/json",
-            "accept-encoding": "identity",
-        },
-        extensions={"sni_hostname": url.raw_host.decode("ascii")},
-    )
-    response = await client.send(request, stream=True)
+    addresses, port = await _addresses(url, allowed)
+    response = await _open(client, url, addresses, port)
     try:
         if response.status_code in _REDIRECTS and "location" in response.headers:
             return url.join(response.headers["location"])
@@ -126,8 +115,32 @@ async def _read(client: httpx2.AsyncClient, url: httpx2.URL, allowed: AllowList)
         await response.aclose()
 
 
-async def _address(url: httpx2.URL, allowed: AllowList) -> tuple[str, int]:
-    """Returns the address and port to connect to for a URL that may be read."""
+async def _open(client: httpx2.AsyncClient, url: httpx2.URL, addresses: list[str], port: int) -> httpx2.Response:
+    """Asks the first of a host's addresses that can be connected to."""
+    import httpx2
+
+    for place, address in enumerate(addresses, start=1):
+        # The connection goes to the address, but the host is asked, and its certificate is the host's.
+        request = client.build_request(
+            "GET",
+            url.copy_with(host=address, port=port),
+            headers={
+                "host": url.netloc.decode("ascii"),
+                "accept": "text/*, application/json",
+                "accept-encoding": "identity",
+            },
+            extensions={"sni_hostname": url.raw_host.decode("ascii")},
+        )
+        try:
+            return await client.send(request, stream=True)
+        except httpx2.ConnectError:
+            if place == len(addresses):
+                raise
+    raise FetchFailed(f"{url.host} has no address")
+
+
+async def _addresses(url: httpx2.URL, allowed: AllowList) -> tuple[list[str], int]:
+    """Returns the addresses and the port to connect to for a URL that may be read."""
     if url.scheme not in PORTS or not url.host or url.userinfo:
         raise FetchRefused("only http:// and https:// URLs without a user can be read")
     host, port = url.raw_host.decode("ascii").lower(), url.port or PORTS[url.scheme]
@@ -137,10 +150,10 @@ async def _address(url: httpx2.URL, allowed: AllowList) -> tuple[str, int]:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise FetchFailed(f"{host} has no address: {error.strerror}") from error
-    addresses = [str(entry[4][0]) for entry in found]
+    addresses = list(dict.fromkeys(str(entry[4][0]) for entry in found))
     for address in addresses:
         allowed.check_address(address, host, port, url.scheme)
-    return addresses[0], port
+    return addresses, port
 
 
 def _check(response: httpx2.Response) -> None:

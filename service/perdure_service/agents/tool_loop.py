@@ -52,8 +52,8 @@ class OutputInvalid(Exception):
 class Tool:
     """A step that the model may have called. Name, description and arguments are the function's own.
 
-    The model is told its bad arguments, a `ToolError`, and that the step's retries are used up. Everything else that
-    the step raises fails the run.
+    An agent can be one, too; then each call is a child run. The model is told its bad arguments, a `ToolError`, and
+    that the step's retries are used up. Everything else that is raised fails the run.
     """
 
     call: Callable[..., Awaitable[Any]]
@@ -64,7 +64,7 @@ class Tool:
         """Makes a tool of a step.
 
         Args:
-            step: An asynchronous `@DBOS.step()` with a docstring and annotated parameters; it returns JSON.
+            step: An asynchronous `@DBOS.step()` or `@agent` with a docstring and annotated parameters.
             offered: Whether the model is told of it. Asked in a step, so it may look at settings.
 
         Raises:
@@ -72,11 +72,12 @@ class Tool:
         """
         name = getattr(step, "__qualname__", repr(step))
         if not inspect.iscoroutinefunction(step) or not hasattr(step, "dbos_function_name"):
-            raise TypeError(f"{name} cannot be a tool; it must be an `async def` with @DBOS.step()")
+            raise TypeError(f"{name} cannot be a tool; it must be an `async def` with @DBOS.step() or @agent")
         if not inspect.getdoc(step):
             raise TypeError(f"{name} has no docstring; the model reads it to know what the tool is for")
         object.__setattr__(self, "call", step)
-        object.__setattr__(self, "signature", read_signature(step, annotations_required=True))
+        # The author's own function: what `@agent` makes of one has no annotations.
+        object.__setattr__(self, "signature", read_signature(inspect.unwrap(step), annotations_required=True))
         object.__setattr__(self, "offered", offered)
 
     @property
@@ -184,4 +185,4 @@ async def _call(call: Call, tools: dict[str, Tool], problem: str) -> str:
         return f"error: {refused}"
     except error.DBOSMaxStepRetriesExceeded as failed:
         return f"error: the tool failed, also when it was tried again: {failed}"
-    return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+    return result if isinstance(result, str) else json.dumps(tool.signature.result_to_json(result), ensure_ascii=False)

@@ -338,11 +338,14 @@ async def test_the_live_view_can_be_left(
 
 
 async def test_get_as_json_and_for_people(server: ScriptedServer, perdure: Invoke) -> None:
-    server.script(GET_RUN, *[got("FAILED", input_json='{"q": 1}', failure={"type": "E", "message": "m"})] * 2)
+    failed = {"failure": {"type": "E", "message": "m"}, "usage": {"input_tokens": 1_500, "output_tokens": 20}}
+    server.script(GET_RUN, *[got("FAILED", input_json='{"q": 1}', **failed)] * 2)
     (run,) = objects(await perdure("get", "r"))
     assert (run["input"], run["failure"]["type"]) == ({"q": 1}, "E")
+    assert run["usage"] == {"input_tokens": 1_500, "output_tokens": 20}
     result = await perdure("get", "r", "-o", "table")
     assert (result.exit_code, '{"q": 1}' in result.stdout, "E: m" in result.stdout) == (0, True, True)
+    assert "1,500 + 20 tokens" in result.stdout
 
 
 async def test_list_filters_and_limits(server: ScriptedServer, perdure: Invoke) -> None:
@@ -442,12 +445,16 @@ async def test_the_inbox_can_be_watched(
 async def test_agents_are_listed_and_one_is_shown_with_how_to_start_it(server: ScriptedServer, perdure: Invoke) -> None:
     schema = {"properties": {"question": {"type": "string"}, "limit": {"default": 6}}, "required": ["question"]}
     agent = catalog.Agent(agent="research", agent_version="1", input_schema_json=json.dumps(schema), current=True)
+    agent.max_steps, agent.max_tokens = 10, 200_000
     server.script(LIST_AGENTS, *[catalog.ListAgentsResponse(agents=[agent])] * 2)
     server.script(GET_AGENT, *[catalog.GetAgentResponse(agent=agent)] * 2)
     assert [item["agent"] for item in objects(await perdure("agents"))] == ["research"]
-    assert "research" in (await perdure("agents", "-o", "table")).stdout
+    listed = (await perdure("agents", "-o", "table")).stdout
+    assert "research" in listed
+    assert "10 steps, 200,000 tokens" in listed
     assert objects(await perdure("agents", "research"))[0]["input_schema"] == schema
     shown = (await perdure("agents", "research", "-o", "table")).stdout
+    assert "a run may use 10 steps, 200,000 tokens" in shown
     assert f"""perdure --address {server.address} start research -i '{{"question": "…"}}' --watch""" in shown
 
 
