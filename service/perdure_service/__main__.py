@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from perdure_service import reloading
 from perdure_service.errors import PerdureError
 
 DESCRIPTION = """\
@@ -37,6 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         status = _run(options)
     except PerdureError as error:
         if getattr(options, "reload_child", False):
+            from perdure_service import reloading
+
             reloading.show_cause(error)
         print(f"perdure-server: {error.message}", file=sys.stderr)
         status = 1
@@ -92,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
                 action="store_true",
                 help="start again with the new code whenever a Python file of the agents or of this folder changes",
             )
-            command.add_argument(f"--{reloading.CHILD_OPTION}", action="store_true", help=argparse.SUPPRESS)
+            command.add_argument("--reload-child", action="store_true", help=argparse.SUPPRESS)
     commands.add_parser("migrate", help="bring the schema of the configured database up to date")
     commands.add_parser("check", help="print the effective settings and try the database")
     documents = commands.add_parser("documents", help="the documents that the research agent reads")
@@ -127,9 +128,11 @@ def _run(options: argparse.Namespace) -> int:
     match options.command:
         case "dev" | "serve":
             dev = options.command == "dev"
-            if dev and options.reload:
-                return reloading.run(settings, options.documents, report)
-            if dev and options.reload_child:
+            if dev and (options.reload or options.reload_child):
+                from perdure_service import reloading
+
+                if options.reload:
+                    return reloading.run(settings, options.documents, report)
                 reloading.end_with_parent()
             folder = options.documents if dev else None
             return app.run_server(settings, dev=dev, documents_folder=folder, report=report)

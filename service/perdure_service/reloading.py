@@ -23,7 +23,7 @@ from pathlib import Path
 from perdure_service.errors import ConfigurationError, PerdureError
 from perdure_service.settings import Settings, configured_database_url
 
-CHILD_OPTION = "reload-child"
+CHILD_OPTION = "--reload-child"
 """Tells a server that a supervisor has started it; not for people."""
 
 LOOK_MS = 100
@@ -141,7 +141,7 @@ def _command(settings: Settings, documents_folder: Path | None) -> list[str]:
     if port == "0":
         with socket.create_server((host.strip("[]"), 0)) as probe:
             port = str(probe.getsockname()[1])
-    command = [sys.executable, "-m", "perdure_service", "dev", f"--{CHILD_OPTION}", "--address", f"{host}:{port}"]
+    command = [sys.executable, "-m", "perdure_service", "dev", CHILD_OPTION, "--address", f"{host}:{port}"]
     for name in settings.agents:
         command += ["--agents", name]
     if settings.data_dir is not None:

@@ -1,4 +1,4 @@
-"""Agents whose code changes under a run: which program they are is a global, which survives the harness's crashes."""
+"""Agents whose code changes under a run. Which program a run is stands in a global, which survives a crash."""
 
 from __future__ import annotations
 
@@ -10,32 +10,40 @@ from typing import Any
 from dbos import DBOS
 from perdure_service.agents import agent, run
 
-PROGRAM = "recorded"
-"""What the agents do from now on."""
+PROGRAM_OF: dict[str, str] = {}
+"""What a run does from now on; `recorded` until it is here."""
 
-BODIES: list[str] = []
-"""Every body of a step that ran, in order."""
+BODIES: list[tuple[str, str]] = []
+"""Run and name of every body of a step that ran, in order."""
 
-AFTERWARDS: list[str] = []
-"""What the agents' own code still did although its run had left the recording, or crashed."""
+AFTERWARDS: list[tuple[str, str]] = []
+"""Run and error that the agents' own code still caught although its run had left the recording."""
+
+
+def program() -> str:
+    """Returns what the run that asks does now."""
+    return PROGRAM_OF.get(run.id, "recorded")
+
+
+def ran(name: str) -> str:
+    """Counts a body."""
+    BODIES.append((run.id, name))
+    return name
 
 
 @DBOS.step(name="changed.first")
 async def first() -> str:
-    BODIES.append("first")
-    return "first"
+    return ran("first")
 
 
 @DBOS.step(name="changed.second")
 async def second() -> str:
-    BODIES.append("second")
-    return "second"
+    return ran("second")
 
 
 @DBOS.step(name="changed.renamed")
 async def renamed() -> str:
-    BODIES.append("renamed")
-    return "renamed"
+    return ran("renamed")
 
 
 @DBOS.workflow(name="changed.child")
@@ -67,16 +75,16 @@ PROGRAMS: dict[str, tuple[Callable[[], Awaitable[Any]], ...]] = {
 
 @agent(name="changed")
 async def changed(catches: bool = False) -> list[Any]:
-    """Does what `PROGRAM` says now; `catches` is code that goes on after any error."""
+    """Does what `PROGRAM_OF` says now; `catches` is code that goes on after any error."""
     done: list[Any] = []
-    for step in PROGRAMS[PROGRAM]:
+    for step in PROGRAMS[program()]:
         if not catches:
             done.append(await step())
             continue
         try:
             done.append(await step())
         except Exception as error:
-            AFTERWARDS.append(type(error).__name__)
+            AFTERWARDS.append((run.id, type(error).__name__))
             done.append("caught")
     return done
 
@@ -84,9 +92,9 @@ async def changed(catches: bool = False) -> list[Any]:
 @agent(name="changed-child-first")
 async def changed_child_first() -> list[Any]:
     """Has a child; later a step in its place, or takes its result where another operation was."""
-    if PROGRAM == "recorded":
+    if program() == "recorded":
         return [await child(), await wait()]
-    if PROGRAM == "no result":
+    if program() == "no result":
         await DBOS.start_workflow_async(child)
         return [await first(), await wait()]
     return [await first(), await wait()]
@@ -96,14 +104,14 @@ async def changed_child_first() -> list[Any]:
 async def changed_step_first() -> list[Any]:
     """Starts a child and runs a step; later takes the child's result where the step was."""
     handle = await DBOS.start_workflow_async(child)
-    result = await first() if PROGRAM == "recorded" else await handle.get_result()
+    result = await first() if program() == "recorded" else await handle.get_result()
     return [result, await wait()]
 
 
 @agent(name="changed-gather")
 async def changed_gather() -> list[Any]:
     """Runs steps at once and collects whatever they raise."""
-    steps = (first, second) if PROGRAM == "recorded" else (first, renamed)
+    steps = (first, second) if program() == "recorded" else (first, renamed)
     results: list[Any] = await asyncio.gather(*(step() for step in steps), return_exceptions=True)
     return [str(one) for one in results] + [await wait()]
 
@@ -112,15 +120,14 @@ async def changed_gather() -> list[Any]:
 async def changed_broken() -> list[Any]:
     """Has a mistake in its new code, before a step that is recorded."""
     await first()
-    if PROGRAM != "recorded":
+    if program() != "recorded":
         raise TypeError("a mistake")
     return [await second(), await wait()]
 
 
 @DBOS.step(name="changed.blocking")
 def blocking(text: str) -> str:
-    BODIES.append(text)
-    return text
+    return ran(text)
 
 
 @agent(name="changed-blocking")
@@ -128,7 +135,7 @@ def changed_blocking() -> list[str]:
     """The same in blocking code, which catches everything."""
     done = [blocking("one")]
     with suppress(Exception):
-        if PROGRAM == "recorded":
+        if program() == "recorded":
             done.append(blocking("two"))
         else:
             DBOS.sleep(0.01)
@@ -139,7 +146,7 @@ def changed_blocking() -> list[str]:
 async def patched() -> list[Any]:
     """Changed under its runs, with a patch: old runs keep the old path."""
     done: list[Any] = [await first()]
-    if PROGRAM == "patched" and await DBOS.patch_async("check-before-second"):
+    if program() == "patched" and await DBOS.patch_async("check-before-second"):
         done.append(await renamed())
     done.append(await second())
     done.append(await wait())
@@ -150,6 +157,6 @@ async def patched() -> list[Any]:
 def patched_blocking() -> list[str]:
     """The same in blocking code."""
     done = [blocking("one")]
-    if PROGRAM == "patched" and DBOS.patch("more"):
+    if program() == "patched" and DBOS.patch("more"):
         done.append(blocking("more"))
     return [*done, blocking("two"), str(DBOS.recv("go", timeout_seconds=60))]

@@ -5,11 +5,60 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from perdure_service.testing import BlockingHarness, RunFailed
+from perdure_service.domain.runs import Failure
+from perdure_service.testing import BlockingHarness, BlockingRun
 
-from tests.helpers import changed_agents
+from tests.helpers.changed_agents import AFTERWARDS, BODIES, PROGRAM_OF
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.waiting import scaled
+
+OTHER_STEPS = {
+    "swapped": "Step 1 is recorded as 'changed.first', but the replay met 'changed.second'",
+    "renamed": "Step 2 is recorded as 'changed.second', but the replay met 'changed.renamed'",
+    "removed": "Step 1 is recorded as 'changed.first', but the replay met 'changed.second'",
+    "added": "Step 2 is recorded as 'changed.second', but the replay met 'changed.renamed'",
+    "child": "Step 2 is recorded as 'changed.second', but the replay met 'changed.child'",
+    "sleep": "Step 2 is recorded as 'changed.second', but the replay met 'DBOS.sleep'",
+    "signal": "Step 2 is recorded as 'changed.second', but the replay met 'DBOS.recv'",
+    "approval": "Step 2 is recorded as 'changed.second', but the replay met 'perdure.approval'",
+    "event": "Step 2 is recorded as 'changed.second', but the replay met 'DBOS.setEvent'",
+    "ends early": "Step 2 is recorded as 'changed.second', but the agent's code ended before it",
+    "does nothing": "Step 1 is recorded as 'changed.first', but the agent's code ended before it",
+}
+"""What happens to a run of the agent `changed` that goes on as another program."""
+
+OTHER_AGENTS = {
+    ("changed-child-first", "step"): "Step 1 is recorded as 'changed.child', but the replay met 'changed.first'",
+    ("changed-child-first", "no result"): "is recorded as 'DBOS.getResult', but the replay met 'changed.first'",
+    ("changed-step-first", "result"): "is recorded as 'changed.first', but the replay met 'DBOS.getResult'",
+    ("changed-gather", "other"): "is recorded as 'changed.second', but the replay met 'changed.renamed'",
+    ("changed-blocking", "other"): "is recorded as 'changed.blocking', but the replay met 'DBOS.sleep'",
+    ("changed-broken", "broken"): "Step 2 is recorded as 'changed.second', but the agent's code ended before it, with "
+    "TypeError",
+}
+"""The same of other agents."""
+
+GO_ON = {
+    ("changed", "recorded"): ["first", "second", "went"],
+    ("changed", "longer"): ["first", "second", "went", "renamed"],
+    ("changed-child-first", "recorded"): ["child", "went"],
+    ("changed-step-first", "recorded"): ["first", "went"],
+    ("changed-gather", "recorded"): ["first", "second", "went"],
+    ("patched", "patched"): ["first", "second", "went"],
+    ("patched-blocking", "patched"): ["one", "two", "went"],
+}
+"""What runs return that go on, in the same code or in code that agrees with the recording."""
+
+CASES = [
+    *(("changed", program, False) for program in OTHER_STEPS),
+    *(("changed", program, True) for program in OTHER_STEPS),
+    *((agent, program, False) for agent, program in OTHER_AGENTS),
+    *((agent, program, False) for agent, program in GO_ON),
+]
+
+
+def run_id(agent: str, program: str, catches: bool = False) -> str:
+    return f"{agent}-{program.replace(' ', '-')}{'-catches' if catches else ''}"
 
 
 @pytest.fixture(scope="module")
@@ -18,130 +67,74 @@ def harness(database_server: DatabaseServer) -> Iterator[BlockingHarness]:
         yield harness
 
 
-@pytest.fixture(autouse=True)
-def recorded_program() -> Iterator[None]:
-    changed_agents.PROGRAM = "recorded"
-    changed_agents.BODIES.clear()
-    changed_agents.AFTERWARDS.clear()
-    yield
-    changed_agents.PROGRAM = "recorded"
-
-
-def replayed_in(harness: BlockingHarness, program: str, agent: str = "changed", **run_input: object):
-    """Starts a run of the recorded program, lets it come to its wait, and continues it in another program."""
-    run = harness.start(agent, run_input)
-    run.until("AWAITING_INPUT")
-    changed_agents.PROGRAM = program
-    changed_agents.BODIES.clear()
+@pytest.fixture(scope="module")
+def replayed(harness: BlockingHarness) -> dict[str, BlockingRun]:
+    """A run for each case, come to its wait in the recorded code, and then continued in another by one crash."""
+    runs = {}
+    for agent, program, catches in CASES:
+        run_input = {"catches": catches} if agent == "changed" else None
+        name = run_id(agent, program, catches)
+        runs[name] = harness.start(agent, run_input, run_id=name)
+    for run in runs.values():
+        run.until("AWAITING_INPUT")
+    PROGRAM_OF.update({run_id(agent, program, catches): program for agent, program, catches in CASES})
+    BODIES.clear()
     harness.crash()
-    return run
+    return runs
 
 
-@pytest.mark.parametrize(
-    ("program", "step_id", "recorded", "met"),
-    [
-        ("swapped", 1, "changed.first", "changed.second"),
-        ("renamed", 2, "changed.second", "changed.renamed"),
-        ("removed", 1, "changed.first", "changed.second"),
-        ("added", 2, "changed.second", "changed.renamed"),
-        ("child", 2, "changed.second", "changed.child"),
-        ("sleep", 2, "changed.second", "DBOS.sleep"),
-        ("signal", 2, "changed.second", "DBOS.recv"),
-        ("approval", 2, "changed.second", "perdure.approval"),
-        ("event", 2, "changed.second", "DBOS.setEvent"),
-    ],
-)
-@pytest.mark.parametrize("catches", [False, True], ids=["", "and the code catches everything"])
-def test_a_replay_that_meets_another_step_fails_the_run_and_names_both(
-    harness: BlockingHarness, program: str, step_id: int, recorded: str, met: str, catches: bool
-) -> None:
-    run = replayed_in(harness, program, catches=catches)
+def failure_of(run: BlockingRun) -> Failure:
     ended = run.ended()
     assert ended.state.value == "FAILED"
     assert ended.failure is not None
-    assert (ended.failure.type, ended.failure.step_name) == ("NON_DETERMINISTIC", recorded)
-    assert f"Step {step_id} is recorded as '{recorded}', but the replay met '{met}'" in ended.failure.message
-    assert "DBOS.patch" in ended.failure.message
-    assert not ended.failure.retryable
-    assert changed_agents.BODIES == [], "a body ran in a run that had left its recording"
-    assert changed_agents.AFTERWARDS == [], "the agent's code took it for an error of a step"
-    last = run.events()[-1]
-    assert last.data["failure"]["type"] == "NON_DETERMINISTIC"
+    assert ended.failure.type == "NON_DETERMINISTIC"
+    return ended.failure
 
 
-@pytest.mark.parametrize(
-    ("program", "words"),
-    [
-        ("ends early", r"Step 2 is recorded as 'changed\.second', but the agent's code ended"),
-        ("does nothing", r"Step 1 is recorded as 'changed\.first', but the agent's code ended"),
-    ],
-)
-def test_a_replay_that_ends_before_a_recorded_step_fails_the_run(
-    harness: BlockingHarness, program: str, words: str
+@pytest.mark.parametrize("catches", [False, True], ids=["", "and the code catches everything"])
+@pytest.mark.parametrize("program", OTHER_STEPS)
+def test_a_replay_that_meets_another_step_fails_the_run_and_names_both(
+    replayed: dict[str, BlockingRun], program: str, catches: bool
 ) -> None:
-    run = replayed_in(harness, program)
-    with pytest.raises(RunFailed, match=words) as info:
-        run.result()
-    assert info.value.failure is not None
-    assert info.value.failure.type == "NON_DETERMINISTIC"
+    run = replayed[run_id("changed", program, catches)]
+    failure = failure_of(run)
+    assert OTHER_STEPS[program] in failure.message
+    assert f"is recorded as '{failure.step_name}'" in failure.message
+    assert "DBOS.patch" in failure.message
+    assert not failure.retryable
+    assert run.id not in dict(BODIES), "a body ran in a run that had left its recording"
+    assert run.id not in dict(AFTERWARDS), "the agent's code took it for an error of a step"
+    assert run.events()[-1].data["failure"]["type"] == "NON_DETERMINISTIC"
 
 
-def test_a_mistake_in_new_code_before_a_recorded_step_is_named_as_the_cause(harness: BlockingHarness) -> None:
-    run = replayed_in(harness, "broken", "changed-broken")
-    failure = run.ended().failure
-    assert failure is not None
-    assert failure.type == "NON_DETERMINISTIC"
-    assert "ended before it, with TypeError" in failure.message
-    assert failure.cause == "TypeError: a mistake"
-
-
-@pytest.mark.parametrize(
-    ("agent", "program", "words"),
-    [
-        ("changed-child-first", "step", "recorded as 'changed.child', but the replay met 'changed.first'"),
-        ("changed-child-first", "no result", "recorded as 'DBOS.getResult', but the replay met 'changed.first'"),
-        ("changed-step-first", "result", "recorded as 'changed.first', but the replay met 'DBOS.getResult'"),
-        ("changed-gather", "other", "recorded as 'changed.second', but the replay met 'changed.renamed'"),
-        ("changed-blocking", "other", "recorded as 'changed.blocking', but the replay met 'DBOS.sleep'"),
-    ],
-)
+@pytest.mark.parametrize(("agent", "program"), OTHER_AGENTS)
 def test_children_their_results_concurrent_and_blocking_steps_are_compared_too(
-    harness: BlockingHarness, agent: str, program: str, words: str
+    replayed: dict[str, BlockingRun], agent: str, program: str
 ) -> None:
-    failure = replayed_in(harness, program, agent).ended().failure
-    assert failure is not None
-    assert failure.type == "NON_DETERMINISTIC"
-    assert words in failure.message
+    assert OTHER_AGENTS[agent, program] in failure_of(replayed[run_id(agent, program)]).message
 
 
-@pytest.mark.parametrize("agent", ["changed", "changed-child-first", "changed-step-first", "changed-gather"])
-def test_unchanged_code_goes_on(harness: BlockingHarness, agent: str) -> None:
-    run = replayed_in(harness, "recorded", agent)
-    harness.signal(run, "go", "went")
-    assert run.result()[-1] == "went"
-    assert changed_agents.BODIES == []
+def test_a_mistake_in_new_code_before_a_recorded_step_is_named_as_the_cause(replayed: dict[str, BlockingRun]) -> None:
+    assert failure_of(replayed[run_id("changed-broken", "broken")]).cause == "TypeError: a mistake"
 
 
-def test_code_that_only_grew_at_its_end_goes_on(harness: BlockingHarness) -> None:
-    run = replayed_in(harness, "longer")
-    harness.signal(run, "go", "went")
-    assert run.result() == ["first", "second", "went", "renamed"]
-
-
-@pytest.mark.parametrize(
-    ("agent", "old", "new"),
-    [
-        ("patched", ["first", "second", "went"], ["first", "renamed", "second", "went"]),
-        ("patched-blocking", ["one", "two", "went"], ["one", "more", "two", "went"]),
-    ],
-)
-def test_a_patch_keeps_old_runs_on_the_old_path_and_takes_new_ones_to_the_new(
-    harness: BlockingHarness, agent: str, old: list[str], new: list[str]
+@pytest.mark.parametrize(("agent", "program"), GO_ON)
+def test_code_that_agrees_with_the_recording_goes_on(
+    harness: BlockingHarness, replayed: dict[str, BlockingRun], agent: str, program: str
 ) -> None:
-    before = replayed_in(harness, "patched", agent)
-    after = harness.start(agent)
-    after.until("AWAITING_INPUT")
-    harness.crash()  # and the new one is replayed over its marker
-    for run in (before, after):
+    run = replayed[run_id(agent, program)]
+    harness.signal(run, "go", "went")
+    assert run.result() == GO_ON[agent, program]
+    assert [name for who, name in BODIES if who == run.id] == (["renamed"] if program == "longer" else [])
+
+
+def test_a_patch_takes_new_runs_to_the_new_path_and_keeps_them_there(harness: BlockingHarness) -> None:
+    PROGRAM_OF.update({"new-1": "patched", "new-2": "patched"})
+    new = [harness.start("patched", run_id="new-1"), harness.start("patched-blocking", run_id="new-2")]
+    for run in new:
+        run.until("AWAITING_INPUT")
+    harness.crash()  # they are replayed over the marks
+    for run in new:
         harness.signal(run, "go", "went")
-    assert (before.result(), after.result()) == (old, new)
+    assert [run.result() for run in new] == [["first", "renamed", "second", "went"], ["one", "more", "two", "went"]]
+    assert [name for who, name in BODIES if who == "new-1"] == ["first", "renamed", "second"]

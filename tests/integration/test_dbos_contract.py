@@ -8,10 +8,12 @@ from pathlib import Path
 
 import dbos
 import pytest
-from dbos import _core, _sys_db, _sys_db_postgres
+from dbos import _core, _dbos, _sys_db, _sys_db_postgres
+from dbos._error import DBOSUnexpectedStepError
+from dbos._event_loop import BackgroundEventLoop
 from dbos._schemas.system_database import SystemSchema
 from perdure_service.domain.runs import TERMINAL_STATUSES
-from perdure_service.durable import runtime, steps
+from perdure_service.durable import replay, runtime, steps
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.store import dbos_tables
 
@@ -148,3 +150,29 @@ def test_dbos_creates_its_system_database_by_the_one_factory_with_keywords() -> 
     ]
     assert len(calls) == 3
     assert all(not call.args for _, call in calls)
+
+
+def test_every_workflow_function_ends_in_the_one_function_we_replace() -> None:
+    source = Path(inspect.getfile(_core)).read_text()
+    assert source.count("_get_wf_invoke_func(") == 4  # its definition; threads, tasks, and workflows called directly
+    parameters = list(inspect.signature(replay._plain_get_wf_invoke_func).parameters)
+    assert parameters == ["dbos", "status", "release_active"]
+
+
+def test_an_unexpected_step_tells_run_number_met_and_recorded_name() -> None:
+    error = DBOSUnexpectedStepError("run", 3, "met", "recorded")
+    assert error.inputs == ("run", 3, "met", "recorded")
+    assert "recorded was recorded when met was expected" in str(error)
+
+
+def test_what_stops_when_an_engine_dies_is_there() -> None:
+    launch = inspect.getsource(_dbos.DBOS._launch)
+    assert "self._executor_field = ThreadPoolExecutor(" in launch
+    assert "self._background_event_loop.start(self._executor_field)" in launch
+    destroy = inspect.getsource(_dbos.DBOS._destroy)
+    for name in ("background_thread_stop_events", "_background_jobs_stop_event", "_executor_field is not None"):
+        assert name in destroy
+    loop = inspect.getsource(BackgroundEventLoop)
+    assert "daemon=True" in loop
+    assert "if not self._running or self._loop is None or self._thread is None:\n            return" in loop
+    assert "self._run_background_processes" in inspect.getsource(_sys_db_postgres.PostgresSystemDatabase.run_notifier)

@@ -122,6 +122,8 @@ def test_a_crash_that_never_happens_fails_the_test(database_server: DatabaseServ
     harness.crash_after_step(run, 99)
     with pytest.raises(ValueError, match="another crash is still to come"):
         harness.crash_after_step(run, 98)
+    with pytest.raises(ValueError, match="another crash is still to come"):
+        harness.crash()
     harness.signal(run, "word", "x")
     with pytest.raises(CrashNeverHappened, match="was to crash after step 99, and never came to it"):
         run.result()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from perdure_service.testing import AgentHarness, Breaks, Fails, ScriptedModel
+import pytest
+from perdure_service.testing import AgentHarness, Breaks, CrashNeverHappened, Fails, ScriptedModel
 
 from tests.helpers import harness_agents  # noqa: F401 - declares the agents
 from tests.helpers.databases import DatabaseServer
@@ -56,3 +57,19 @@ async def test_an_answer_that_is_recorded_is_not_asked_for_again(database_server
 async def test_a_harness_without_a_url_brings_a_database_of_its_own(tmp_path_factory: object) -> None:
     async with AgentHarness(timeout_s=scaled(15)) as harness:
         assert await harness.run("adder") == 3
+
+
+async def test_a_test_that_forgets_its_crash_fails(database_server: DatabaseServer) -> None:
+    harness = AgentHarness(database_url=database_server.url, timeout_s=scaled(15))
+    with pytest.raises(CrashNeverHappened, match="no run of adder was started to crash"):
+        async with harness:
+            await harness.crash_after_step("adder", 1)
+
+
+async def test_a_function_that_decides_and_raises_is_named(database_server: DatabaseServer) -> None:
+    def decide(_approval: object) -> None:
+        raise KeyError("my mistake")
+
+    async with AgentHarness(decide=decide, database_url=database_server.url, timeout_s=scaled(15)) as harness:
+        with pytest.raises(RuntimeError, match="the harness broke: KeyError"):
+            await harness.run("everything")

@@ -8,6 +8,7 @@ of a process share one, and come one after the other.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import threading
@@ -106,9 +107,17 @@ def _of_this_process(engine: sa.Engine, server_url: str) -> str:
             name = f"{PREFIX}_{os.getpid()}_{uuid4().hex[:8]}"
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
                 connection.exec_driver_sql(f"CREATE DATABASE {name}")
+            atexit.register(_drop, server_url, name)
             migrate_all(_url(server_url, name), lambda _line: None)
             _shared[server_url] = _url(server_url, name)
         return _shared[server_url]
+
+
+def _drop(server_url: str, name: str) -> None:
+    engine = create_engine(server_url, pool_size=1, statement_timeout=timedelta(minutes=5))
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.exec_driver_sql(f"DROP DATABASE IF EXISTS {name} CASCADE")
+    engine.dispose()
 
 
 def _url(server_url: str, database: str) -> str:

@@ -86,7 +86,8 @@ class AgentHarness:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._engine: Engine | None = None
         self._alive = asyncio.Event()
-        self._broken: BaseException | None = None
+        self._broken: Exception | None = None
+        self._broke: asyncio.Future[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._settings: Settings | None = None
         self._url = ""
@@ -150,6 +151,7 @@ class AgentHarness:
 
     async def _start_up(self) -> None:
         assert self._settings is not None, "opened"
+        self._broke = asyncio.get_running_loop().create_future()
         await self._launch()
         self._tasks = [asyncio.create_task(self._rise_again())]
         if self._decide is not None:
@@ -172,10 +174,28 @@ class AgentHarness:
                 await self._launch()
                 self.crashes += 1
         except Exception as error:  # noqa: BLE001 - whoever calls next is told
-            self._broken = error
-            self._alive.set()
+            self._break(error)
+
+    def _break(self, error: Exception) -> None:
+        self._broken = error
+        self._alive.set()
+        if self._broke is not None and not self._broke.done():
+            self._broke.set_result(None)
+
+    async def _living(self) -> Engine:
+        """Returns the engine, once there is one that lives. On the harness's loop."""
+        while True:
+            await self._alive.wait()
+            if self._broken is not None:
+                raise RuntimeError(f"the harness broke: {self._broken!r}") from self._broken
+            assert self._engine is not None, "alive"
+            if not self._engine.mortal.dead:
+                return self._engine
+            await asyncio.sleep(POLL_S)
 
     async def _shut_down(self) -> None:
+        with suppress(Exception):
+            await self._living()  # one that rises again is not interrupted
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -200,23 +220,18 @@ class AgentHarness:
 
     async def _repeated(self, call: Callable[[RunService], Awaitable[T]]) -> T:
         while True:
-            await self._alive.wait()
-            if self._broken is not None:
-                raise RuntimeError("the engine could not be launched again after a crash") from self._broken
-            engine = self._engine
-            assert engine is not None, "alive"
+            engine = await self._living()
             task: asyncio.Future[T] = asyncio.ensure_future(call(engine.service))
-            both: set[asyncio.Future[Any]] = {task, engine.died}
-            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-            if not engine.mortal.dead:
+            assert self._broke is not None, "started"
+            first: set[asyncio.Future[Any]] = {task, engine.died, self._broke}
+            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
+            if not engine.mortal.dead and self._broken is None:
                 return await task
             if task.done() and not task.cancelled() and task.exception() is None:
                 return task.result()
             task.cancel()
             with suppress(asyncio.CancelledError, Exception):
                 await task
-            await engine.died
-            await asyncio.sleep(POLL_S)
 
     async def start(
         self,
@@ -246,7 +261,7 @@ class AgentHarness:
         )
         plan = self._plans.pop(agent, None)
         if plan is not None:
-            self._arm(key, plan)
+            await self.arm(key, step_recorded(key.workflow_id, plan.step_id), plan)
         await self.call(lambda service: service.start(command))
         return HarnessRun(self, key)
 
@@ -308,10 +323,13 @@ class AgentHarness:
     async def _decide_all(self) -> None:
         """Decides as the test wants, also what was asked before a crash."""
         assert self._decide is not None, "wanted"
-        while True:
-            with suppress(PerdureError):  # it ended, or was decided otherwise, in between
-                await self._repeated(self._decide_open)
-            await asyncio.sleep(POLL_S)
+        try:
+            while True:
+                with suppress(PerdureError):  # it ended, or was decided otherwise, in between
+                    await self._repeated(self._decide_open)
+                await asyncio.sleep(POLL_S)
+        except Exception as error:  # noqa: BLE001 - of the test's own function; whoever calls next is told
+            self._break(error)
 
     async def _decide_open(self, service: RunService) -> None:
         assert self._settings is not None, "opened"
@@ -328,12 +346,24 @@ class AgentHarness:
     # ---- crashes -----------------------------------------------------------------------------------------------------
 
     async def crash(self) -> None:
-        """Crashes the engine now, as `kill -9` would, and returns when another one has taken over."""
-        engine = self._engine
-        assert engine is not None, "open the harness first"
-        before = self.crashes
+        """Crashes the engine now, as `kill -9` would, and returns when another one has taken over.
+
+        Raises:
+            ValueError: Another crash is still to come.
+        """
+        engine = await self._alive_engine()
+        self._refuse_second_crash(engine)
         engine.mortal.die()
-        await self._crashed(before)
+        await self._alive_engine()
+
+    async def _alive_engine(self) -> Engine:
+        engine: Engine = await asyncio.wrap_future(self._submit(self._living()))
+        return engine
+
+    @staticmethod
+    def _refuse_second_crash(engine: Engine) -> None:
+        if engine.mortal.armed:
+            raise ValueError("another crash is still to come; wait for it with `crashed`")
 
     async def crash_after_step(self, run: HarnessRun | str, step_id: int, *, before: bool = False) -> None:
         """Makes the engine crash right after it commits a step, once; another engine then continues the run.
@@ -355,7 +385,7 @@ class AgentHarness:
             return
         if step_id in [number for number, _ in await self.recorded(run)]:
             raise ValueError(f"run {run.id} has recorded step {step_id} already")
-        self._arm(run.key, point)
+        await self.arm(run.key, step_recorded(run.key.workflow_id, step_id), point)
 
     async def crashed(self) -> None:
         """Waits until the crash that is to come has come, and another engine has taken over.
@@ -363,27 +393,21 @@ class AgentHarness:
         Raises:
             TimeoutError: It has not in time.
         """
-        if self._armed is not None:
-            await self._crashed(self.crashes)
-
-    async def _crashed(self, before: int) -> None:
         deadline = time.monotonic() + self.timeout_s
-        while self.crashes == before:
-            if self._broken is not None:
-                raise RuntimeError("the engine could not be launched again after a crash") from self._broken
+        while self._armed is not None:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the engine has not crashed within {self.timeout_s:g} s")
             await asyncio.sleep(POLL_S)
+        await self._alive_engine()
 
-    def _arm(self, key: RunKey, point: CrashPoint) -> None:
-        self.arm(key, step_recorded(key.workflow_id, point.step_id), point)
+    async def arm(self, key: RunKey, condition: Condition, point: CrashPoint) -> None:
+        """Makes the engine crash at the first commit that a condition is true for.
 
-    def arm(self, key: RunKey, condition: Condition, point: CrashPoint) -> None:
-        """Makes the engine crash at the first commit that a condition is true for."""
-        engine = self._engine
-        assert engine is not None, "open the harness first"
-        if engine.mortal.armed:
-            raise ValueError("another crash is still to come; wait for it with `crashed`")
+        Raises:
+            ValueError: Another crash is still to come.
+        """
+        engine = await self._alive_engine()
+        self._refuse_second_crash(engine)
         self._armed = (key.run_id, point)
         engine.mortal.arm(condition, before=point.before)
 
@@ -399,6 +423,7 @@ class AgentHarness:
     def disarm(self) -> None:
         """Calls off the crash that is still to come."""
         self._armed = None
+        self._plans.clear()
         if self._engine is not None:
             self._engine.mortal.arm(None)
 
@@ -407,6 +432,8 @@ class AgentHarness:
         if self._armed is not None and (key is None or key.run_id == self._armed[0]):
             run_id, point = self._armed
             raise CrashNeverHappened(f"run {run_id} was to crash {point}, and never came to it")
+        if key is None and self._plans:
+            raise CrashNeverHappened(f"no run of {', '.join(self._plans)} was started to crash")
 
     async def recorded(self, run: HarnessRun) -> list[tuple[int, str]]:
         """Returns number and name of every operation of a run that is recorded: what a replay must meet again."""

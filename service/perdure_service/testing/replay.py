@@ -64,7 +64,7 @@ async def check_replay(
         if point is not None:
             at_end = crash.run_ended(run.key.workflow_id, told.append)
             after_step = crash.step_recorded(run.key.workflow_id, point.step_id)
-            harness.arm(run.key, at_end if point.before else after_step, point)
+            await harness.arm(run.key, at_end if point.before else after_step, point)
         await harness.start(agent, run_input, run_id=run_id)
         for number, (name, payload) in enumerate(signals):
             await harness.signal(run, name, payload, request_id=f"{run_id}-{number}")
