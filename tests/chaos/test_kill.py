@@ -252,9 +252,9 @@ def _ended(server: ServerProcess, *run_ids: str) -> None:
     server.kill()
 
 
-def test_a_fork_survives_a_kill_at_every_point_of_its_making(server: ServerProcess, url: str) -> None:
+def test_a_fork_survives_a_kill_before_and_after_its_commit(server: ServerProcess, url: str) -> None:
     _ended(server, "to-fork")
-    for point in range(1, 6):
+    for point in (1, 2):
         new_run_id = f"fork-{point}"
         request = ForkRunRequest(run_id="to-fork", request_id=new_run_id, new_run_id=new_run_id, from_step_id=3)
         server.start(PERDURE_CHAOS_KILL_AT=str(point))

@@ -326,7 +326,7 @@ def test_forks_and_a_deletion_of_their_origin_at_once_leave_whole_runs(rpc: Rpc,
             request = pb.ForkRunRequest(run_id=origin, request_id=new_id(), from_step_id=2 + number % 2)
             try:
                 return str(rpc.runs.ForkRun(request, timeout=scaled(20)).run.run_id)
-            except Exception as error:  # noqa: BLE001 - judged below
+            except Exception as error:
                 return f"! {error}"
 
         with ThreadPoolExecutor(5) as pool:
