@@ -2,7 +2,7 @@
 
 `PERDURE_CHAOS_KILL_AT=n`       dies, as by kill -9, at the nth point: each commit of the seam has two, "everything is
                                 written but nothing committed" and "committed, but nobody knows it yet".
-`PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam happens, and its reply is lost, once.
+`PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam but first claims happens, and its reply is lost, once.
 `PERDURE_CHAOS_SQLSTATE=40001`  every third transaction that writes events fails with this SQLSTATE, raised
                                 by the database.
 `PERDURE_CHAOS_LOSE_CLAIMS=1`   the first claim of each run is committed, and its reply is lost.
@@ -66,7 +66,7 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
             yield conn
         if _tells(operation):
             _point(f"committed {sorted(operation._events)}")
-            if AMBIGUOUS and operation.attempts == 1:
+            if AMBIGUOUS and operation.attempts == 1 and not _claims_for_the_first_time(operation):
                 lost = psycopg.OperationalError("server closed the connection unexpectedly")
                 raise sa.exc.OperationalError("COMMIT", None, lost, connection_invalidated=True)
             if LOSE_CLAIMS and _claims_for_the_first_time(operation):

@@ -96,6 +96,8 @@ def test_an_unknown_namespace_is_not_found_everywhere(rpc: Rpc, known: str, name
         lambda: rpc.runs.ListSteps(pb.ListStepsRequest(namespace=namespace, run_id=known)),
         lambda: rpc.runs.SignalRun(pb.SignalRunRequest(namespace=namespace, run_id=known, name="a", request_id="r")),
         lambda: rpc.runs.CancelRun(pb.CancelRunRequest(namespace=namespace, run_id=known)),
+        lambda: rpc.runs.ForkRun(pb.ForkRunRequest(namespace=namespace, run_id=known, request_id="r")),
+        lambda: rpc.runs.DeleteRuns(pb.DeleteRunsRequest(namespace=namespace, run_ids=[known])),
         lambda: rpc.approvals.ListApprovals(approval_pb.ListApprovalsRequest(namespace=namespace)),
         lambda: rpc.approvals.GetApproval(approval_pb.GetApprovalRequest(namespace=namespace, approval_id="a/1")),
         lambda: rpc.approvals.DecideApproval(

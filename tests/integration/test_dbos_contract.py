@@ -176,3 +176,40 @@ def test_what_stops_when_an_engine_dies_is_there() -> None:
     assert "daemon=True" in loop
     assert "if not self._running or self._loop is None or self._thread is None:\n            return" in loop
     assert "self._run_background_processes" in inspect.getsource(_sys_db_postgres.PostgresSystemDatabase.run_notifier)
+
+
+# ---- forks and deletions ---------------------------------------------------------------------------------------------
+
+
+def _source_of(name: str) -> str:
+    return inspect.getsource(getattr(_sys_db.SystemDatabase, name))
+
+
+def test_a_deletion_reaches_every_table_of_a_workflow() -> None:
+    source = _source_of("_delete_workflows")
+    assert source.count("self.engine.begin()") == 1, "one transaction, which ours is in"
+    for table in SystemSchema.metadata_obj.tables.values():
+        columns = {"workflow_uuid", "destination_uuid"} & set(table.columns.keys())
+        if not columns:
+            continue
+        cascades = any(key.ondelete == "CASCADE" for name in columns for key in table.columns[name].foreign_keys)
+        assert cascades or f"self.tables.{table.name}" in source, table.name
+
+
+def test_a_fork_is_one_transaction_that_copies_everything_below_a_step() -> None:
+    source = _source_of("fork_workflow")
+    assert source.count("self.engine.begin()") == 1
+    for name in ("operation_outputs", "workflow_events_history", "workflow_events", "streams", "workflow_input"):
+        assert f"self.tables.{name}" in source, name
+    parameters = inspect.signature(_sys_db.SystemDatabase.fork_workflow).parameters
+    assert {"original_workflow_ids", "forked_workflow_ids", "start_steps", "application_version", "queue_name"} <= set(
+        parameters
+    )
+
+
+def test_a_wait_with_a_timeout_takes_two_numbers_and_a_result_is_read_again_in_a_replay() -> None:
+    """What `domain.forks` knows of recorded steps."""
+    source = Path(inspect.getfile(dbos)).with_name("_dbos.py").read_text()
+    assert source.count("timeout_function_id = ctx.curr_step_function_id + 1") == 4  # recv and get_event, async too
+    assert 'function_name="DBOS.getResult"' in _source_of("record_get_result")
+    assert "check_operation_execution" not in _source_of("await_workflow_result")

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import DEADLINE_PASSED, TERMINAL_STATUSES, RunFilter, RunKey, RunStart, RunState
-from perdure_service.store import event_log, runs
+from perdure_service.store import deletions, event_log, runs
 from perdure_service.store.engine import create_engine
 
 
@@ -128,3 +128,64 @@ def test_the_key_refuses_a_writer_that_read_the_same_end(engine: sa.Engine) -> N
         one.commit()
     with engine.begin() as conn:
         assert [e.data["message"] for e in event_log.read(conn, workflow_id, 0)] == ["event 1\0"]
+
+
+def test_a_family_may_be_deleted_when_nobody_may_still_read_a_result_of_it(engine: sa.Engine) -> None:
+    namespace = f"fam-{engine.dialect.driver}-{engine.dialect.name}"[:32]
+
+    def add(run_id: str, status: str = "SUCCESS", parent: str = "", forked_from: str = "") -> None:
+        def workflow_id(one: str) -> str | None:
+            return RunKey.of_api(namespace, one).workflow_id if one else None
+
+        conn.execute(
+            sa.text(
+                "INSERT INTO dbos.workflow_status (workflow_uuid, status, name, parent_workflow_id, forked_from) "
+                "VALUES (:id, :status, 'x', :parent, :forked_from)"
+            ),
+            {
+                "id": workflow_id(run_id),
+                "status": status,
+                "parent": workflow_id(parent),
+                "forked_from": workflow_id(forked_from),
+            },
+        )
+        start = RunStart(RunKey.of_api(namespace, run_id), "x", "1", "hash", "request", "me")
+        runs.insert(
+            conn, start, input_argument=None, parent_workflow_id=workflow_id(parent), unique_request_id=None,
+            executor_id="",
+        )  # fmt: skip
+
+    with engine.begin() as conn:
+        add("alone")
+        add("open", "PENDING")
+        for root in ("done", "left", "forked", "far"):
+            add(root)
+            add(f"{root}.1", parent=root)
+            add(f"{root}.1.2", "PENDING" if root == "left" else "ERROR", parent=f"{root}.1")
+        add("open.1", parent="open")
+        add("fork", "ENQUEUED", forked_from="forked")
+        add("far-1", "CANCELLED", forked_from="far")
+        add("far-2", "DELAYED", forked_from="far-1")
+        roots = ["alone", "open", "open.1", "done", "left", "left.1", "forked", "forked.1", "far", "far-1", "far-2"]
+        ids = {RunKey.of_api(namespace, root).workflow_id: root for root in [*roots, "nothing"]}
+        found = deletions.families(conn, list(ids))
+        assert {ids[root] for root in found.held} == {
+            "open", "open.1", "left", "left.1", "forked", "forked.1", "far", "far-1", "far-2",
+        }  # fmt: skip
+        assert {ids[root]: sorted(one.run_id for one in family) for root, family in found.deletable.items()} == {
+            "alone": ["alone"],
+            "done": ["done", "done.1", "done.1.2"],
+        }
+        assert deletions.families(conn, []).workflow_ids == []
+        known = deletions.find(conn, namespace, ["alone", "far.1", "nothing", "FOREIGN"])
+        assert sorted(known) == ["alone", "far.1"]
+        assert deletions.gone(conn, [*known.values(), "nothing"]) == ["nothing"]
+        everything = found.workflow_ids
+        assert list(deletions.lock(conn, [*everything, "nothing"])) == everything
+        deletions.delete_ours(conn, everything)
+        assert sorted(deletions.gone(conn, everything)) == everything
+        batches = list(deletions.in_batches(found, 2))
+        assert [sorted(map(ids.get, batch.deletable)) for batch in batches] in (  # type: ignore[type-var]
+            [["alone"], ["done"]],
+            [["done"], ["alone"]],
+        )

@@ -71,7 +71,9 @@ class _Call:
         return len(self.members) >= CALL_RUNS or time.monotonic() > self._deadline
 
     def take(self, roots: Sequence[str]) -> None:
-        """Deletes the families of some runs, or notes why not."""
+        """Deletes the families of some runs, or notes which are left alone."""
+        if not roots:
+            return
         found = self._plan(roots)
         self.held |= found.held
         for batch in deletions.in_batches(found, BATCH_RUNS):

@@ -257,7 +257,7 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
 
     def begin(conn: sa.Connection) -> None:
         needed = sorted({origin_id, *plan.point.awaited})
-        locked = database.lock(conn, needed)
+        locked = database._lock(conn, needed)
         if runs.get(conn, key.workflow_id) is not None:
             raise _ForkExists(key.workflow_id)
         if locked != needed:

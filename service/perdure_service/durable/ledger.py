@@ -170,6 +170,7 @@ class Ledger:
             context_id=row["context_id"] if row else "",
             trace_id=trace_id,
             traceparent=traceparent,
+            forked_from_workflow_id=status.get("forked_from") or None,
         )
 
     def adopt(self, conn: sa.Connection, workflow_ids: Sequence[str], add: AddEvents | None = None) -> list[str]:
@@ -186,7 +187,8 @@ class Ledger:
         rows = (
             conn.execute(
                 sa.text(
-                    f"SELECT s.workflow_uuid, s.status, s.name, s.parent_workflow_id, s.delay_until_epoch_ms, i.inputs "
+                    "SELECT s.workflow_uuid, s.status, s.name, s.parent_workflow_id, s.forked_from, "
+                    "s.delay_until_epoch_ms, i.inputs "
                     f"FROM {STATUS} AS s LEFT JOIN {INPUT} AS i ON i.workflow_uuid = s.workflow_uuid "
                     "WHERE s.workflow_uuid = ANY(:ids) AND NOT EXISTS "
                     "(SELECT 1 FROM perdure.run AS r WHERE r.workflow_id = s.workflow_uuid) ORDER BY s.workflow_uuid"

@@ -35,7 +35,7 @@ class StatusDatabase(TransactionalDatabase):
         operation = Operation(None)
 
         def finish(conn: sa.Connection) -> None:
-            self.lock(conn, workflow_ids)
+            self._lock(conn, workflow_ids)
             for ended in self.ledger.ended(conn, workflow_ids):
                 events, after = self.ledger.close(conn, ended)
                 operation.add(ended.key.workflow_id, *events)
@@ -61,7 +61,7 @@ class StatusDatabase(TransactionalDatabase):
         operation = Operation(None)
 
         def begin(conn: sa.Connection) -> None:
-            self.lock(conn, workflow_ids)
+            self._lock(conn, workflow_ids)
             self.ledger.adopt(conn, workflow_ids)
             operation.facts["before"] = self.ledger.states(conn, workflow_ids)
             operation.facts["logged"] = runs.logged_states(conn, workflow_ids)

@@ -159,7 +159,7 @@ class PerdureSystemDatabase(StatusDatabase):
         by_id = {status["workflow_uuid"]: status for status in statuses}
 
         def finish(conn: sa.Connection) -> None:
-            for workflow_id in self.lock(conn, sorted(by_id)):
+            for workflow_id in self._lock(conn, sorted(by_id)):
                 record = self.ledger.record_start(conn, status=dict(by_id[workflow_id]))
                 if record is not None:
                     operation.add(workflow_id, *record.events)

@@ -129,7 +129,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         with self.engine.begin():
             pass
 
-    def lock(self, conn: sa.Connection, workflow_ids: Sequence[str]) -> list[str]:
+    def _lock(self, conn: sa.Connection, workflow_ids: Sequence[str]) -> list[str]:
         """Locks status rows in order of their ids; returns those that exist."""
         rows = conn.execute(
             sa.text(

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
 
-from perdure_service.durable.service import RunService, StartCommand
+from perdure_service.durable.service import ForkCommand, RunService, StartCommand
 from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.interceptors import RpcContext
@@ -59,17 +59,21 @@ class AgentRuns(AgentRunServiceServicer):
 
     async def ForkRun(self, request: pb.ForkRunRequest, context: RpcContext) -> pb.ForkRunResponse:
         """Starts a run from the recorded steps of another one."""
+        large = request.ByteSize() > LARGE_REQUEST_BYTES
+        command = await asyncio.to_thread(self._fork_command, request) if large else self._fork_command(request)
+        run, created = await self._service.fork(command)
+        return pb.ForkRunResponse(
+            run=convert.agent_run(run, full=False), created=created, from_step_id=run.forked_from_step_id
+        )
+
+    def _fork_command(self, request: pb.ForkRunRequest) -> ForkCommand:
         call = current_call()
-        command = requests.fork_run(
+        return requests.fork_run(
             request,
             caller=call.caller,
             trace_parent=call.trace_parent,
             now=datetime.now(UTC),
             max_input_bytes=self._settings.max_input_bytes,
-        )
-        run, created = await self._service.fork(command)
-        return pb.ForkRunResponse(
-            run=convert.agent_run(run, full=False), created=created, from_step_id=run.forked_from_step_id
         )
 
     async def GetRun(self, request: pb.GetRunRequest, context: RpcContext) -> pb.GetRunResponse:

@@ -20,9 +20,10 @@ COLUMNS_USED: dict[str, tuple[str, ...]] = {
         "workflow_uuid", "status", "name", "owner_xid", "executor_id", "queue_name", "application_name",
         "application_version", "parent_workflow_id", "created_at", "updated_at", "completed_at", "started_at_epoch_ms",
         "delay_until_epoch_ms", "workflow_deadline_epoch_ms", "recovery_attempts", "serialization", "deduplication_id",
+        "forked_from",
     ),
     "workflow_input": ("workflow_uuid", "inputs"),
-    "operation_outputs": ("workflow_uuid", "function_id", "function_name"),
+    "operation_outputs": ("workflow_uuid", "function_id", "function_name", "error", "child_workflow_id"),
     "notifications": (
         "message_uuid", "destination_uuid", "topic", "message", "serialization", "consumed", "consumed_by_function_id",
     ),

@@ -597,7 +597,10 @@ def test_without_the_extra_the_command_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; from perdure_client.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "perdure: the command needs typer and rich. Install them with: pip install 'perdure[cli]'\n"
+    assert (
+        done.stderr
+        == "perdure: the command needs typer, rich and pyyaml. Install them with: pip install 'perdure[cli]'\n"
+    )
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:

@@ -23,6 +23,7 @@ from perdure_client import (
     Recovered,
     Run,
     RunEvent,
+    RunForked,
     RunState,
     SignalReceived,
     StateChanged,
@@ -266,6 +267,7 @@ def test_plain_lines_tell_the_same_story() -> None:
         SignalReceived(name="go", sender="me"),
         Recovered(gap=timedelta(seconds=3)),
         LogLine(message="careful", level="warning"),
+        RunForked(from_run_id="old", from_step_id=3),
         StateChanged(to_state=RunState.FAILED, failure=ERROR),
     ) == [
         "RUNNING",
@@ -280,6 +282,7 @@ def test_plain_lines_tell_the_same_story() -> None:
         "signal go from me",
         "recovered after its executor was gone; stood still for 3.0 s",
         "warning: careful",
+        "forked from old, goes on at step 3; what is told of earlier steps is its",
         "FAILED: RateLimitError: 429 too many requests slow down",
     ]
 

@@ -24,6 +24,7 @@ from perdure_client import (
     Recovered,
     Run,
     RunEvent,
+    RunForked,
     RunState,
     SignalReceived,
     StateChanged,
@@ -276,3 +277,19 @@ def test_the_result_completes_the_view(log: Log) -> None:
     done = snapshot(state=RunState.SUCCEEDED, output={"a": 1}, end_time=BEGAN)
     view = log.view().with_run(done)
     assert (view.output, view.state, view.end_time) == ({"a": 1}, RunState.SUCCEEDED, BEGAN)
+
+
+def test_a_fork_says_where_it_comes_from_and_shows_the_steps_that_it_took_over(log: Log) -> None:
+    log.add(StateChanged(to_state=RunState.QUEUED), execution=0)
+    log.add(RunForked(from_run_id="old", from_step_id=2), execution=0)
+    log.add(StepSucceeded(duration=timedelta(seconds=9), output_preview="kept"), step=1, execution=0)
+    log.add(StateChanged(to_state=RunState.RUNNING, from_state=RunState.QUEUED))
+    log.add(StepStarted(), step=2)
+    view = log.view()
+    assert view.notes[0].text == "forked from old, goes on at step 2"
+    assert [(step.state, step.preview) for step in view.steps.values()] == [
+        (StepState.SUCCEEDED, "kept"),
+        (StepState.RUNNING, ""),
+    ]
+    assert view.steps[1].duration == timedelta(seconds=9)
+    assert (view.execution, view.recoveries) == (1, 0)

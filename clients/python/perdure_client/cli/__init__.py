@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-NEEDS_EXTRA = "perdure: the command needs typer and rich. Install them with: pip install 'perdure[cli]'"
+NEEDS_EXTRA = "perdure: the command needs typer, rich and pyyaml. Install them with: pip install 'perdure[cli]'"
 
 
 def main() -> None:
@@ -15,10 +15,11 @@ def main() -> None:
     try:
         import rich
         import typer
+        import yaml
     except ImportError:
         print(NEEDS_EXTRA, file=sys.stderr)
         sys.exit(2)
-    del rich, typer
+    del rich, typer, yaml
     from perdure_client.cli._app import app
 
     app(prog_name="perdure")
