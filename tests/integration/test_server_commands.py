@@ -21,6 +21,7 @@ from perdure_client import Client
 from perdure_service.store.engine import parse_url
 
 from tests.helpers.databases import DatabaseServer, url_in_form
+from tests.helpers.pdfs import pdf
 from tests.helpers.proxy import DatabaseProxy
 from tests.helpers.rpc import Reading, Rpc, new_id, refusal_of, sequences, state_of, states_in
 from tests.helpers.server import ROOT, ServerProcess, effects, sql
@@ -240,6 +241,21 @@ def test_help_and_version_need_nothing(tmp_path: Path) -> None:
         result = perdure_server(option, cwd=tmp_path)
         assert (result.returncode, result.stderr) == (0, "")
         assert "perdure-server" in result.stdout
+
+
+def test_a_folder_with_a_broken_pdf_is_loaded_but_for_that_and_the_exit_status_says_so(
+    database_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "good.pdf").write_bytes(pdf("Whales winter in the bay."))
+    (tmp_path / "page.html").write_text("<h1>Harbour</h1><p>The lock opens at high tide.</p>", encoding="utf-8")
+    result = perdure_server("documents", "load", str(tmp_path), PERDURE_DATABASE_URL=database_url)
+    assert (result.returncode, result.stderr) == (0, "")
+    (tmp_path / "broken.pdf").write_bytes(pdf("words")[:200])
+    result = perdure_server("documents", "load", str(tmp_path), PERDURE_DATABASE_URL=database_url)
+    assert (result.returncode, result.stderr) == (1, "")
+    failed, summary = result.stdout.splitlines()
+    assert failed.startswith("failed   broken.pdf: is a broken PDF: ")
+    assert summary == "0 loaded, 2 unchanged, 0 removed, 1 failed, 0 new passages"
 
 
 # ---- check and migrate when all is well ------------------------------------------------------------------------------
