@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 from perdure_service.testing import AgentHarness, Breaks, CrashNeverHappened, Fails, ScriptedModel
@@ -54,8 +58,12 @@ async def test_an_answer_that_is_recorded_is_not_asked_for_again(database_server
     assert len(model.calls) == 2
 
 
-async def test_a_harness_without_a_url_brings_a_database_of_its_own(tmp_path_factory: object) -> None:
-    async with AgentHarness(timeout_s=scaled(15)) as harness:
+async def test_a_harness_without_a_url_brings_a_database_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PERDURE_TEST_DATABASE_URL", raising=False)
+    data_dir = Path(tempfile.mkdtemp(prefix="perdure-test-"))
+    # When the process ends: the harness's server stops then, and its own exit hook, registered later, comes first.
+    atexit.register(shutil.rmtree, data_dir, ignore_errors=True)
+    async with AgentHarness(data_dir=data_dir, timeout_s=scaled(15)) as harness:
         assert await harness.run("adder") == 3
 
 
