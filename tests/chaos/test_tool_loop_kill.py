@@ -48,6 +48,7 @@ def server(database_url: str, endpoint: ModelEndpoint, web: Web) -> Iterator[Ser
         yield server
 
 
+@pytest.mark.timeout(300)
 def test_kills_in_a_tool_and_in_the_model_repeat_only_what_was_in_progress(
     server: ServerProcess, database_url: str, endpoint: ModelEndpoint, web: Web
 ) -> None:
@@ -100,6 +101,7 @@ def _view(run: Run, events: list[RunEvent]) -> RunView:
     return view
 
 
+@pytest.mark.timeout(300)
 def test_a_kill_while_children_work_starts_no_child_again_and_repeats_no_finished_one(
     server: ServerProcess, database_url: str, endpoint: ModelEndpoint, tmp_path: Path
 ) -> None:
