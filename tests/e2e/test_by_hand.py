@@ -138,7 +138,7 @@ def test_start_and_follow_in_one_command(perdure: Perdure) -> None:
 def test_a_cancelled_or_failed_run_ends_the_commands_that_follow_it_with_1(perdure: Perdure) -> None:
     perdure.run("start", "listener", "--run-id", "unneeded")
     assert perdure.one("cancel", "unneeded", "--reason", "not needed")["state"] == "CANCELLED"
-    assert perdure.lines("watch", "unneeded", status=1)[-1]["data"]["reason"] == "not needed"
+    assert perdure.lines("watch", "unneeded", status=1)[-1]["data"]["reason"] == "cancelled by dev: not needed"
     run = perdure.one("start", "failing", "--wait", status=1)
     assert (run["state"], run["failure"]["message"]) == ("FAILED", "it cannot be done")
     assert perdure.lines("start", "failing", "--watch", status=1)[-1]["data"]["to_state"] == "FAILED"
