@@ -10,8 +10,9 @@ import pytest
 from perdure.v1 import agent_run_service_pb2 as pb
 
 from tests.helpers import judge
-from tests.helpers.rpc import Rpc, in_seconds, kinds_of, new_id, only, refused, state_of
+from tests.helpers.rpc import Rpc, in_seconds, kinds_of, new_id, only, refused, state_of, states_in
 from tests.helpers.server import effects, sql
+from tests.helpers.waiting import eventually
 
 
 def fork(rpc: Rpc, run_id: str, run_input: Any = None, **fields: Any) -> pb.ForkRunResponse:
@@ -118,9 +119,15 @@ def test_a_run_that_was_cancelled_in_a_wait_waits_again(rpc: Rpc) -> None:
     origin = rpc.start("listener", {"signals": 2, "timeout_s": 600})
     rpc.until(origin, "AWAITING_INPUT")
     rpc.signal(origin, "first")
-    rpc.until(origin, "AWAITING_INPUT")
+
+    def waits_again() -> bool:
+        log = rpc.runs.ListRunEvents(pb.ListRunEventsRequest(run_id=origin)).events
+        return states_in(log).count("AWAITING_INPUT") == 2
+
+    eventually(waits_again)
     rpc.cancel(origin)
     response = fork(rpc, origin)
+    assert response.from_step_id == 3, "the first message is taken over, with the number that its timeout has"
     rpc.until(response.run.run_id, "AWAITING_INPUT")
     rpc.signal(response.run.run_id, "second")
     assert rpc.output_of(response.run.run_id) == ["first", "second"]
