@@ -134,7 +134,7 @@ def test_steps_and_workflows_are_run_by_the_functions_we_replace() -> None:
     assert list(inspect.signature(runtime._plain_execute_thread).parameters)[:4] == ["dbos", "status", "func", "ctx"]
     assert list(inspect.signature(_core.execute_dequeued_workflow).parameters) == ["dbos", "status", "owner_xid"]
     # `output_limit` measures outputs where DBOS serializes them, so that an output it refuses ends the run as an error.
-    persist = inspect.getsource(_core._get_wf_invoke_func)
+    persist = inspect.getsource(replay._plain_get_wf_invoke_func)
     assert persist.count("serialize_value_as(") == source.count("serialize_value_as(") == 1
     assert persist.index("try:") < persist.index("serialize_value_as(") < persist.index("except Exception as error:")
     assert persist.count("_serialize_exception_for_persistence(") == 1
