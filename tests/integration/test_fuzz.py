@@ -116,8 +116,8 @@ async def test_mutated_messages_leave_the_server_serving_with_no_internal_error(
 
     run_id = rpc.start("counter", {"steps": 1})
     assert rpc.output_of(run_id) == {"total": 0}
-    assert "Traceback" not in server.log[seen:]
-    assert "error_id" not in server.log[seen:]
+    lines = server.log[seen:].splitlines()
+    assert not [line[:2_000] for line in lines if "Traceback" in line or "error_id" in line]
     every_log_is_whole(database_url)
 
 

@@ -164,11 +164,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 # The generated servicer's own answer: the schema has the method, this server does not.
                 span.end()
                 await context.abort(grpc.StatusCode.UNIMPLEMENTED, "this server does not have the method")
-            if _passes(error):
+            gone = isinstance(error, grpc.aio.InternalError)
+            if gone or _passes(error):
                 _ended(span, path, call, "CANCELLED", began)
                 span.end()
                 # Whether it was done is not known; it may have been.
                 audit(call, request, None, "CANCELLED")
+                if gone:
+                    # A write failed, as the client went away and gRPC has not cancelled this task yet: nobody listens.
+                    raise asyncio.CancelledError from None
                 raise
             try:
                 failure, reason = _described(error, call, time.monotonic() - began)

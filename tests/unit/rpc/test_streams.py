@@ -336,6 +336,21 @@ async def test_a_caller_with_too_many_streams_is_refused_over_the_wire_and_other
         await watch("ann").read()
 
 
+async def test_a_write_that_fails_as_the_client_has_just_gone_is_no_error_of_the_server(service, rpc_log, caplog):
+    async def lost(*args: Any, **kwargs: Any) -> Any:
+        yield a_batch(1, snapshot=a_run())
+        raise grpc.aio.InternalError("Failed execute_batch")  # what context.write raises then
+
+    service.script["watch"] = lost
+    async with serving(service) as served:
+        call = served.runs.WatchRun(WATCH)
+        await call.read()
+        call.cancel()
+        await eventually_async(lambda: served.server.streams.count == 0)
+    assert rpc_log == []
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
 async def test_closing_closes_what_can_be_closed():
     class Plain:
         def __aiter__(self) -> Plain:
