@@ -23,8 +23,12 @@ from tests.unit.test_docs import ERRORS
 
 HERE = Path(__file__).parent
 ELSEWHERE = {
-    "Unauthenticated": "authentication's own tests",
-    "PermissionDenied": "authentication's own tests",
+    "Unauthenticated": "../helpers/security.py",
+    "TokenMissing": "../unit/rpc/test_security.py",
+    "TokenExpired": "../unit/rpc/test_security.py",
+    "KeysUnavailable": "../unit/rpc/test_security.py",
+    "PermissionDenied": "../unit/rpc/test_security.py",
+    "ViewTooLarge": "../unit/rpc/test_errors.py",
     "ConfigurationError": "never reaches a caller",
     "Overloaded": "test_limits.py",
     "QuotaExceeded": "test_limits.py",

@@ -589,7 +589,7 @@ def test_concurrent_cancellations_end_a_run_once(rpc: Rpc) -> None:
 
 
 def test_a_cancelled_run_is_not_started_again_by_the_same_start(rpc: Rpc, database_url: str) -> None:
-    run_id = rpc.start("counter", {"steps": 1}, delay=duration(600))
+    run_id = rpc.start_call("counter", {"steps": 1}, run_id=new_id(), delay=duration(600)).run.run_id
     rpc.cancel(run_id)
     again = rpc.start_call("counter", {"steps": 1}, run_id=run_id)
     assert (again.created, state_of(again.run)) == (False, "CANCELLED")

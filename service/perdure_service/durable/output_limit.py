@@ -22,6 +22,7 @@ from dbos._sys_db import OperationResultInternal
 
 from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.durable import values
+from perdure_service.durable.substitutes import substitute
 
 _serialize_error = _core._serialize_exception_for_persistence
 
@@ -45,8 +46,8 @@ class OutputLimit:
             return _encodable(_serialize_error(error, serialization, serializer))
 
         # What `persist` calls; looked up by these names in the module.
-        _core.serialize_value_as = measured  # type: ignore[attr-defined]
-        _core._serialize_exception_for_persistence = storable
+        substitute(_core, "serialize_value_as", measured)
+        substitute(_core, "_serialize_exception_for_persistence", storable)
 
     def check_text(self, what: str, text: str) -> None:
         """Refuses a text that takes more than the limit.

@@ -25,6 +25,7 @@ from dbos._sys_db import SystemDatabase, db_retry
 
 from perdure_service.domain.runs import NON_DETERMINISTIC, Failure
 from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.values import MESSAGE_CHARS
 from perdure_service.store.dbos_tables import OUTPUTS
 
@@ -101,7 +102,7 @@ def install(executions: Executions, database: Callable[[], SystemDatabase]) -> N
 
         return observed
 
-    _core._get_wf_invoke_func = get_wf_invoke_func  # type: ignore[assignment]
+    substitute(_core, "_get_wf_invoke_func", get_wf_invoke_func)
 
 
 def _judged(execution: Execution, function: Callable[[], Any], database: SystemDatabase) -> Any:

@@ -33,6 +33,7 @@ from perdure_service.durable.operation import Operations
 from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
 from perdure_service.durable.spans import Spans, record, traced_run
+from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
 from perdure_service.durable.trace_writer import TraceWriter
 from perdure_service.durable.transactions import QUEUE
@@ -352,8 +353,8 @@ def _observe_workflows(executions: Executions) -> None:
             if execution is not None:
                 executions.remove(execution)
 
-    _core._execute_workflow_async = execute_async
-    _core._execute_workflow_wthread = execute_thread  # type: ignore[assignment]
+    substitute(_core, "_execute_workflow_async", execute_async)
+    substitute(_core, "_execute_workflow_wthread", execute_thread)
 
 
 def _bind_log(execution: Execution) -> None:

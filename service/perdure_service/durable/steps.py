@@ -37,6 +37,7 @@ from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, Executions, StepProgress, now_ms
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.spans import Spans
+from perdure_service.durable.substitutes import substitute
 
 MAX_RETRY_DELAY_S = 3600.0
 """DBOS's bound of the delay between two attempts (dbos/_core.py, invoke_step)."""
@@ -210,4 +211,4 @@ def install(executions: Executions, spans: Spans, lease: Lease) -> None:
             options["should_retry"] = _observed_verdict(func, options.get("should_retry"), observer)
         return _dbos_invoke_step(dbos, step_ctx, _observed_body(func, observer), args, kwargs, **options)
 
-    _core.invoke_step = observed_invoke_step
+    substitute(_core, "invoke_step", observed_invoke_step)

@@ -33,6 +33,7 @@ from perdure_service.durable import metering, replay, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
+from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.transactions import QUEUE
 
 GET_RESULT = "DBOS.getResult"
@@ -437,4 +438,4 @@ def install(build: Callable[..., SystemDatabase]) -> None:
         arguments.pop("sharding", None)
         return build(**arguments)
 
-    SystemDatabase.create = staticmethod(create)  # type: ignore[method-assign,assignment]
+    substitute(SystemDatabase, "create", staticmethod(create))

@@ -20,6 +20,7 @@ from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision
 from perdure_service.domain.runs import Run, RunKey
+from perdure_service.durable import substitutes
 from perdure_service.durable.crash import Condition, recorded_steps, step_recorded
 from perdure_service.durable.requests import StartCommand
 from perdure_service.durable.service import RunService
@@ -201,6 +202,7 @@ class AgentHarness:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._engine is not None:
             await (self._engine.bury() if self._engine.mortal.dead else self._engine.stop())
+        substitutes.restore()
 
     # ---- calls -------------------------------------------------------------------------------------------------------
 

@@ -303,7 +303,7 @@ class _Callable:
 
 
 def test_what_is_no_function_or_dbos_s_already_is_refused() -> None:
-    for function, advice in [(_Callable(), "not a function"), (plain_workflow, "expose"), (plain_step, "expose")]:
+    for function, advice in [(_Callable(), "not a function"), (undeclared_workflow, "expose"), (plain_step, "expose")]:
         with pytest.raises(TypeError, match=advice):
             agent(name="it")(function)  # type: ignore[arg-type]
     assert catalogue.registered() == []
@@ -320,7 +320,7 @@ def test_one_function_may_be_two_versions() -> None:
 
 
 @DBOS.workflow()
-def plain_workflow(question: str, limit: int = 3, due: datetime.datetime | None = None) -> dict[str, Any]:
+def undeclared_workflow(question: str, limit: int = 3, due: datetime.datetime | None = None) -> dict[str, Any]:
     """Does it."""
     raise NotImplementedError
 
@@ -388,7 +388,7 @@ def test_the_name_in_dbos_is_the_default_name_and_must_do_as_one() -> None:
 @pytest.mark.parametrize(
     ("workflow", "advice"),
     [
-        (plain_workflow, "due: datetime"),
+        (undeclared_workflow, "due: datetime"),
         (model_workflow, "validate_args=pydantic_args_validator"),
         (model_list_workflow, "validate_args=pydantic_args_validator"),
         (model_result_workflow, "model_dump"),

@@ -99,7 +99,7 @@ async def family(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Family]:
     family = Family()
     monkeypatch.setattr(view_module.event_log, "read", family.read)
     monkeypatch.setattr(view_module.run_heads, "heads", family.heads)
-    family.tailer = Tailer(family.news, lambda ids: None, family.missing, poll_s=0.02)
+    family.tailer = Tailer(family.news, family.missing, poll_s=0.02)
     family.tailer.start()
     family.start(ROOT)
     yield family

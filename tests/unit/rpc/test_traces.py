@@ -27,7 +27,7 @@ async def test_the_servicer_asks_for_children_unless_they_are_excluded(service):
     async with serving(service) as served:
         answer = await served.runs.GetRunTrace(pb.GetRunTraceRequest(run_id="foo"))
         await served.runs.GetRunTrace(pb.GetRunTraceRequest(namespace="lab", run_id="foo.5", exclude_children=True))
-        refused = await failing(served.runs.GetRunTrace(pb.GetRunTraceRequest(namespace="x" * 999)))
+        refused = await failing(served.runs.GetRunTrace(pb.GetRunTraceRequest(run_id="x" * 999)))
     assert (answer.trace_id, len(answer.spans), answer.truncated) == ("ab" * 16, 1, False)
     assert service.calls == [
         ("trace", ("default", "foo"), {"include_children": True}),
