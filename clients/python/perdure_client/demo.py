@@ -2,7 +2,7 @@
 
 `python -m perdure_client.demo`, told by the environment:
 
-    DOCS      A folder of Markdown and text files. Without it: this repository's own documentation.
+    DOCS      A folder of Markdown, text, HTML and PDF files. Without it: this repository's own documentation.
     QUESTION  What to ask.
     YES=1     Approve without asking.
 
@@ -21,22 +21,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Iterator, Mapping
-from concurrent import futures
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
-import grpc
-
 try:
-    from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-        ExportTraceServiceRequest,
-        ExportTraceServiceResponse,
-    )
-    from opentelemetry.proto.trace.v1.trace_pb2 import Span
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -48,10 +39,11 @@ from perdure_client._errors import PerdureError
 from perdure_client._events import ApprovalRequested, WatchUpdate
 from perdure_client._run_view import RunView
 from perdure_client._types import Approval, Decision, JsonValue, Run
+from perdure_client.cli import _trace
 from perdure_client.cli._lines import EventLines
 from perdure_client.cli._output import console, write_line
 from perdure_client.cli._render import RunDisplay
-from perdure_client.cli._text import RUN_STYLES, clean, one_line, short_duration
+from perdure_client.cli._text import RUN_STYLES, clean, one_line
 
 AGENT = "research"
 QUESTION = "What happens to a run when its executor dies?"
@@ -73,12 +65,8 @@ def main() -> int:
     """Runs the demonstration; returns the exit code: 0 if the run SUCCEEDED, else 1; 130 after Ctrl-C."""
     screen = console()
     try:
-        with tempfile.TemporaryDirectory(prefix="perdure-demo-") as folder, SpanSink() as sink:
-            run = _demonstrate(screen, Path(folder), sink)
-            _heading(screen, "The trace")
-            write_line(f"{len(sink.spans(run.trace_id))} spans of trace {run.trace_id}, as they arrived over OTLP:")
-            for line in trace_lines(sink.spans(run.trace_id)):
-                write_line(line)
+        with tempfile.TemporaryDirectory(prefix="perdure-demo-") as folder:
+            run = _demonstrate(screen, Path(folder))
     except (DemoFailed, PerdureError) as error:
         screen.print(Text(f"The demonstration failed: {clean(str(error))}", style="red"))
         return 1
@@ -87,15 +75,13 @@ def main() -> int:
     return 0 if run.succeeded else 1
 
 
-def _demonstrate(screen: Console, folder: Path, sink: SpanSink) -> Run:
+def _demonstrate(screen: Console, folder: Path) -> Run:
     question = os.environ.get("QUESTION") or QUESTION
     documents = _documents(folder)
     _heading(screen, "A server")
     given = os.environ.get("PERDURE_DATA_DIR")
     with (
-        dev_server(
-            documents, Path(given) if given else folder / "data", folder / "server.log", sink.address
-        ) as address,
+        dev_server(documents, Path(given) if given else folder / "data", folder / "server.log") as address,
         Client(address, token="", namespace="default", tls=False) as client,
     ):
         _heading(screen, f"A run of the agent `{AGENT}`: {question}")
@@ -104,7 +90,9 @@ def _demonstrate(screen: Console, folder: Path, sink: SpanSink) -> Run:
         run = _follow(client, started, show, screen)
         _heading(screen, "The answer")
         _print_answer(run, screen)
-    return run  # the server has stopped, and with that sent its last spans
+        _heading(screen, "The trace")
+        _trace.show(client, run.run_id, client.trace(run), screen)
+    return run
 
 
 def _documents(folder: Path) -> Path:
@@ -116,7 +104,7 @@ def _documents(folder: Path) -> Path:
         return path
     root = next((r for r in (Path.cwd(), *Path(__file__).resolve().parents) if (r / "service" / "docs").is_dir()), None)
     if root is None:
-        raise DemoFailed("there are no documents here; name a folder of Markdown or text files with DOCS=…")
+        raise DemoFailed("there are no documents here; name a folder of documents with DOCS=…")
     documents = folder / "documents"
     shutil.copytree(root / "service" / "docs", documents / "docs")
     if (root / "README.md").is_file():
@@ -128,14 +116,13 @@ def _documents(folder: Path) -> Path:
 
 
 @contextmanager
-def dev_server(documents: Path, data: Path, log: Path, traces: str) -> Generator[str]:
+def dev_server(documents: Path, data: Path, log: Path) -> Generator[str]:
     """Runs `perdure-server dev` on a free port; yields its address, and stops it politely at the end.
 
     Args:
         documents: The folder to load.
         data: Where it keeps its database.
         log: Where its log goes.
-        traces: Where it sends its spans.
 
     Raises:
         DemoFailed: It does not start.
@@ -148,7 +135,7 @@ def dev_server(documents: Path, data: Path, log: Path, traces: str) -> Generator
     with log.open("w", encoding="utf-8") as log_file:
         process = subprocess.Popen(  # noqa: S603 - our own program
             [*command, "--data-dir", str(data.resolve())],
-            env=_server_environment(traces),
+            env=_server_environment(),
             cwd=log.parent,  # no dbos-config.yaml of the caller's
             stdout=subprocess.PIPE,
             stderr=log_file,
@@ -161,14 +148,9 @@ def dev_server(documents: Path, data: Path, log: Path, traces: str) -> Generator
             _stop(process)
 
 
-def _server_environment(traces: str) -> dict[str, str]:
-    ours = ("OTEL_", "PERDURE_NAMESPACE", "PERDURE_ADDRESS", "PERDURE_TOKEN")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-    return kept | {
-        "OTEL_EXPORTER_OTLP_ENDPOINT": f"http://{traces}",
-        "OTEL_EXPORTER_OTLP_PROTOCOL": "grpc",
-        "OTEL_METRICS_EXPORTER": "none",  # nobody takes them here
-    }
+def _server_environment() -> dict[str, str]:
+    ours = ("PERDURE_NAMESPACE", "PERDURE_ADDRESS", "PERDURE_TOKEN")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
 
 
 def _wait_until_ready(process: subprocess.Popen[str], log: Path) -> str:
@@ -199,7 +181,7 @@ def _last_lines(log: Path) -> str:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """Lets the server drain and send its last spans."""
+    """Lets the server drain."""
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(STOP_TIMEOUT_S)
@@ -339,74 +321,6 @@ def _object(value: JsonValue) -> dict[str, Any]:
 
 def _heading(screen: Console, text: str) -> None:
     screen.print(Text(f"\n== {clean(text)}", style="bold"))
-
-
-# ---- the trace -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class SpanSink:
-    """Receives spans over OTLP, on a free port of this machine, and keeps them.
-
-    Attributes:
-        address: Where to send them.
-    """
-
-    address: str = ""
-    _spans: dict[tuple[bytes, bytes], Span] = field(default_factory=dict[tuple[bytes, bytes], Span])
-    _server: Any = None
-
-    def spans(self, trace_id: str) -> list[Span]:
-        """Returns what has arrived of a trace, in the order in which it began. A span that came twice is one."""
-        wanted = bytes.fromhex(trace_id)
-        found = [span for (trace, _), span in list(self._spans.items()) if trace == wanted]
-        return sorted(found, key=lambda span: (span.start_time_unix_nano, -span.end_time_unix_nano))
-
-    def export(self, request: ExportTraceServiceRequest, _context: grpc.ServicerContext) -> ExportTraceServiceResponse:
-        """Takes spans."""
-        for resource in request.resource_spans:
-            for scope in resource.scope_spans:
-                self._spans.update({(span.trace_id, span.span_id): span for span in scope.spans})
-        return ExportTraceServiceResponse()
-
-    def __enter__(self) -> SpanSink:
-        handler = grpc.unary_unary_rpc_method_handler(
-            self.export, ExportTraceServiceRequest.FromString, ExportTraceServiceResponse.SerializeToString
-        )
-        service = "opentelemetry.proto.collector.trace.v1.TraceService"
-        self._server = grpc.server(futures.ThreadPoolExecutor(2))
-        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Export": handler}),))
-        self.address = f"127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
-        self._server.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.stop(None)
-
-
-def trace_lines(spans: list[Span]) -> Iterator[str]:
-    """Yields the tree of a trace: each span with when it began, after the first, and how long it took."""
-    known = {span.span_id for span in spans}
-    children: dict[bytes, list[Span]] = {}
-    for span in spans:
-        children.setdefault(span.parent_span_id if span.parent_span_id in known else b"", []).append(span)
-    begin = spans[0].start_time_unix_nano if spans else 0
-    rows = [(f"{prefix}{one_line(span.name)}", span) for prefix, span in _branches(children, b"", "")]
-    width = max((len(name) for name, _ in rows), default=0)
-    for name, span in rows:
-        took = short_duration(timedelta(microseconds=(span.end_time_unix_nano - span.start_time_unix_nano) / 1000))
-        after = short_duration(timedelta(microseconds=(span.start_time_unix_nano - begin) / 1000))
-        failed = f"  ERROR {one_line(span.status.message)}" if span.status.code == span.status.STATUS_CODE_ERROR else ""
-        yield f"  {name:<{width}}  {took:>12}  after {after}{failed}"
-
-
-def _branches(children: Mapping[bytes, list[Span]], parent: bytes, prefix: str) -> Iterator[tuple[str, Span]]:
-    """Yields what is below a span, in order, each with the lines of the tree before it."""
-    siblings = children.get(parent, [])
-    for span in siblings:
-        branch, trunk = ("", "") if not parent else ("└─ ", "   ") if span is siblings[-1] else ("├─ ", "│  ")
-        yield prefix + branch, span
-        yield from _branches(children, span.span_id, prefix + trunk)
 
 
 if __name__ == "__main__":

@@ -4,76 +4,13 @@ from __future__ import annotations
 
 import io
 import os
-import re
 import stat
 import sys
 from pathlib import Path
-from typing import Any
 
-import grpc
 import pytest
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
-    ExportTraceServiceResponse,
-)
-from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from perdure_client import Approval, ApprovalState, Decision, Run, RunState, demo
 from rich.console import Console
-
-TRACE = "0123456789abcdef0123456789abcdef"
-SECOND = 10**9
-
-
-def span(name: str, parent: str = "", begin: float = 0, end: float = 1, **fields: Any) -> Span:
-    return Span(
-        trace_id=bytes.fromhex(TRACE),
-        span_id=name.encode(),
-        parent_span_id=parent.encode(),
-        name=name,
-        start_time_unix_nano=round(begin * SECOND),
-        end_time_unix_nano=round(end * SECOND),
-        **fields,
-    )
-
-
-def export(address: str, *spans: Span) -> None:
-    request = ExportTraceServiceRequest()
-    request.resource_spans.add().scope_spans.add().spans.extend(spans)
-    path = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
-    with grpc.insecure_channel(address) as channel:
-        call = channel.unary_unary(
-            path, ExportTraceServiceRequest.SerializeToString, ExportTraceServiceResponse.FromString
-        )
-        call(request, timeout=5)
-
-
-def test_spans_that_arrive_are_kept_once_and_by_trace() -> None:
-    with demo.SpanSink() as sink:
-        export(sink.address, span("b", begin=2), span("a", begin=1))
-        export(sink.address, span("a", begin=1))
-        assert [found.name for found in sink.spans(TRACE)] == ["a", "b"]
-        assert sink.spans("f" * 32) == []
-
-
-def test_a_trace_is_a_tree_in_the_order_of_time() -> None:
-    failed = {"status": {"code": 2, "message": "no"}}
-    spans = [
-        span("run", begin=0, end=4),
-        span("first", "run", 0.5, 1),
-        span("attempt", "first", 0.5, 0.75, **failed),
-        span("second", "run", 1, 4),
-        span("orphan", "never arrived", 2, 3),
-    ]
-    lines = list(demo.trace_lines(spans))
-    assert [re.split(r" {2,}(?=[\da-zE])", line.strip()) for line in lines] == [
-        ["run", "4.0 s", "after 0 ms"],
-        ["├─ first", "500 ms", "after 500 ms"],
-        ["│  └─ attempt", "250 ms", "after 500 ms", "ERROR no"],
-        ["└─ second", "3.0 s", "after 1.0 s"],
-        ["orphan", "1.0 s", "after 2.0 s"],
-    ]
-    assert len({line.index("after") for line in lines}) == 1
-    assert list(demo.trace_lines([])) == []
 
 
 def program(folder: Path, code: str) -> Path:
@@ -100,18 +37,17 @@ def test_the_server_is_started_alone_shown_and_stopped_politely(
     path = program(tmp_path, SERVES)
     monkeypatch.setattr("shutil.which", lambda *_, **__: str(path))
     monkeypatch.setenv("PERDURE_NAMESPACES", "other")
-    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "kept, too")
     monkeypatch.setenv("PERDURE_MODEL__NAME", "kept")
     log = tmp_path / "log"
-    with demo.dev_server(tmp_path, tmp_path / "data", log, "127.0.0.1:4317") as address:
+    with demo.dev_server(tmp_path, tmp_path / "data", log) as address:
         assert address == "127.0.0.1:5"
     assert capsys.readouterr().out == "  starting …\n  perdure serves on 127.0.0.1:5\n"
     text = log.read_text(encoding="utf-8")
     assert text.endswith("stopped politely\n")
-    for part in ("--documents", "127.0.0.1:0", '"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:4317"', '"kept"'):
+    for part in ("--documents", "127.0.0.1:0", '"kept"', '"kept, too"'):
         assert part in text
     assert "PERDURE_NAMESPACES" not in text
-    assert "OTEL_SDK_DISABLED" not in text
 
 
 def test_a_server_that_does_not_start_is_told_with_its_last_words(
@@ -119,14 +55,14 @@ def test_a_server_that_does_not_start_is_told_with_its_last_words(
 ) -> None:
     path = program(tmp_path, 'sys.exit("no database")')
     monkeypatch.setattr("shutil.which", lambda *_, **__: str(path))
-    server = demo.dev_server(tmp_path, tmp_path / "data", tmp_path / "log", "127.0.0.1:1")
+    server = demo.dev_server(tmp_path, tmp_path / "data", tmp_path / "log")
     with pytest.raises(demo.DemoFailed, match="stopped with status 1\nno database"), server:
         pass
 
 
 def test_without_a_server_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
-    server = demo.dev_server(tmp_path, tmp_path / "data", tmp_path / "log", "127.0.0.1:1")
+    server = demo.dev_server(tmp_path, tmp_path / "data", tmp_path / "log")
     with pytest.raises(demo.DemoFailed, match="pip install"), server:
         pass
 

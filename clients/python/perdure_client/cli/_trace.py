@@ -82,11 +82,21 @@ def trace(
     if output is Output.JSON:
         write_value(found)
         return
-    screen = console()
+    show(session_of(context).client, run, found, console())
+
+
+def show(client: Client, run: str, found: RunTrace, screen: Console) -> None:
+    """Draws a trace on a screen, or for a pipe.
+
+    Args:
+        client: Reads what the errors of the run's own attempts say.
+        run: The run's id.
+        found: Its trace.
+        screen: Where to.
+    """
     width = screen.width if sys.stdout.isatty() else PIPE_WIDTH
     signs = ASCII if screen.options.ascii_only else FINE
-    messages = _messages(session_of(context).client, run, found)
-    for line in drawn(found, width, now=datetime.now(UTC), signs=signs, messages=messages):
+    for line in drawn(found, width, now=datetime.now(UTC), signs=signs, messages=_messages(client, run, found)):
         _print(screen, line)
     if found.truncated:
         say("There are more spans; the last ones are not shown.")
