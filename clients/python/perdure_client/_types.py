@@ -423,7 +423,7 @@ class Approval:
         title: What is asked, for people.
         payload: What it is about, as parsed JSON.
         answer_schema: The JSON Schema that an answer must satisfy; None when any answer, or none, will do.
-        assignees: Who is asked; empty for anyone who may approve.
+        assignees: Who is asked, in the words of the agent; empty for anyone. Not enforced.
         create_time: When it was asked.
         deadline_time: Until when it can be decided; None for no deadline.
         on_timeout: What happens then.

@@ -526,7 +526,7 @@ class WatchRunResponse(_message.Message):
     caught_up: _builtins.bool
     """Whether everything that existed when it was sent has been sent."""
     end_of_run: _builtins.bool
-    """Whether the run has ended and this is the last response."""
+    """Whether the run, and with children in the view each of them, has ended, and this is the last response."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[_run_event_pb2.RunEvent]:
         """Events in order."""

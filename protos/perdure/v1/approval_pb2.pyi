@@ -138,7 +138,7 @@ class Approval(_message.Message):
     """Grows with every change; give it back as `expected_revision` to decide what you saw."""
     @_builtins.property
     def assignees(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Who is asked; empty for anyone who may approve."""
+        """Who is asked, in the words of the agent; empty for anyone. For people: whoever may approve may decide."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
