@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.helpers import marks
 from tests.helpers.waiting import eventually, free_port, scaled
 
 ROOT = Path(__file__).parents[2]
@@ -69,7 +70,7 @@ class DevServer:
             self._process = process = subprocess.Popen(
                 self._command,
                 cwd=self.folder,
-                env=environment(self.folder / "home"),
+                env=environment(self.folder / "home", PERDURE_MODEL__API_KEY=marks.SECRET),
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=subprocess.STDOUT,
@@ -88,13 +89,16 @@ class DevServer:
         """Ctrl-C; returns the exit status."""
         assert self._process is not None
         os.killpg(self._process.pid, signal.SIGINT)
-        return self._process.wait(scaled(20))
+        status = self._process.wait(scaled(20))
+        marks.check_log(self.said, "what the server has printed")
+        return status
 
     def kill(self) -> None:
         """kill -9 of the server alone."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
+        marks.check_log(self.said, "what the server has printed")
 
 
 class Perdure:
