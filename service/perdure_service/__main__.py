@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         ("dev", "serve on this machine, migrating first; without a configured database, on an embedded PostgreSQL"),
         ("serve", "serve the configured database, which must be migrated"),
     ):
-        command = commands.add_parser(name, help=text, description=text)
+        command = _command(commands, name, text)
         command.add_argument(
             "--agents",
             action="append",
@@ -94,14 +94,37 @@ def _parser() -> argparse.ArgumentParser:
                 help="start again with the new code whenever a Python file of the agents or of this folder changes",
             )
             command.add_argument("--reload-child", action="store_true", help=argparse.SUPPRESS)
-    commands.add_parser("migrate", help="bring the schema of the configured database up to date")
-    commands.add_parser("check", help="print the effective settings and try the database")
-    documents = commands.add_parser("documents", help="the documents that the research agent reads")
+    _command(
+        commands,
+        "migrate",
+        "bring the schema of the configured database up to date",
+        "Once per deployment, before the servers; safe to repeat. `dev` does it itself.",
+    )
+    _command(
+        commands,
+        "check",
+        "print the effective settings and try the database",
+        "Says what would keep `serve` from serving, and how to change it. Exit status 0: ready to serve; 1: not.",
+    )
+    documents = _command(commands, "documents", "the documents that the research agent reads")
     verbs = documents.add_subparsers(dest="verb", required=True, metavar="VERB")
-    load = verbs.add_parser("load", help="make the documents of a folder searchable: Markdown, text, HTML, PDF")
+    load = _command(
+        verbs,
+        "load",
+        "make the documents of a folder searchable: Markdown, text, HTML, PDF",
+        "Again: only what has changed is read. A file that cannot be read is named with the reason, the rest is "
+        "loaded, and the exit status is 1. Without a configured database: into that of `dev`.",
+    )
     load.add_argument("folder", type=Path, metavar="DIR", help="the folder; files that it no longer has are forgotten")
     load.add_argument("--data-dir", type=Path, metavar="DIR", help="the data folder of a `dev` server")
     return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str, more: str = ""
+) -> argparse.ArgumentParser:
+    """Adds a command, whose own help says what the list of commands says, and more."""
+    return commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}. {more}")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -153,11 +176,10 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(settings: Any, report: Any) -> int:
     from perdure_service import app
+    from perdure_service.settings import effective
 
-    for name in type(settings).model_fields:
-        value = getattr(settings, name)
-        source = "set" if name in settings.model_fields_set else "default"
-        report(f"PERDURE_{name.upper()} = {value} ({source})")
+    for line in effective(settings):
+        report(line)
     good = app.check(settings, report)
     report("ready to serve" if good else "not ready to serve")
     return 0 if good else 1

@@ -61,10 +61,11 @@ def migrate_database(settings: Settings, report: Report) -> None:
 def check(settings: Settings, report: Report) -> bool:
     """Reports everything that would keep a server from serving; returns whether nothing would."""
     report(security.describe(settings))
-    findings = [
-        *security.diagnose(settings),
-        *diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify)),
-    ]
+    findings = security.diagnose(settings)
+    try:
+        findings += diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify))
+    except ConfigurationError as error:
+        findings.append(diagnosis.Finding("error", error.message))
     for finding in findings:
         report(f"{finding.severity}: {finding.text}")
     return not any(finding.severity == "error" for finding in findings)

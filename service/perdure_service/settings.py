@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -355,9 +356,38 @@ def load_settings(**overrides: Any) -> Settings:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         problems = "; ".join(
-            f"PERDURE_{'__'.join(str(part) for part in e['loc']).upper()}: {e['msg']}" for e in error.errors()
+            f"PERDURE_{'__'.join(str(part) for part in e['loc']).upper()}: {e['msg'].removeprefix('Value error, ')}"
+            + (" (seconds, as 15, or ISO 8601, as PT15S)" if e["type"].startswith("time_delta") else "")
+            for e in error.errors()
         )
         raise ConfigurationError(problems) from None
+
+
+def effective(settings: BaseModel, prefix: str = "PERDURE_") -> Iterator[str]:
+    """Yields a line for every variable: its value as one would set it, secrets masked, and whether it was set."""
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        variable = f"{prefix}{name.upper()}"
+        if isinstance(value, BaseModel):
+            yield from effective(value, f"{variable}__")
+        else:
+            yield f"{variable} = {_as_set(value)} ({'set' if name in settings.model_fields_set else 'default'})"
+
+
+def _as_set(value: Any) -> str:
+    match value:
+        case None | ():
+            return "unset"
+        case bool():
+            return str(int(value))
+        case float():
+            return f"{value:g}"
+        case timedelta():
+            return f"{value.total_seconds():g}"
+        case tuple():
+            return ",".join(str(part) for part in value)
+        case _:
+            return str(value)
 
 
 def test_database_url() -> str | None:

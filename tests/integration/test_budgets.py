@@ -117,7 +117,7 @@ def test_the_retries_of_a_step_end_with_the_budget(client: Client, url: str) -> 
 def test_an_agent_that_catches_it_gets_it_again_from_the_next_step(client: Client, url: str) -> None:
     run = ended(client, "deaf", "deaf")
     assert run.failure is not None
-    assert run.failure.message == "the run's budget is 1 steps; this would be step 4"
+    assert run.failure.message == "the run's budget is 1 step; this would be step 4"
     assert effects(url, run.run_id) == ["spend 0"]
     assert [e.data["message"] for e in of(log_of(url, run), EventKind.LOG)] == ["refused 1", "refused 2"]
 

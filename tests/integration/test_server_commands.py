@@ -81,7 +81,8 @@ def refusals(*arguments: str, **environment: Any) -> tuple[str, str]:
 
 @pytest.mark.parametrize("command", ["serve", "check", "migrate"])
 def test_without_a_database_it_says_how_to_name_one(command: str, tmp_path: Path) -> None:
-    sentence = the_sentence(perdure_server(command, cwd=tmp_path))
+    result = perdure_server(command, cwd=tmp_path)
+    sentence = the_finding(result) if command == "check" else the_sentence(result)
     assert "PERDURE_DATABASE_URL" in sentence
     assert "perdure-server dev" in sentence
 
@@ -268,6 +269,43 @@ def test_check_prints_the_settings_without_secrets_and_says_that_all_is_well(dat
     assert "PERDURE_MAX_RUNNING = 1000 (default)" in result.stdout
     assert re.search(r"PERDURE_DATABASE_URL = \*+ \(set\)", result.stdout)
     assert "secret-key" not in result.stdout
+
+
+def test_check_prints_each_variable_as_one_would_set_it(database_url: str) -> None:
+    given = {"PERDURE_LEASE_TTL": "PT30S", "PERDURE_MODEL__NAME": "small", "PERDURE_NAMESPACES": "a,b"}
+    result = perdure_server("check", PERDURE_DATABASE_URL=database_url, **given)
+    for line in (
+        "PERDURE_LEASE_TTL = 30 (set)",
+        "PERDURE_NAMESPACES = a,b (set)",
+        "PERDURE_MODEL__NAME = small (set)",
+        "PERDURE_MODEL__TIMEOUT_S = 120 (default)",
+        "PERDURE_AUTH__LEEWAY = 30 (default)",
+        "PERDURE_INSECURE = 0 (default)",
+        "PERDURE_ADMIN_ADDRESS = unset (default)",
+    ):
+        assert line in result.stdout.splitlines()
+
+
+def test_check_tells_all_that_is_wrong_at_once(tmp_path: Path) -> None:
+    result = perdure_server("check", cwd=tmp_path, PERDURE_AUTH__TOKENS_FILE="nowhere.yaml")
+    errors = [line for line in result.stdout.splitlines() if line.startswith("error: ")]
+    assert (result.returncode, len(errors)) == (1, 2), result.stdout + result.stderr
+    assert "nowhere.yaml" in errors[0]
+    assert "PERDURE_DATABASE_URL" in errors[1]
+
+
+def test_a_setting_that_is_no_good_is_told_in_words_of_ours() -> None:
+    sentence = the_sentence(perdure_server("check", PERDURE_LEASE_TTL="soon"))
+    assert sentence.startswith("PERDURE_LEASE_TTL: ")
+    assert sentence.endswith("(seconds, as 15, or ISO 8601, as PT15S)")
+    sentence = the_sentence(perdure_server("check", PERDURE_AUTH__JWKS_URL="http://x.example/keys"))
+    assert sentence.startswith("PERDURE_AUTH__JWKS_URL: must be https")
+
+
+@pytest.mark.parametrize("command", [["dev"], ["serve"], ["migrate"], ["check"], ["documents"], ["documents", "load"]])
+def test_each_command_says_what_it_does(command: list[str]) -> None:
+    usage, text, *_ = perdure_server(*command, "--help").stdout.split("\n\n")
+    assert (usage.startswith("usage: "), text[0].isupper(), text[-1]) == (True, True, "."), text
 
 
 def test_migrate_makes_an_empty_database_ready_and_a_second_one_changes_nothing(empty_database_url: str) -> None:

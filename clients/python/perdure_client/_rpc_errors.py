@@ -177,9 +177,13 @@ def _too_large(text: str, found: re.Match[str]) -> PerdureError:
 
 def _unreachable(text: str, address: str) -> PerdureError:
     """Returns the error for a server that is not there, or no more, with the way out."""
-    cause = re.sub(r"^.*(?:last error: (?:[A-Z]+: )?|Failed to connect to remote host: )", "", text) or "no connection"
-    if re.search(r"[Hh]andshake|CERTIFICATE|SSL|TLS", cause):
+    cause = re.sub(r"^.*(?:last error: (?:[A-Z]+: )?|Failed to connect to remote host: )", "", text)
+    cause = re.sub(r"^ipv[46]:\S+: ", "", cause) or "no connection"
+    if re.search(r"[Hh]andshake|[Vv]erification|CERTIFICATE|SSL|TLS", cause):
         way_out = "Check the TLS settings of both sides."
+    elif cause.endswith("Socket closed"):
+        # Something listens there, and hangs up: a server does when it is killed, and one with TLS on plaintext.
+        way_out = "If the server speaks TLS, use an https:// address or PERDURE_TLS=1."
     elif is_loopback(address):
         way_out = "Start one with `perdure-server dev`, or set PERDURE_ADDRESS."
     else:

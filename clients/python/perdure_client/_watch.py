@@ -17,7 +17,14 @@ from perdure.v1 import agent_run_service_pb2, approval_service_pb2, run_event_pb
 
 from perdure_client._config import Config
 from perdure_client._convert import approval_from, event_from, run_from
-from perdure_client._errors import ApprovalNotFound, PerdureError, ProtocolViolation, ServerUnavailable, TokenExpired
+from perdure_client._errors import (
+    ApprovalNotFound,
+    ConfigurationError,
+    PerdureError,
+    ProtocolViolation,
+    ServerUnavailable,
+    TokenExpired,
+)
 from perdure_client._events import WatchUpdate
 from perdure_client._retry import LONGEST_DELAY_S, Backoff, Patience
 from perdure_client._rpc_errors import from_rpc_error, silence
@@ -234,8 +241,14 @@ class _Reader(Generic[_RequestT, _ResponseT]):
 
 
 def call_metadata(config: Config) -> Metadata:
-    """Returns what goes with every call: the token, and the caller's trace."""
+    """Returns what goes with every call: the token, and the caller's trace.
+
+    Raises:
+        ConfigurationError: gRPC would refuse the token, as an error of its own that does not name it.
+    """
     token = config.current_token()
+    if not (token.isascii() and token.isprintable()):
+        raise ConfigurationError("the token holds characters that no header may have; copy it again (PERDURE_TOKEN)")
     credentials: Metadata = (("authorization", f"Bearer {token}"),) if token else ()
     return credentials + trace_metadata()
 

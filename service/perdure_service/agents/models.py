@@ -121,7 +121,7 @@ def _quote(question: str, passages: Sequence[Passage], write: Callable[[str], No
         (-_overlap(wanted, sentence), index, place, sentence)
         for index, passage in enumerate(passages)
         for place, sentence in enumerate(sentences(passage.body))
-    ]
+    ] or [(0, index, 0, passage.body) for index, passage in enumerate(passages)]  # nothing but code
     candidates.sort()
     chosen: list[tuple[int, int, str]] = []
     for overlap, index, place, sentence in candidates:

@@ -33,7 +33,8 @@ class Budget:
             BudgetExceeded: With what was used and what is allowed.
         """
         if self.max_steps and steps > self.max_steps:
-            raise BudgetExceeded(f"the run's budget is {self.max_steps} steps; this would be step {steps}")
+            allowed = f"{self.max_steps} step{'s' if self.max_steps > 1 else ''}"
+            raise BudgetExceeded(f"the run's budget is {allowed}; this would be step {steps}")
         if self.max_tokens and tokens >= self.max_tokens:
             raise BudgetExceeded(f"the run's budget is {self.max_tokens} tokens; it has used {tokens}")
 

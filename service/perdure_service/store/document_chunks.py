@@ -62,15 +62,30 @@ def cut_blocks(blocks: Iterable[tuple[int, str]], *, title: str) -> tuple[str, l
 
 
 def sentences(text: str) -> list[str]:
-    """Returns the sentences of a passage; lines of lists and code count as sentences of their own."""
+    """Returns the sentences of a passage, without its fenced code; items of lists count as sentences of their own."""
     found: list[str] = []
-    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*+|>]|\d+[.)])\s)", text):
+    for paragraph in re.split(r"\n\s*\n|\n(?=\s*(?:[-*+|>]|\d+[.)])\s)", _without_code(text)):
         found += _SENTENCE_END.split(" ".join(paragraph.split()))
     return [sentence for sentence in found if sentence]
 
 
+def _without_code(text: str) -> str:
+    """Returns a passage with blank lines in the place of fenced code."""
+    kept: list[str] = []
+    fence = ""
+    for line in text.split("\n"):
+        mark = _FENCE.match(line)
+        if mark:
+            fence = "" if fence == mark[1] else fence or mark[1]
+        kept.append("" if mark or fence else line)
+    return "\n".join(kept)
+
+
 def _blocks(text: str, markdown: bool) -> Iterator[tuple[int, str]]:
-    """Yields (level, heading), and (0, text) for paragraphs and, whole, fenced code."""
+    """Yields (level, heading), and (0, text) for paragraphs and fenced code.
+
+    Code that is too long for a passage is cut between lines, and each piece fenced: so each is known as code.
+    """
     if markdown and text.startswith("---\n"):
         text = _FRONT_MATTER.sub("", text, count=1)
     lines: list[str] = []
@@ -85,6 +100,10 @@ def _blocks(text: str, markdown: bool) -> Iterator[tuple[int, str]]:
                 yield heading.end(), line[heading.end() :].strip().rstrip("#").rstrip()
             continue
         mark = _FENCE.match(line) if markdown else None
+        piece = "\n".join([*lines, line, fence]) if fence else ""
+        if not mark and len(lines) > 1 and len(piece) > MAX_CHUNK_CHARACTERS:
+            yield 0, "\n".join([*lines, fence])
+            lines = [fence]
         if mark:
             fence = "" if fence == mark[1] else fence or mark[1]
         lines.append(line.rstrip())

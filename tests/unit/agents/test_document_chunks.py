@@ -94,3 +94,16 @@ def test_sentences_are_those_of_prose_and_the_items_of_lists() -> None:
     assert sentences("One is\nhere. Two!\n\n- three\n- four: 1.5 of it\n* five") == [
         "One is here.", "Two!", "- three", "- four: 1.5 of it", "* five",
     ]  # fmt: skip
+
+
+def test_fenced_code_is_no_sentence() -> None:
+    text = "It says:\n```sh\nperdure watch RUN. Then wait.\n```\nThat is all.\n\n~~~\na ``` b. c\n~~~"
+    assert sentences(text) == ["It says:", "That is all."]
+
+
+def test_code_that_is_too_long_for_a_passage_is_code_in_each_piece() -> None:
+    lines = [f"x{number} = call({number})  # it waits. Then it goes on." for number in range(80)]
+    _, chunks = cut("\n".join(["Like this:", "```python", *lines, "```", "", "So."]), title="t", markdown=True)
+    assert len(chunks) > 2
+    assert [sentence for chunk in chunks for sentence in sentences(chunk.body)] == ["Like this:", "So."]
+    assert [line for chunk in chunks for line in chunk.body.split("\n") if line.startswith("x")] == lines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,14 @@ async def test_when_nothing_is_shared_the_best_passage_is_quoted_all_the_same() 
     answer = await models.answer("漢字?", PASSAGES, ModelSettings(), lambda _: None, nobody)
     assert "“People decide.” [1]" in answer.text
     assert answer.cited == (0,)
+
+
+async def test_code_is_quoted_only_when_there_is_nothing_else() -> None:
+    code = replace(PASSAGES[0], body="```\n# the lease expires\n```")
+    answer = await models.answer(QUESTION, [code, *PASSAGES], ModelSettings(), lambda _: None, nobody)
+    assert "```" not in answer.text
+    answer = await models.answer(QUESTION, [code], ModelSettings(), lambda _: None, nobody)
+    assert (answer.cited, "the lease expires" in answer.text) == ((0,), True)
 
 
 async def test_the_same_question_gets_the_same_quotes() -> None:

@@ -587,6 +587,18 @@ async def test_executors_are_listed_from_the_admin_address(
     assert (await perdure(*elsewhere, "executors")).exit_code == 3
 
 
+async def test_a_server_without_an_admin_port_is_told_from_one_that_is_not_there(
+    slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("perdure_client.cli._context.CONNECT_TIMEOUT_S", 0.05)
+    result = CliRunner().invoke(app, ["executors", "--admin-address", "127.0.0.1:1"])
+    assert result.exit_code == 3
+    assert result.stderr == (
+        "perdure: SERVER_UNAVAILABLE: no perdure server serves operators at 127.0.0.1:1 (Connection refused). "
+        "Start one with PERDURE_ADMIN_ADDRESS set to it, or say which with --admin-address.\n"
+    )
+
+
 async def test_a_file_that_cannot_be_read_is_wrong_usage(perdure: Invoke, tmp_path: Path) -> None:
     for option in ("--ca-file", "--client-cert", "--client-key"):
         result = await perdure(option, str(tmp_path / "none.pem"), "agents")

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from perdure_client import AsyncClient, Client, ConfigurationError
 from perdure_client._config import CHANNEL_OPTIONS, Config, is_loopback, make_config
+from perdure_client._watch import call_metadata
 
 from tests.helpers.security import certified
 
@@ -92,6 +93,13 @@ def test_a_token_is_never_sent_in_plaintext_over_a_network() -> None:
         configure("agents.example:1", token="t")
     assert configure("agents.example:1", token="t", tls=True).token == "t"
     assert configure("localhost:1", token="t").token == "t"
+
+
+@pytest.mark.parametrize("token", ["t\n", "t\u00e9"])
+def test_a_token_that_no_header_may_have_is_refused_without_being_shown(token: str) -> None:
+    with pytest.raises(ConfigurationError, match="the token holds characters") as caught:
+        call_metadata(configure(token=token))
+    assert token not in str(caught.value)
 
 
 def test_a_token_is_not_shown() -> None:

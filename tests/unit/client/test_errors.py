@@ -202,6 +202,8 @@ def test_a_status_that_is_garbage_is_the_transports() -> None:
         ("localhost:50051", "failed to connect", "Start one with `perdure-server dev`, or set PERDURE_ADDRESS."),
         ("agents.example:443", "DNS resolution failed", "Check the address (PERDURE_ADDRESS) and the network."),
         ("agents.example:443", "last error: UNKNOWN: Ssl handshake failed", "Check the TLS settings of both sides."),
+        ("localhost:1", "Custom verification check failed with error: x", "Check the TLS settings of both sides."),
+        ("localhost:1", "last error: UNAVAILABLE: ipv4:127.0.0.1:1: Socket closed", "or PERDURE_TLS=1."),
     ],
 )
 def test_an_unreachable_server_has_a_way_out(address: str, text: str, way_out: str) -> None:
@@ -209,6 +211,7 @@ def test_an_unreachable_server_has_a_way_out(address: str, text: str, way_out: s
     assert str(error).startswith(f"no perdure server answers at {address} (")
     assert str(error).endswith(way_out)
     assert "last error" not in str(error)
+    assert "ipv4" not in str(error)
 
 
 def test_the_earliest_sequence_of_a_truncated_log_is_a_number() -> None:

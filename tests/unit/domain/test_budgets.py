@@ -23,6 +23,7 @@ def test_within_a_budget_a_step_begins(budget: Budget, steps: int, tokens: int) 
 @pytest.mark.parametrize(
     ("budget", "steps", "tokens", "message"),
     [
+        (Budget(max_steps=1), 2, 0, "the run's budget is 1 step; this would be step 2"),
         (Budget(max_steps=3), 4, 0, "the run's budget is 3 steps; this would be step 4"),
         (Budget(max_tokens=100), 1, 100, "the run's budget is 100 tokens; it has used 100"),
         (Budget(max_tokens=100), 1, 130, "the run's budget is 100 tokens; it has used 130"),

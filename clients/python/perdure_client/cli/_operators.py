@@ -9,7 +9,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from perdure_client._config import DEFAULT_ADMIN_ADDRESS
+from perdure_client._client import Client
+from perdure_client._config import DEFAULT_ADMIN_ADDRESS, is_loopback
+from perdure_client._errors import ServerUnavailable
 from perdure_client._types import ExecutorInfo, ExecutorState
 from perdure_client.cli._context import OutputOption, session_of
 from perdure_client.cli._output import Output, chosen, say, write_json_line, write_rows
@@ -35,7 +37,7 @@ def executors(
     """
     form = chosen(output)
     with closing(replace(session_of(context), address=admin_address)) as session:
-        found = session.client.executors(include_gone=include_gone)
+        found = _listed(session.client, include_gone)
         if form is Output.JSON:
             for executor in found:
                 write_json_line(jsonable(executor))
@@ -43,6 +45,20 @@ def executors(
             ("EXECUTOR", "STATE", "RUNS", "VERSION", "STARTED", "LEASE", "ADDRESS"), (_row(item) for item in found)
         ):
             say("No executors. Start one with `perdure-server dev` or `perdure-server serve`.")
+
+
+def _listed(client: Client, include_gone: bool) -> list[ExecutorInfo]:
+    try:
+        return list(client.executors(include_gone=include_gone))
+    except ServerUnavailable as error:
+        if is_loopback(error.metadata.get("address", "")):
+            # A server that has been started need not have this port.
+            raise ServerUnavailable(
+                f"no perdure server serves operators at {error.metadata['address']} ({error.metadata['cause']}). "
+                "Start one with PERDURE_ADMIN_ADDRESS set to it, or say which with --admin-address.",
+                metadata=error.metadata,
+            ) from None
+        raise
 
 
 def _row(executor: ExecutorInfo) -> tuple[str | Text, ...]:
