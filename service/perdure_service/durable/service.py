@@ -317,7 +317,7 @@ class RunService:
         """Returns a page of a run's log."""
         run = await self.get(namespace, run_id, full=False)
         filter_key = ["events", run.key.workflow_id, sorted(kinds)]
-        after = runs.decode_token(page_token, filter_key)[0] if page_token else 0
+        after = runs.decode_token(page_token, filter_key, int)[0] if page_token else 0
         chosen: list[Event] = []
         chars = 0
         more = True
@@ -341,7 +341,7 @@ class RunService:
         """Returns a page of a run's steps."""
         run = await self.get(namespace, run_id, full=False)
         filter_key = ["steps", run.key.workflow_id]
-        skip = runs.decode_token(page_token, filter_key)[0] if page_token else 0
+        skip = runs.decode_token(page_token, filter_key, int)[0] if page_token else 0
         steps = fold_steps(await self._all_events(run.key.workflow_id))
         page: list[Step] = []
         chars = 0

@@ -183,7 +183,7 @@ def list_page(
         conditions.append("a.workflow_id = ANY(:workflow_ids)")
         values["workflow_ids"] = [RunKey.of_api(namespace, run_id).workflow_id, run_id]
     if page_token:
-        at, workflow_id, step_id = decode_token(page_token, filter_key)
+        at, workflow_id, step_id = decode_token(page_token, filter_key, datetime, str, int)
         conditions.append(
             "(a.created_at, a.workflow_id, a.step_id) > (CAST(:at AS TIMESTAMPTZ), CAST(:workflow_id AS TEXT), "
             "CAST(:step_id AS INT))"
