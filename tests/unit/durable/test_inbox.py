@@ -1,4 +1,4 @@
-"""What a watcher of the inbox is told: what is pending, then each approval as it is now, however slow the watcher is."""
+"""What a watcher of the inbox is told: what is pending, then each approval as it is now, however slow it is."""
 
 from __future__ import annotations
 
