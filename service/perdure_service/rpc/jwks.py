@@ -58,7 +58,7 @@ def read_keys(url: str) -> Mapping[str, Key]:
     """
     handlers: list[Any] = [_NoRedirects]
     if is_loopback(urlsplit(url).hostname or ""):
-        # Whoever answers for this machine could make tokens, and http is allowed here: so not the proxy of `http_proxy`.
+        # Whoever answers could make tokens, and http is allowed here: so no proxy may answer for this machine.
         handlers.append(urllib.request.ProxyHandler({}))
     opener = urllib.request.build_opener(*handlers)
     request = urllib.request.Request(url, headers={"Accept": "application/json"})  # noqa: S310 - checked in settings
