@@ -153,11 +153,12 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(settings: Any, report: Any) -> int:
     from perdure_service import app
+    from perdure_service.logs import censor_text
 
     for name in type(settings).model_fields:
         value = getattr(settings, name)
         source = "set" if name in settings.model_fields_set else "default"
-        report(f"PERDURE_{name.upper()} = {value} ({source})")
+        report(censor_text(f"PERDURE_{name.upper()} = {value} ({source})"))  # an endpoint's URL may hold a password
     good = app.check(settings, report)
     report("ready to serve" if good else "not ready to serve")
     return 0 if good else 1

@@ -13,10 +13,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from jsonschema import Draft202012Validator
 
 from perdure_service.agents import catalogue
-from perdure_service.domain.agents import AgentSpec, check_input
+from perdure_service.domain.agents import AgentSpec, check_input, validator
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision
 from perdure_service.domain.callers import check_namespace
 from perdure_service.domain.events import (
@@ -457,9 +456,7 @@ class RunService:
         approval = await self.get_approval(namespace, approval_id)
         if approval.answer_schema_json and decision.approve:
             answer = json.loads(decision.answer_json) if decision.answer_json else None
-            problems = [
-                e.message for e in Draft202012Validator(json.loads(approval.answer_schema_json)).iter_errors(answer)
-            ]
+            problems = [e.message for e in validator(json.loads(approval.answer_schema_json)).iter_errors(answer)]
             if problems:
                 raise InvalidArgument("answer", problems[0][:300])
         decided = await self._call(lambda: outside.decide(self._runtime, approval, decision))
