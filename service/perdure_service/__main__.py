@@ -176,10 +176,11 @@ def _run(options: argparse.Namespace) -> int:
 
 def _check(settings: Any, report: Any) -> int:
     from perdure_service import app
+    from perdure_service.logs import censor_text
     from perdure_service.settings import effective
 
     for line in effective(settings):
-        report(line)
+        report(censor_text(line))  # an endpoint's URL may hold a password
     good = app.check(settings, report)
     report("ready to serve" if good else "not ready to serve")
     return 0 if good else 1

@@ -23,8 +23,12 @@ from perdure_service.errors import ConfigurationError
 
 LEVELS = ("debug", "info", "warning", "error")
 FORMATS = ("auto", "json", "console")
-QUIET_LIBRARIES = ("asyncio", "httpcore", "httpx", "openai", "opentelemetry", "sqlalchemy", "urllib3", "watchfiles")
-"""Never below WARNING: at DEBUG and INFO some of these log statements and request bodies, or what we say ourselves."""
+QUIET_LIBRARIES = (
+    "asyncio", "httpcore", "httpcore2", "httpx", "httpx2", "openai", "opentelemetry", "sqlalchemy", "urllib3",
+    "watchfiles",
+)  # fmt: skip
+"""Never below WARNING: at DEBUG and INFO some of these log statements, request bodies, headers, the URLs that an agent
+reads, or what we say ourselves."""
 CENSORED = "***"
 AUDIT_LOGGER = "perdure.audit"
 """Its lines are written at every level: who did what is not less true on a quiet server."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from perdure.v1 import agent_catalog_service_pb2 as catalog_pb
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2 as approval_pb
+from perdure_service.domain import tokens
 
 from tests.helpers.rpc import Refusal, Rpc, duration, in_seconds, new_id, refused
 from tests.helpers.server import ServerProcess, sql
@@ -331,6 +333,7 @@ BAD_TOKENS = [
     "nonsense", "e30", "bnVsbA", "W10", "WzFd", "ä", "\x00", "x" * 5000, "WyJ4Il0", "W1tbW1tbW10",
     "W1siYSJdLCBbMSwgMiwgM11d", "W1tbW1tbW1tb" * 300, "eyJrIjogMX0",
 ]  # fmt: skip
+BAD_POSITIONS = [None, True, -1, 2**31, 2**64, 10**400, 1.5, "", "x", "a\x00b", "\ud800", "infinity", [], {}]
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -345,6 +348,34 @@ def test_a_negative_page_size_is_refused(rpc: Rpc, known: str, name: str) -> Non
 def test_what_is_not_a_page_token_is_refused(rpc: Rpc, known: str, name: str, token: str) -> None:
     with refused("INVALID_ARGUMENT", "INVALID_FIELD", "page_token"):
         pages(rpc, known)[name](page_token=token)
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_made_up_position_is_no_error_of_the_server(rpc: Rpc, known: str, name: str) -> None:
+    """Tokens are not signed: a caller can change the position in one, and gets a page of the same list or is told."""
+    workflow_id, at = f"default.{known}.r", "2026-01-01T00:00:00+00:00"
+    position, made_for = {
+        "ListRuns": ([at, workflow_id], ["default", {}]),
+        "ListRunEvents": ([1], ["events", workflow_id, []]),
+        "ListSteps": ([1], ["steps", workflow_id]),
+        "ListApprovals": ([at, workflow_id, 1], ["approvals", "default", ["PENDING"], ""]),
+        "ListAgents": (["counter", "1"], "agents"),
+    }[name]
+
+    def ask(forged: list[Any]) -> Any:
+        return pages(rpc, known)[name](page_token=tokens.encode([1, forged, made_for]))
+
+    ask(position)
+    for index, value in itertools.product(range(len(position)), BAD_POSITIONS):
+        told = ("page_token",)
+        try:
+            ask([*position[:index], value, *position[index + 1 :]])
+        except grpc.RpcError as error:
+            told = Refusal.of(error).fields
+        assert told == ("page_token",), (index, value)
+    for forged in ([], [*position, 1], [None] * len(position)):
+        with refused("INVALID_ARGUMENT", "INVALID_FIELD", "page_token"):
+            ask(forged)
 
 
 @pytest.mark.parametrize("name", LISTS)

@@ -263,7 +263,12 @@ def test_a_folder_with_a_broken_pdf_is_loaded_but_for_that_and_the_exit_status_s
 
 
 def test_check_prints_the_settings_without_secrets_and_says_that_all_is_well(database_url: str) -> None:
-    result = perdure_server("check", PERDURE_DATABASE_URL=database_url, PERDURE_MODEL__API_KEY="secret-key")
+    result = perdure_server(
+        "check",
+        PERDURE_DATABASE_URL=database_url,
+        PERDURE_MODEL__API_KEY="secret-key",
+        PERDURE_MODEL__BASE_URL="https://me:secret-key@127.0.0.1:9/v1",
+    )
     assert result.returncode == 0, result.stdout
     assert result.stdout.splitlines()[-1] == "ready to serve"
     assert "PERDURE_MAX_RUNNING = 1000 (default)" in result.stdout

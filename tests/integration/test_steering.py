@@ -316,6 +316,15 @@ def test_the_inbox_sends_what_is_pending_first_and_then_what_changes(rpc: Rpc) -
     reading.close()
 
 
+def test_an_inbox_in_which_nothing_happens_sends_heartbeats(rpc: Rpc) -> None:
+    """As often as asked for, although it is looked at more often."""
+    request = approval_pb.WatchApprovalsRequest(heartbeat_interval=duration(5))
+    reading = Reading(rpc.approvals.WatchApprovals(request, timeout=scaled(TIMEOUT_S)))
+    eventually(lambda: len(reading.responses) > 1, TIMEOUT_S)
+    assert (len(reading.responses[1].approvals), reading.responses[1].caught_up) == (0, True)
+    reading.close()
+
+
 def test_the_inbox_tells_of_expired_and_withdrawn_approvals(rpc: Rpc) -> None:
     reading = inbox(rpc)
     _, expiring = asking(rpc, {"timeout_s": 0.5})

@@ -76,7 +76,7 @@ def test_a_run_is_found_with_its_origin_and_its_children_in_order(engine: sa.Eng
     with engine.begin() as conn:
         add(conn, origin, "SUCCESS", trace_id="cd" * 16)
         add(conn, fork, "SUCCESS", forked_from_workflow_id=origin.workflow_id)
-        for child in children:
+        for child in (*children, RunKey.of_api(f"{namespace}-b", "elsewhere")):
             add(conn, child, "SUCCESS", parent=fork.workflow_id)
         row = traces.find(conn, fork.workflow_id)
         assert row is not None
@@ -87,9 +87,9 @@ def test_a_run_is_found_with_its_origin_and_its_children_in_order(engine: sa.Eng
         plain = traces.find(conn, origin.workflow_id)
         assert plain is not None
         assert traced_run(plain).forked_from is None
-        found = traces.children(conn, [fork.workflow_id, origin.workflow_id], 10)
+        found = traces.children(conn, namespace, [fork.workflow_id, origin.workflow_id], 10)
         assert [traced_run(one).key for one in found] == children
-        assert len(traces.children(conn, [fork.workflow_id], 1)) == 1
+        assert len(traces.children(conn, namespace, [fork.workflow_id], 1)) == 1
         assert traces.find(conn, "nosuch") is None
 
 

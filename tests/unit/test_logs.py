@@ -52,6 +52,22 @@ def test_what_is_less_severe_is_left_out(stream: io.StringIO) -> None:
     assert lines(stream) == []
 
 
+def test_the_libraries_that_are_quieted_are_those_that_log_what_is_sent(stream: io.StringIO) -> None:
+    """By the names that the installed ones use: a rename of theirs must be noticed."""
+    import httpcore2._async.http11
+    import httpx2._client
+    import openai._base_client
+
+    loggers = [module.__dict__[name] for module, name in (
+        (httpcore2._async.http11, "logger"), (httpx2._client, "logger"), (openai._base_client, "log"),
+    )]  # fmt: skip
+    configure_logs("json", "debug", stream)
+    for logger in loggers:
+        logger.info("HTTP Request: GET https://docs.example/?q=of-a-user")
+        logger.debug("receive_response_headers.complete [(b'Set-Cookie', b'x')]")
+    assert lines(stream) == []
+
+
 def test_the_audit_is_never_left_out(stream: io.StringIO) -> None:
     configure_logs("json", "error", stream)
     structlog.get_logger(AUDIT_LOGGER).info("audit", caller="ann")

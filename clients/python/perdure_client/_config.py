@@ -96,9 +96,13 @@ class Config:
     @property
     def channel_options(self) -> ChannelOptions:
         """The channel's options, those that every channel has and its own."""
-        if not self.server_name:
-            return CHANNEL_OPTIONS
-        return (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", self.server_name))
+        own: list[tuple[str, str | int]] = []
+        if self.server_name:
+            own.append(("grpc.ssl_target_name_override", self.server_name))
+        if is_loopback(self.address):
+            # gRPC would ask the proxy of `http_proxy` for this machine, too, and hand it the token.
+            own.append(("grpc.enable_http_proxy", 0))
+        return (*CHANNEL_OPTIONS, *own)
 
 
 def make_config(

@@ -8,6 +8,7 @@ second look-up cannot lead elsewhere; and an address that is not public must be 
 from __future__ import annotations
 
 import asyncio
+import codecs
 import ipaddress
 import socket
 from collections.abc import Iterable
@@ -29,6 +30,12 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _TEXT_TYPES = ("text/", "application/json", "application/xml")
 _TEXT_SUFFIXES = ("+json", "+xml")
 _BUSY = frozenset({408, 425, 429})
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+"""RFC 4291 section 2.4: the rest of IPv6 is not for the public, whatever `is_global` says of it."""
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+"""RFC 6052: how a host without IPv4 reaches one."""
+_NO_CHARSETS = frozenset({"idna", "punycode", "raw-unicode-escape", "undefined", "unicode-escape"})
+"""Python's own codecs for text; some cannot replace what is wrong, and `punycode` takes minutes for a megabyte."""
 
 
 class FetchRefused(Exception):
@@ -62,10 +69,20 @@ class AllowList:
         Raises:
             FetchRefused: It must not be connected to.
         """
-        found = ipaddress.ip_address(address)
-        plain = getattr(found, "ipv4_mapped", None) or found
-        if (not plain.is_global or plain.is_multicast) and not self.allows(str(plain), port, scheme):
+        plain = _plain(address)
+        public = plain.is_global and not plain.is_multicast and (plain.version == 4 or plain in _GLOBAL_UNICAST)
+        if not public and not self.allows(str(plain), port, scheme):
             raise FetchRefused(f"{host} is at {plain}, which is not a public address")
+
+
+def _plain(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Returns an address, or the IPv4 address that an IPv6 one only carries: what is spoken to in the end."""
+    found = ipaddress.ip_address(address)
+    if isinstance(found, ipaddress.IPv4Address):
+        return found
+    if found in _NAT64:
+        return ipaddress.IPv4Address(int(found) & 0xFFFF_FFFF)
+    return found.ipv4_mapped or found.sixtofour or found
 
 
 async def fetch(url: str, allowed: AllowList) -> tuple[str, str]:
@@ -92,6 +109,8 @@ async def fetch(url: str, allowed: AllowList) -> tuple[str, str]:
                 here = found
     except httpx2.InvalidURL as error:
         raise FetchRefused(f"it is not a URL: {error}") from None
+    except UnicodeError:  # half of a character, in what a model wrote or in a name that the resolver does not take
+        raise FetchRefused("it is not a URL") from None
     except (httpx2.HTTPError, OSError, TimeoutError) as error:
         raise FetchFailed(f"{here.host} cannot be read: {type(error).__name__}") from error
     raise FetchRefused(f"it redirects more than {MAX_REDIRECTS} times")
@@ -174,6 +193,7 @@ def _charset(response: httpx2.Response) -> str:
     charset = response.charset_encoding or "utf-8"
     try:
         "".encode(charset)
-    except LookupError:
-        return "utf-8"
-    return charset
+        known = codecs.lookup(charset).name not in _NO_CHARSETS
+    except (LookupError, ValueError):
+        known = False
+    return charset if known else "utf-8"

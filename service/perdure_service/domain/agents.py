@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jsonschema import Draft202012Validator
+from referencing import Registry
 
 from perdure_service.domain.budgets import UNLIMITED, Budget
 from perdure_service.errors import InputSchemaViolation
@@ -36,15 +37,23 @@ class AgentSpec:
         return f"{self.name}@{self.version}"
 
 
+def validator(schema: Mapping[str, Any]) -> Draft202012Validator:
+    """Returns what checks values by a JSON Schema. It knows the schema alone.
+
+    By itself the library reads a `$ref` to a URL from the web, in whatever thread asks, and an agent may take a schema
+    from its caller.
+    """
+    return Draft202012Validator(dict(schema), registry=Registry())
+
+
 def check_input(spec: AgentSpec, run_input: Any) -> None:
     """Refuses an input that breaks the agent's schema.
 
     Raises:
         InputSchemaViolation: With the path of every violation, e.g. `input.limits[0].max`, at most 20.
     """
-    validator = Draft202012Validator(dict(spec.input_schema))
     found: list[tuple[str, str]] = []
-    for error in validator.iter_errors(run_input):
+    for error in validator(spec.input_schema).iter_errors(run_input):
         found.append((_path(error.absolute_path), error.message[:300]))
         if len(found) == MAX_VIOLATIONS:
             break

@@ -108,7 +108,11 @@ def _children(workflow_id: Any, rest: Any) -> dict[str, int]:
         raise ValueError("not the children of a cursor")
     if not all(key[:1] in ("-", "=") and _is_sequence(sequence) for key, sequence in short.items()):
         raise ValueError("not the children of a cursor")
-    return {key[1:] if key[0] == "=" else workflow_id + key: sequence for key, sequence in short.items()}
+    found = {key[1:] if key[0] == "=" else workflow_id + key: sequence for key, sequence in short.items()}
+    # Cursors are not signed: not the watched run once more, nor what is no id of anything.
+    if workflow_id in found or b"\0" in "".join(found).encode():
+        raise ValueError("not the children of a cursor")
+    return found
 
 
 def _is_sequence(value: Any) -> bool:

@@ -5,15 +5,58 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 
 import structlog
 
-from perdure_service.domain.approvals import Approval
+from perdure_service.domain.approvals import Approval, ApprovalState
 
-MAILBOX = 100
-"""Batches that wait for a watcher at most; each holds the whole of what changed lately, so the oldest may go."""
+OVERLAP_S = 30.0
+"""How far back a look goes for decisions: longer than a commit can take to become visible."""
 
 log = structlog.get_logger()
+
+
+class Mailbox:
+    """What one watcher has not taken yet: each approval once, as it is now, however long the watcher takes."""
+
+    def __init__(self, namespace: str) -> None:
+        """Creates an empty one for the approvals of a namespace."""
+        self.namespace = namespace
+        self._revisions: dict[str, int] = {}
+        self._news: dict[str, Approval] = {}
+        self._filled = asyncio.Event()
+
+    def begin(self, found: Sequence[Approval]) -> list[Approval]:
+        """Returns what is pending of what was found, to be sent first; of the rest only what is newer is news."""
+        for one in found:
+            if one.revision >= self._revisions.get(one.approval_id, 0):
+                self._revisions[one.approval_id] = one.revision
+                self._news.pop(one.approval_id, None)
+        return [one for one in found if one.state is ApprovalState.PENDING]
+
+    def put(self, found: Sequence[Approval]) -> None:
+        """Adds what is new of what was found."""
+        for one in found:
+            known = self._revisions.get(one.approval_id)
+            if (one.state is ApprovalState.PENDING or _recent(one)) if known is None else one.revision > known:
+                self._revisions[one.approval_id] = one.revision
+                self._news[one.approval_id] = one
+        if self._news:
+            self._filled.set()
+
+    async def take(self) -> list[Approval]:
+        """Returns what is new, as soon as there is something."""
+        while not self._news:
+            self._filled.clear()
+            await self._filled.wait()
+        news, self._news = self._news, {}
+        return list(news.values())
+
+
+def _recent(approval: Approval) -> bool:
+    """Whether an approval was asked so lately that a watcher may have missed that it was pending."""
+    return datetime.now(UTC) - approval.create_time < timedelta(seconds=OVERLAP_S)
 
 
 class Inbox:
@@ -28,7 +71,7 @@ class Inbox:
         """
         self._read = read
         self._poll_s = poll_s
-        self._watchers: dict[asyncio.Queue[Sequence[Approval]], str] = {}
+        self._watchers: set[Mailbox] = set()
         self._task: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._woken = asyncio.Event()
@@ -45,17 +88,17 @@ class Inbox:
             loop.call_soon_threadsafe(self._woken.set)
 
     @contextmanager
-    def watching(self, namespace: str) -> Iterator[asyncio.Queue[Sequence[Approval]]]:
-        """Registers a watcher; its queue gets the approvals of its namespace at every look."""
-        queue: asyncio.Queue[Sequence[Approval]] = asyncio.Queue(MAILBOX)
-        self._watchers[queue] = namespace
+    def watching(self, namespace: str) -> Iterator[Mailbox]:
+        """Registers a watcher; its mailbox gets what every look finds in its namespace."""
+        mailbox = Mailbox(namespace)
+        self._watchers.add(mailbox)
         if self._task is None:
             self._loop = asyncio.get_running_loop()
             self._task = self._loop.create_task(self._run(), name="approval-inbox")
         try:
-            yield queue
+            yield mailbox
         finally:
-            del self._watchers[queue]
+            self._watchers.remove(mailbox)
             if not self._watchers and self._task is not None:
                 self._task.cancel()
                 self._task = None
@@ -66,13 +109,10 @@ class Inbox:
                 await asyncio.wait_for(self._woken.wait(), timeout=self._poll_s)
             self._woken.clear()
             try:
-                found = await asyncio.to_thread(self._read, sorted(set(self._watchers.values())))
+                found = await asyncio.to_thread(self._read, sorted({one.namespace for one in self._watchers}))
             except Exception as error:  # noqa: BLE001 - logged; the next look tries again
                 log.warning("inbox.read_failed", error=type(error).__name__)
                 await asyncio.sleep(self._poll_s)
                 continue
-            for queue, namespace in list(self._watchers.items()):
-                batch = [one for one in found if one.key.namespace == namespace]
-                if queue.full():
-                    queue.get_nowait()
-                queue.put_nowait(batch)
+            for mailbox in self._watchers:
+                mailbox.put([one for one in found if one.key.namespace == mailbox.namespace])

@@ -80,7 +80,10 @@ class _Gathering:
         """Returns the runs that those of a level have started."""
         room = MAX_RUNS - self._runs
         ids = [row["workflow_id"] for row in level]
-        found = await self._read("traces.children", partial(traces.children, workflow_ids=ids, limit=room + 1))
+        namespace = level[0]["namespace"]  # of all: that of the run whose trace it is
+        found = await self._read(
+            "traces.children", partial(traces.children, namespace=namespace, workflow_ids=ids, limit=room + 1)
+        )
         if len(found) > room:
             self.truncated = True
         return found[:room]

@@ -8,15 +8,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from jsonschema import Draft202012Validator
 
 from perdure_service.agents import catalogue
-from perdure_service.domain.agents import AgentSpec, check_input
+from perdure_service.domain.agents import AgentSpec, check_input, validator
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision
 from perdure_service.domain.callers import check_namespace
 from perdure_service.domain.events import (
@@ -40,8 +39,7 @@ from perdure_service.domain.runs import (
     input_sha256,
     new_run_id,
 )
-from perdure_service.durable import deletions, forks, outside
-from perdure_service.durable.inbox import Inbox
+from perdure_service.durable import deletions, forks, inbox, outside
 from perdure_service.durable.requests import (
     DeleteCommand,
     Deleted,
@@ -79,9 +77,6 @@ T = TypeVar("T")
 WAIT_RECHECK_S = 5.0
 """How often a wait looks at the run although nothing woke it."""
 
-APPROVALS_OVERLAP_S = 30.0
-"""How far back the inbox's shared poll looks for decisions: longer than a commit can take to become visible."""
-
 
 class RunService:
     """Runs and approvals. All methods raise `PerdureError`s; every id they take is a caller's."""
@@ -116,7 +111,7 @@ class RunService:
         self._max_calls = max_threads + max_waiting_calls
         self._calls = 0
         self._quota = StartQuota(max_starts_per_second)
-        self._inbox = Inbox(self._read_inbox, poll_s)
+        self._inbox = inbox.Inbox(self._read_inbox, poll_s)
         self._watching = Watching(self._read_for_stream, partial(self.get, full=False), tailer)
         METERS.observe(
             m.WATCHERS,
@@ -317,7 +312,7 @@ class RunService:
         """Returns a page of a run's log."""
         run = await self.get(namespace, run_id, full=False)
         filter_key = ["events", run.key.workflow_id, sorted(kinds)]
-        after = runs.decode_token(page_token, filter_key)[0] if page_token else 0
+        after = runs.decode_token(page_token, filter_key, int)[0] if page_token else 0
         chosen: list[Event] = []
         chars = 0
         more = True
@@ -341,7 +336,7 @@ class RunService:
         """Returns a page of a run's steps."""
         run = await self.get(namespace, run_id, full=False)
         filter_key = ["steps", run.key.workflow_id]
-        skip = runs.decode_token(page_token, filter_key)[0] if page_token else 0
+        skip = runs.decode_token(page_token, filter_key, int)[0] if page_token else 0
         steps = fold_steps(await self._all_events(run.key.workflow_id))
         page: list[Step] = []
         chars = 0
@@ -461,9 +456,7 @@ class RunService:
         approval = await self.get_approval(namespace, approval_id)
         if approval.answer_schema_json and decision.approve:
             answer = json.loads(decision.answer_json) if decision.answer_json else None
-            problems = [
-                e.message for e in Draft202012Validator(json.loads(approval.answer_schema_json)).iter_errors(answer)
-            ]
+            problems = [e.message for e in validator(json.loads(approval.answer_schema_json)).iter_errors(answer)]
             if problems:
                 raise InvalidArgument("answer", problems[0][:300])
         decided = await self._call(lambda: outside.decide(self._runtime, approval, decision))
@@ -475,33 +468,20 @@ class RunService:
     ) -> AsyncIterator[tuple[Sequence[Approval], bool]]:
         """Yields (changed approvals, caught up): first what is pending, then changes; empty ones are heartbeats."""
         self._check_namespace(namespace)
-        seen: dict[str, int] = {}
-        with self._inbox.watching(namespace) as changed:
-            found = await self._call(self._read_inbox, [namespace])
-            seen = {one.approval_id: one.revision for one in found}
-            yield [one for one in found if one.state is ApprovalState.PENDING], True
+        with self._inbox.watching(namespace) as mailbox:
+            yield mailbox.begin(await self._call(self._read_inbox, [namespace])), True
             while True:
-                try:
+                news: Sequence[Approval] = ()
+                with suppress(TimeoutError):
                     async with asyncio.timeout(heartbeat_s):
-                        batch = await changed.get()
-                except TimeoutError:
-                    yield [], True
-                    continue
-                news = [
-                    one
-                    for one in batch
-                    if one.revision > seen.get(one.approval_id, 0)
-                    and (one.state is ApprovalState.PENDING or one.approval_id in seen or _recent(one))
-                ]
-                seen.update((one.approval_id, one.revision) for one in news)
-                if news:
-                    yield news, True
+                        news = await mailbox.take()
+                yield news, True
 
     def _read_inbox(self, namespaces: Sequence[str]) -> Sequence[Approval]:
         return retrying(
             self._engine,
             "approvals.inbox",
-            lambda conn: approval_store.inbox(conn, namespaces, APPROVALS_OVERLAP_S),
+            lambda conn: approval_store.inbox(conn, namespaces, inbox.OVERLAP_S),
         )
 
     def hint(self, workflow_ids: Sequence[str]) -> None:
@@ -569,11 +549,6 @@ def _not_created(start: RunStart) -> Run:
         else "",
         forked_from_step_id=start.forked_from_step,
     )
-
-
-def _recent(approval: Approval) -> bool:
-    """Whether an approval was asked so lately that a watcher may have missed that it was pending."""
-    return datetime.now(UTC) - approval.create_time < timedelta(seconds=APPROVALS_OVERLAP_S)
 
 
 __all__ = [

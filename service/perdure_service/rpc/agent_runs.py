@@ -15,7 +15,7 @@ from perdure_service.durable.service import ForkCommand, RunService, StartComman
 from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.interceptors import RpcContext
-from perdure_service.rpc.streams import Streams, closing
+from perdure_service.rpc.streams import RESPONSE_BYTES, Streams, closing
 from perdure_service.settings import Settings
 
 MAX_WAIT_S = 60.0
@@ -23,10 +23,8 @@ MAX_WAIT_S = 60.0
 WAIT_SHARE = 0.9
 """The share of the caller's deadline that WaitRun uses, so that its answer still arrives."""
 LARGE_REQUEST_BYTES = 2**16
-RESPONSE_BYTES = 2**20
-"""About the most that one response of a stream carries. Clients take 4 MiB unless they say otherwise."""
 TRACE_BYTES = 3 * 2**20
-"""About the most that a trace takes, for the same reason."""
+"""About the most that a trace takes: clients take 4 MiB unless they say otherwise."""
 
 
 class AgentRuns(AgentRunServiceServicer):

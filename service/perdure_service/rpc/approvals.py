@@ -4,16 +4,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
+from perdure.v1 import approval_pb2 as approval_pb
 from perdure.v1 import approval_service_pb2 as pb
 from perdure.v1.approval_service_pb2_grpc import ApprovalServiceServicer
 
+from perdure_service.domain.approvals import Approval
 from perdure_service.durable.service import RunService
 from perdure_service.rpc import approval_requests, convert
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.interceptors import RpcContext
-from perdure_service.rpc.streams import closing
+from perdure_service.rpc.streams import RESPONSE_BYTES, closing
 from perdure_service.settings import Settings
 
 
@@ -23,6 +25,7 @@ class Approvals(ApprovalServiceServicer):
     def __init__(self, service: RunService, settings: Settings) -> None:
         self._service = service
         self._settings = settings
+        self._response_bytes = min(RESPONSE_BYTES, settings.max_message_bytes // 2)
 
     async def ListApprovals(self, request: pb.ListApprovalsRequest, context: RpcContext) -> pb.ListApprovalsResponse:
         """Returns a page of approvals."""
@@ -53,5 +56,23 @@ class Approvals(ApprovalServiceServicer):
         which = approval_requests.watch_approvals(request)
         watch = self._service.watch_approvals(which.namespace, heartbeat_s=which.heartbeat_s)
         async with closing(watch) as batches:
-            async for approvals, caught_up in batches:
-                yield pb.WatchApprovalsResponse(approvals=map(convert.approval, approvals), caught_up=caught_up)
+            caught_up = False
+            async for approvals, now_caught_up in batches:
+                *pieces, last = _pieces(approvals, self._response_bytes)
+                for piece in pieces:
+                    yield pb.WatchApprovalsResponse(approvals=piece, caught_up=caught_up)
+                caught_up = now_caught_up
+                yield pb.WatchApprovalsResponse(approvals=last, caught_up=caught_up)
+
+
+def _pieces(approvals: Sequence[Approval], max_bytes: int) -> list[list[approval_pb.Approval]]:
+    """Returns approvals as messages, in pieces of about `max_bytes` at most: one, unless they are large."""
+    pieces: list[list[approval_pb.Approval]] = [[]]
+    size_bytes = 0
+    for message in map(convert.approval, approvals):
+        if pieces[-1] and size_bytes + message.ByteSize() > max_bytes:
+            pieces.append([])
+            size_bytes = 0
+        pieces[-1].append(message)
+        size_bytes += message.ByteSize()
+    return pieces

@@ -14,6 +14,8 @@ from perdure_service.errors import Draining, PerdureError, TooManyStreams
 
 T = TypeVar("T")
 
+RESPONSE_BYTES = 2**20
+"""About the most that one response of a stream carries. Clients take 4 MiB unless they say otherwise."""
 DRAIN_TEXT = "this server is stopping; call again, and another one will answer"
 AGE_TEXT = "this stream is as old as it may get; open it again after its last cursor"
 

@@ -69,7 +69,7 @@ def list_page(conn: sa.Connection, *, page_size: int, page_token: str) -> tuple[
     Raises:
         InvalidArgument: The token is not from this list.
     """
-    name, version = decode_token(page_token, "agents") if page_token else ("", "")
+    name, version = decode_token(page_token, "agents", str, str) if page_token else ("", "")
     rows = conn.execute(
         sa.text(f"SELECT {_COLUMNS} FROM perdure.agent WHERE (name, version) > (:name, :version) "
                 "ORDER BY name, version LIMIT :limit"),

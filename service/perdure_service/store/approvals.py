@@ -17,12 +17,14 @@ import sqlalchemy as sa
 
 from perdure_service.domain.approvals import Approval, ApprovalState, Decision, TimeoutOutcome
 from perdure_service.domain.runs import RunKey
-from perdure_service.store.runs import decode_token, encode_token
+from perdure_service.store.runs import MAX_PAGE_CHARS, decode_token, encode_token
 
 _COLUMNS = (
     "a.workflow_id, a.step_id, a.namespace, a.approval_id, a.agent, a.title, a.payload, a.answer_schema, a.assignees, "
     "a.created_at, a.deadline_at, a.on_timeout, a.state, a.decided_by, a.decided_at, a.comment, a.answer, a.revision"
 )
+_BYTES = " + ".join(f"octet_length(a.{name})" for name in ("title", "payload", "answer_schema", "comment", "answer"))
+"""What takes room in a message."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +175,8 @@ def list_page(
 ) -> tuple[list[Approval], str]:
     """Returns a page of approvals, oldest first, and the token of the next page (empty at the end).
 
+    A page ends after the approval with which it has `MAX_PAGE_CHARS`: more would fit no message, and fill the memory.
+
     Raises:
         InvalidArgument: The token is not from this list.
     """
@@ -183,26 +187,24 @@ def list_page(
         conditions.append("a.workflow_id = ANY(:workflow_ids)")
         values["workflow_ids"] = [RunKey.of_api(namespace, run_id).workflow_id, run_id]
     if page_token:
-        at, workflow_id, step_id = decode_token(page_token, filter_key)
+        at, workflow_id, step_id = decode_token(page_token, filter_key, datetime, str, int)
         conditions.append(
             "(a.created_at, a.workflow_id, a.step_id) > (CAST(:at AS TIMESTAMPTZ), CAST(:workflow_id AS TEXT), "
             "CAST(:step_id AS INT))"
         )
         values |= {"at": at, "workflow_id": workflow_id, "step_id": step_id}
-    rows = (
-        conn.execute(
-            sa.text(
-                f"SELECT {_COLUMNS} FROM perdure.approval AS a WHERE {' AND '.join(conditions)} "
-                "ORDER BY a.created_at, a.workflow_id, a.step_id LIMIT :limit"
-            ),
-            values,
-        )
-        .mappings()
-        .fetchall()
-    )
+    query = sa.text(f"""
+        SELECT * FROM (
+          SELECT page.*, count(*) OVER () AS found,
+            sum(page.bytes) OVER (ORDER BY page.created_at, page.workflow_id, page.step_id) - page.bytes AS before
+          FROM (SELECT {_COLUMNS}, {_BYTES} AS bytes FROM perdure.approval AS a WHERE {" AND ".join(conditions)}
+                ORDER BY a.created_at, a.workflow_id, a.step_id LIMIT :limit) AS page
+        ) AS sized WHERE before < :max_bytes ORDER BY created_at, workflow_id, step_id
+    """)
+    rows = conn.execute(query, {**values, "max_bytes": MAX_PAGE_CHARS}).mappings().fetchall()
     page = rows[:page_size]
     token = ""
-    if len(rows) > page_size:
+    if page and page[0]["found"] > len(page):
         last = page[-1]
         token = encode_token((last["created_at"].isoformat(), last["workflow_id"], last["step_id"]), filter_key)
     return [_approval(row) for row in page], token

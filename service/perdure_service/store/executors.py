@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -254,7 +254,7 @@ def list_page(
         "limit": page_size + 1,
     }
     if page_token:
-        place, at, executor_id = runs.decode_token(page_token, made_for)
+        place, at, executor_id = runs.decode_token(page_token, made_for, int, datetime, str)
         values |= {"place": place, "at": at, "executor_id": executor_id}
     statement = f"{_LIST}{_AFTER if page_token else ''} ORDER BY place, started_at DESC, executor_id DESC LIMIT :limit"
     rows = conn.execute(sa.text(statement), values).fetchall()

@@ -151,7 +151,7 @@ def list_page(
     where, values = conditions(namespace, run_filter)
     values["limit"] = page_size + 1
     if page_token:
-        at, workflow_id = decode_token(page_token, filter_key)
+        at, workflow_id = decode_token(page_token, filter_key, datetime, str)
         where.append("(r.created_at, r.workflow_id) < (CAST(:at AS TIMESTAMPTZ), CAST(:workflow_id AS TEXT))")
         values |= {"at": at, "workflow_id": workflow_id}
     query = sa.text(
@@ -396,8 +396,16 @@ def encode_token(position: Sequence[Any], filter_key: Any) -> str:
     return tokens.encode([1, list(position), filter_key])
 
 
-def decode_token(token: str, filter_key: Any) -> list[Any]:
-    """Returns the position of a page token.
+def decode_token(token: str, filter_key: Any, *kinds: type[int | str | datetime]) -> list[Any]:
+    """Returns the position of a page token, its members of the given types.
+
+    A token is not signed, so whoever has one can change the position in it. It opens no more than its list does, and
+    what the database could not take is refused here.
+
+    Args:
+        token: As a client gave it back.
+        filter_key: What the list is of.
+        kinds: The types of the position's members; a number is from 0 to what a 32-bit column holds.
 
     Raises:
         InvalidArgument: It is not a token, or one of another list.
@@ -408,4 +416,25 @@ def decode_token(token: str, filter_key: Any) -> list[Any]:
         raise InvalidArgument("page_token", "is not a token of this service") from None
     if version != 1 or not isinstance(position, list) or made_for != json.loads(json.dumps(filter_key)):
         raise InvalidArgument("page_token", "belongs to another list; keep the other fields as they were")
-    return position
+    try:
+        return [_member(value, kind) for value, kind in zip(position, kinds, strict=True)]
+    except ValueError:
+        raise InvalidArgument("page_token", "is not a token of this service") from None
+
+
+def _member(value: Any, kind: type[int | str | datetime]) -> int | str | datetime:
+    """Returns a member of a position.
+
+    Raises:
+        ValueError: It is not of this kind.
+    """
+    if kind is int and type(value) is int and 0 <= value < 2**31:
+        return value
+    if kind is not int and isinstance(value, str) and "\0" not in value:
+        value.encode()  # a lone surrogate is a ValueError, too
+        if kind is str:
+            return value
+        time = datetime.fromisoformat(value)
+        if time.tzinfo is not None:
+            return time
+    raise ValueError("not a member of a position")

@@ -20,7 +20,7 @@ _FROM = (
 
 _FIND = sa.text(f"SELECT {_COLUMNS} {_FROM} WHERE r.workflow_id = :workflow_id")
 _CHILDREN = sa.text(
-    f"SELECT {_COLUMNS} {_FROM} WHERE r.parent_workflow_id = ANY(:workflow_ids) "
+    f"SELECT {_COLUMNS} {_FROM} WHERE r.parent_workflow_id = ANY(:workflow_ids) AND r.namespace = :namespace "
     "ORDER BY r.created_at, r.workflow_id LIMIT :limit"
 )
 
@@ -40,10 +40,14 @@ def find(conn: sa.Connection, workflow_id: str) -> Mapping[str, Any] | None:
     return None if row is None else dict(row)
 
 
-def children(conn: sa.Connection, workflow_ids: Sequence[str], limit: int) -> list[Mapping[str, Any]]:
-    """Returns the rows of the runs that these have started, oldest first, at most `limit`."""
-    rows = conn.execute(_CHILDREN, {"workflow_ids": list(workflow_ids), "limit": limit}).mappings()
-    return [dict(row) for row in rows]
+def children(conn: sa.Connection, namespace: str, workflow_ids: Sequence[str], limit: int) -> list[Mapping[str, Any]]:
+    """Returns the rows of the runs that these have started, oldest first, at most `limit`.
+
+    Those of another namespace are left out: code can start a child under an id of any, and who may see the parent may
+    perhaps not see that.
+    """
+    values = {"namespace": namespace, "workflow_ids": list(workflow_ids), "limit": limit}
+    return [dict(row) for row in conn.execute(_CHILDREN, values).mappings()]
 
 
 def ended_last(conn: sa.Connection, executor_ids: Sequence[str], horizon_s: float, limit: int) -> list[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import enum
 import inspect
+import socket
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Annotated, Any, Generic, Literal, TypeVar
@@ -14,10 +15,11 @@ import pytest
 from dbos import DBOS, pydantic_args_validator
 from jsonschema import Draft202012Validator
 from perdure_service.agents import agent, catalogue, expose
-from perdure_service.domain.agents import check_input
+from perdure_service.domain.agents import check_input, validator
 from perdure_service.domain.budgets import Budget
 from perdure_service.errors import InputSchemaViolation
 from pydantic import BaseModel, ConfigDict, Field, RootModel, field_validator
+from referencing.exceptions import Unresolvable
 from typing_extensions import TypedDict
 
 
@@ -419,3 +421,13 @@ def test_a_budget_that_is_none_is_refused(limits: dict[str, Any], name: str) -> 
 
 
 async def _nothing() -> None: ...
+
+
+def test_a_schema_that_refers_to_the_web_is_not_followed() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as web:
+        web.setblocking(False)
+        schema = {"$ref": f"http://127.0.0.1:{web.getsockname()[1]}/schema"}
+        with pytest.raises(Unresolvable):
+            list(validator(schema).iter_errors(1))
+        with pytest.raises(BlockingIOError):
+            web.accept()

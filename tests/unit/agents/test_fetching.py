@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 from perdure_service.agents import fetching
@@ -132,6 +134,7 @@ async def test_a_host_that_is_not_there_may_be_tried_again() -> None:
         ("93.184.216.34", True), ("2606:2800:220:1:248:1893:25c8:1946", True), ("10.0.0.5", False),
         ("127.0.0.1", False), ("169.254.169.254", False), ("::1", False), ("fe80::1", False), ("fd00::1", False),
         ("::ffff:10.0.0.5", False), ("0.0.0.0", False), ("224.0.0.1", False), ("100.64.0.1", False),
+        ("::7f00:1", False), ("fec0::1", False), ("5f00::1", False), ("ff0e::1", False),
     ],
 )  # fmt: skip
 def test_addresses_that_are_not_public_must_be_listed(address: str, public: bool) -> None:
@@ -143,6 +146,26 @@ def test_addresses_that_are_not_public_must_be_listed(address: str, public: bool
     plain = address.removeprefix("::ffff:")
     listed = f"[{plain}]" if ":" in plain else plain
     AllowList.of(["example.org", listed]).check_address(address, "example.org", 443, "https")
+
+
+@pytest.mark.parametrize("form", ["::ffff:{}", "64:ff9b::{}", "2002:{:x}:{:x}::"])
+@pytest.mark.parametrize(("carried", "public"), [("93.184.216.34", True), ("169.254.169.254", False)])
+def test_an_address_that_carries_another_one_is_what_it_carries(form: str, carried: str, public: bool) -> None:
+    number = int(ipaddress.IPv4Address(carried))
+    address = form.format(number >> 16, number & 0xFFFF) if "x" in form else form.format(carried)
+    with nullcontext() if public else pytest.raises(FetchRefused, match=f"at {carried}, which is not"):
+        AllowList.of(["example.org"]).check_address(address, "example.org", 443, "https")
+
+
+@pytest.mark.parametrize("charset", ["idna", "punycode", "undefined", "unicode_escape", "hex", "nosuch"])
+async def test_a_charset_that_is_none_is_taken_for_utf_8(web: Web, allowed: AllowList, charset: str) -> None:
+    url = web.page("/odd", "hello \\x61 é-", kind=f"text/plain; charset={charset}")
+    assert (await fetch(url, allowed))[1] == "hello \\x61 é-"
+
+
+async def test_half_a_character_is_not_read(web: Web, allowed: AllowList) -> None:
+    with pytest.raises(FetchRefused, match="not a URL"):
+        await fetch(f"{web.url}/\ud800", allowed)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
-from perdure_client import AsyncClient, Client, ConfigurationError
+from perdure_client import AsyncClient, Client, ConfigurationError, ServerUnavailable
 from perdure_client._config import CHANNEL_OPTIONS, Config, is_loopback, make_config
 from perdure_client._watch import call_metadata
 
 from tests.helpers.security import certified
+from tests.helpers.waiting import free_port, scaled
 
 
 def configure(address: str | None = None, **options: Any) -> Config:
@@ -100,6 +102,23 @@ def test_a_token_that_no_header_may_have_is_refused_without_being_shown(token: s
     with pytest.raises(ConfigurationError, match="the token holds characters") as caught:
         call_metadata(configure(token=token))
     assert token not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
+def test_a_token_for_this_machine_is_not_given_to_a_proxy(monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    """gRPC sends even `localhost` to the proxy of the environment, unless it is told not to."""
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in ("grpc_proxy", "https_proxy", "no_proxy", "no_grpc_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        with (
+            Client(f"{host}:{free_port()}", token="t", timeout=scaled(0.5), connect_timeout=scaled(0.2)) as client,
+            pytest.raises(ServerUnavailable),
+        ):
+            client.get("x")
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 def test_a_token_is_not_shown() -> None:

@@ -73,6 +73,17 @@ async def test_the_inbox_passes_everything_on(service):
         await eventually_async(lambda: service.closed == ["watch_approvals"])
 
 
+async def test_an_inbox_too_large_for_one_message_arrives_in_pieces(service):
+    asked = [an_approval(approval_id=f"foo/{n}", payload_json=f'"{"x" * 900_000}"') for n in range(12)]
+    service.script["watch_approvals"] = streams((asked, True), (asked, True), then_stay=True)
+    async with serving(service) as served:  # a client that takes gRPC's default of 4 MiB, of 10 MiB
+        call = served.approvals.WatchApprovals(approval_service_pb2.WatchApprovalsRequest())
+        responses = [await call.read() for _ in range(24)]
+        call.cancel()
+    assert [one.approval_id for r in responses for one in r.approvals] == [one.approval_id for one in asked] * 2
+    assert [response.caught_up for response in responses] == [False] * 11 + [True] * 13
+
+
 async def test_a_batch_too_large_for_one_message_arrives_in_pieces(service):
     events = [an_event(n, message="x" * 300_000) for n in range(1, 41)]
     service.script["watch"] = streams(a_batch(events=events, last_sequence=40, end_of_run=True))

@@ -266,6 +266,18 @@ def test_keys_are_read_from_where_they_were_said_to_be_and_from_nowhere_else():
             read_keys(provider.url)
 
 
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy"])
+def test_the_keys_of_a_provider_on_this_machine_are_not_asked_of_a_proxy(
+    monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    with IdentityProvider([KEY]) as provider, IdentityProvider([RSA_KEY]) as proxy:
+        monkeypatch.setenv(variable, proxy.url)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        assert set(read_keys(provider.url)) == {"one"}
+        assert proxy.reads == 0
+
+
 @pytest.mark.parametrize(
     ("given", "why"),
     [
