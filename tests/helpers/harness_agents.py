@@ -79,6 +79,28 @@ async def everything() -> list[Any]:
     return [first, asked.approved, asked.comment, word, child]
 
 
+@agent(name="talker")
+async def talker() -> str:
+    """Says something in a step that goes on for a while, so that it is written before the step's checkpoint."""
+    return await talk()
+
+
+@DBOS.step(name="harness.talk")
+async def talk() -> str:
+    run.output("text").write("hello ")
+    await asyncio.sleep(0.4)
+    run.output("text").write("world")
+    return "good bye"
+
+
+@agent(name="sender")
+async def sender() -> str:
+    """Says something, which rides on the checkpoint of a message to itself."""
+    run.output("text").write("once ")
+    await DBOS.send_async(str(DBOS.workflow_id), "hello", topic="word")
+    return str(await run.signal("word"))
+
+
 @agent(name="moody")
 async def moody() -> int:
     """Takes another way each time: a step too much after a crash."""

@@ -1,0 +1,79 @@
+"""Events that wait for a ride are written by the repeat of a transaction that failed, as they were by the first try."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from perdure_service.domain.events import EventKind, Pack
+from perdure_service.durable import operation as seam
+from perdure_service.testing import BlockingHarness
+
+from tests.helpers.databases import DatabaseServer
+from tests.helpers.waiting import scaled
+
+
+@pytest.fixture(scope="module")
+def harness(database_server: DatabaseServer) -> Iterator[BlockingHarness]:
+    with BlockingHarness(
+        ["tests.helpers.harness_agents"], database_url=database_server.url, timeout_s=scaled(15)
+    ) as harness:
+        yield harness
+
+
+def lost() -> sa.exc.OperationalError:
+    """Returns what a lost connection raises."""
+    why = psycopg.OperationalError("server closed the connection unexpectedly")
+    return sa.exc.OperationalError("COMMIT", None, why, connection_invalidated=True)
+
+
+def test_events_that_were_to_be_written_alone_are_not_lost_when_their_transaction_is_repeated(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = seam.event_log.append
+    failed: list[Pack] = []
+
+    def fails_once(conn: sa.Connection, pack: Pack) -> bool:
+        written = append(conn, pack)
+        if not failed and any(event.kind is EventKind.OUTPUT_DELTA for event in pack.events):
+            failed.append(pack)
+            raise lost()
+        return written
+
+    monkeypatch.setattr(seam.event_log, "append", fails_once)
+    run = harness.start("talker")
+    assert run.result() == "good bye"
+    assert failed, "the transaction failed once"
+    assert not any(event.kind is EventKind.STEP_SUCCEEDED for event in failed[0].events), "it was not the checkpoint's"
+    assert run.output("text") == "hello world"
+
+
+def test_events_that_ride_on_a_message_are_written_once_when_the_reply_to_its_commit_is_lost(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_run, failed = seam.Operations._run, []
+
+    @contextmanager
+    def loses_once(operations: seam.Operations, operation: seam.Operation, begin: Any) -> Iterator[sa.Connection]:
+        @contextmanager
+        def begin_and_lose() -> Iterator[sa.Connection]:
+            with begin() as conn:
+                yield conn
+            names = {event.step_name for events in operation._events.values() for event in events}
+            if not failed and "DBOS.send" in names:
+                failed.append(names)
+                raise lost()
+
+        with plain_run(operations, operation, begin_and_lose) as conn:
+            yield conn
+
+    monkeypatch.setattr(seam.Operations, "_run", loses_once)
+    run = harness.start("sender")
+    assert run.result() == "hello"
+    assert failed, "the reply was lost once"
+    assert run.output("text") == "once "
+    assert [event.step_name for event in run.events("step_succeeded")].count("DBOS.send") == 1
