@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from typing import Any
+from typing import Any, Literal
 
 from dbos import DBOS
 from openai import AsyncOpenAI
 from perdure_service.agents import agent, run
+from pydantic import BaseModel
 
 DONE: list[str] = []
 """What has been done, in order, by whichever execution."""
@@ -99,6 +100,29 @@ async def sender() -> str:
     run.output("text").write("once ")
     await DBOS.send_async(str(DBOS.workflow_id), "hello", topic="word")
     return str(await run.signal("word"))
+
+
+class Limits(BaseModel):
+    """What `limited` takes."""
+
+    steps: int = 1
+
+
+@agent(name="limited")
+async def limited(limits: Limits) -> int:
+    return await adder(limits.steps)
+
+
+@agent(name="starter")
+async def starter(how: Literal["start", "enqueue", "call", "json"]) -> int:
+    """Has a child that takes a model, by one of the ways there are."""
+    limits: Any = Limits()
+    if how == "call":
+        return await limited(limits)
+    if how == "enqueue":
+        await DBOS.enqueue_workflow_async("perdure", limited, limits)
+    handle: Any = await DBOS.start_workflow_async(limited, limits if how == "start" else limits.model_dump(mode="json"))
+    return int(await handle.get_result())
 
 
 @agent(name="moody")
