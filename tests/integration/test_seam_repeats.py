@@ -10,7 +10,9 @@ import psycopg
 import pytest
 import sqlalchemy as sa
 from perdure_service.domain.events import EventKind, Pack
+from perdure_service.durable import metering
 from perdure_service.durable import operation as seam
+from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.testing import BlockingHarness
 
 from tests.helpers.databases import DatabaseServer
@@ -77,3 +79,22 @@ def test_events_that_ride_on_a_message_are_written_once_when_the_reply_to_its_co
     assert failed, "the reply was lost once"
     assert run.output("text") == "once "
     assert [event.step_name for event in run.events("step_succeeded")].count("DBOS.send") == 1
+
+
+def test_what_goes_wrong_in_telling_of_an_end_does_not_reach_dbos(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[str] = []
+    write_outcome = PerdureSystemDatabase.update_workflow_outcome
+
+    def counted(database: PerdureSystemDatabase, workflow_id: str, status: Any, **rest: Any) -> bool:
+        outcomes.append(status)
+        return write_outcome(database, workflow_id, status, **rest)
+
+    def fails(*_: Any) -> None:
+        raise ValueError("no meter")
+
+    monkeypatch.setattr(PerdureSystemDatabase, "update_workflow_outcome", counted)
+    monkeypatch.setattr(metering, "run_ended", fails)
+    assert harness.start("adder", {"steps": 1}).result() == 1
+    assert outcomes == ["SUCCESS"]
