@@ -103,12 +103,13 @@ class PerdureSystemDatabase(StatusDatabase):
             executor_id=(self.executor_id or "") if runs_here else "",
         )
         if record is None:
-            if created and facts.get("unique_request_id"):
-                raise RequestRepeated(workflow_id)
-            if created:
+            if created and (known := self.ledger.known(conn, workflow_id)) is not None:
                 # Written by an attempt of this very start, whose reply was lost.
-                record = self.ledger.known(conn, workflow_id)
+                record = facts.get("record", known)
+            elif created and facts.get("unique_request_id"):
+                raise RequestRepeated(workflow_id)
         elif operation is not None:
+            facts["record"] = record
             operation.add(workflow_id, *record.events)
         else:
             self.ledger.append(conn, workflow_id, record.events)
