@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from dbos import WorkflowSerializationFormat, _core
-from dbos._serialization import Serializer, serialize_exception, serialize_value_as
+from dbos._serialization import Serializer, serialize_args, serialize_exception, serialize_value_as
 from dbos._sys_db import OperationResultInternal
 
 from perdure_service.domain.authoring import OutputTooLarge
@@ -27,7 +27,6 @@ from perdure_service.durable import values
 from perdure_service.durable.substitutes import substitute
 
 _serialize_error = _core._serialize_exception_for_persistence
-_serialize_args = _core.serialize_args
 
 PLAIN_JSON = (
     "Its arguments are stored as plain JSON: call the agent itself, which takes typed ones, or give DBOS.start_workflow"
@@ -57,7 +56,7 @@ class OutputLimit:
             args: Any, kwargs: Any, serialization: WorkflowSerializationFormat | None, serializer: Serializer
         ) -> tuple[str, str]:
             try:
-                return _serialize_args(args, kwargs, serialization, serializer)
+                return serialize_args(args, kwargs, serialization, serializer)
             except TypeError as error:
                 if serialization is not WorkflowSerializationFormat.PORTABLE:
                     raise
