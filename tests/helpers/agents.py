@@ -290,6 +290,14 @@ async def mendable_parent(key: str) -> str:
     return f"{await sound.get_result()}, {await shaky.get_result()}"
 
 
+@agent(name="late-reader")
+async def late_reader() -> str:
+    """Starts a child, and reads its result when it is told to."""
+    handle: Any = await DBOS.start_workflow_async(plain_child, 0, 0.0)
+    await run.signal("more")
+    return str(await handle.get_result())
+
+
 @agent(name="leaver")
 async def leaver() -> str:
     """Ends while its child still sleeps."""

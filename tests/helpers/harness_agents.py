@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-from typing import Any
+from typing import Any, Literal
 
 from dbos import DBOS
 from openai import AsyncOpenAI
 from perdure_service.agents import agent, run
+from pydantic import BaseModel
 
 DONE: list[str] = []
 """What has been done, in order, by whichever execution."""
@@ -77,6 +78,51 @@ async def everything() -> list[Any]:
     await DBOS.set_event_async("progress", first)
     await DBOS.sleep_async(0.05)
     return [first, asked.approved, asked.comment, word, child]
+
+
+@agent(name="talker")
+async def talker() -> str:
+    """Says something in a step that goes on for a while, so that it is written before the step's checkpoint."""
+    return await talk()
+
+
+@DBOS.step(name="harness.talk")
+async def talk() -> str:
+    run.output("text").write("hello ")
+    await asyncio.sleep(0.4)
+    run.output("text").write("world")
+    return "good bye"
+
+
+@agent(name="sender")
+async def sender() -> str:
+    """Says something, which rides on the checkpoint of a message to itself."""
+    run.output("text").write("once ")
+    await DBOS.send_async(str(DBOS.workflow_id), "hello", topic="word")
+    return str(await run.signal("word"))
+
+
+class Limits(BaseModel):
+    """What `limited` takes."""
+
+    steps: int = 1
+
+
+@agent(name="limited")
+async def limited(limits: Limits) -> int:
+    return await adder(limits.steps)
+
+
+@agent(name="starter")
+async def starter(how: Literal["start", "enqueue", "call", "json"]) -> int:
+    """Has a child that takes a model, by one of the ways there are."""
+    limits: Any = Limits()
+    if how == "call":
+        return await limited(limits)
+    if how == "enqueue":
+        await DBOS.enqueue_workflow_async("perdure", limited, limits)
+    handle: Any = await DBOS.start_workflow_async(limited, limits if how == "start" else limits.model_dump(mode="json"))
+    return int(await handle.get_result())
 
 
 @agent(name="moody")

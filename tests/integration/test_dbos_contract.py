@@ -138,6 +138,8 @@ def test_steps_and_workflows_are_run_by_the_functions_we_replace() -> None:
     assert persist.count("serialize_value_as(") == source.count("serialize_value_as(") == 1
     assert persist.index("try:") < persist.index("serialize_value_as(") < persist.index("except Exception as error:")
     assert persist.count("_serialize_exception_for_persistence(") == 1
+    assert inspect.getsource(_core._assemble_workflow_status).count("serialize_args(") == 1
+    assert source.replace("deserialize_args(", "").count("serialize_args(") == 1  # whatever starts one comes there
 
 
 def test_dbos_creates_its_system_database_by_the_one_factory_with_keywords() -> None:

@@ -190,6 +190,28 @@ def test_what_a_fork_may_still_wait_for_stays(rpc: Rpc) -> None:
     assert rpc.get(of_waiting).forked_from_run_id == waiting, "a fork stays when its origin goes"
 
 
+def test_a_child_that_a_fork_needs_stays_when_a_fork_between_them_is_gone(rpc: Rpc) -> None:
+    def fork(run_id: str) -> str:
+        request = pb.ForkRunRequest(run_id=run_id, request_id=new_id(), from_step_id=2)
+        return rpc.runs.ForkRun(request).run.run_id
+
+    def end(run_id: str) -> str:
+        rpc.until(run_id, "AWAITING_INPUT")
+        rpc.signal(run_id)
+        assert rpc.output_of(run_id) == "child 0"
+        return run_id
+
+    origin = end(rpc.start("late-reader"))
+    between = end(fork(origin))
+    third = end(fork(between))
+    assert delete(rpc, between).deleted_count == 1
+    last = fork(third)
+    assert list(delete(rpc, origin).unfinished_run_ids) == [origin], "the last one still needs its child"
+    assert list(delete(rpc, f"{origin}.1").unfinished_run_ids) == [f"{origin}.1"]
+    end(last)
+    assert delete(rpc, origin).deleted_count == 2
+
+
 def test_a_fork_that_would_need_a_deleted_child_is_refused(rpc: Rpc) -> None:
     origin = ended(rpc, "parent", {"children": 1})
     delete(rpc, f"{origin}.1")

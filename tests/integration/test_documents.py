@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -330,14 +330,22 @@ def test_the_schema_can_be_created_again(engine: sa.Engine) -> None:
             connection.execute(sa.text(statement))
 
 
-def test_a_report_is_saved_once(engine: sa.Engine) -> None:
-    for answer in ("first\0\ud800", "second"):
+def test_a_report_is_saved_once_and_replaced_by_that_of_a_later_run_of_the_same_id(engine: sa.Engine) -> None:
+    def save(answer: str) -> tuple[str, list[dict[str, str]], datetime]:
         documents.save_report(
             engine, report_id="r:1", workflow_id="w", question="q", answer=answer, sources=[{"document": "d"}]
         )
-    with engine.connect() as connection:
-        rows = connection.execute(sa.text("SELECT answer, sources FROM perdure.report")).all()
-    assert [tuple(row) for row in rows] == [("first ?", [{"document": "d"}])]
+        with engine.connect() as connection:
+            rows = connection.execute(sa.text("SELECT answer, sources, created_at FROM perdure.report")).all()
+        assert len(rows) == 1
+        return tuple(rows[0])  # type: ignore[return-value]
+
+    first = save("first\0\ud800")
+    assert first[:2] == ("first ?", [{"document": "d"}])
+    assert save("first\0\ud800") == first, "the repeat of a step"
+    second = save("second")
+    assert second[0] == "second"
+    assert second[2] > first[2]
 
 
 def test_a_database_that_is_not_there_is_unavailable(tmp_path: Path) -> None:

@@ -73,6 +73,18 @@ def test_a_run_that_waits_too_long_says_what_for(harness: BlockingHarness) -> No
     harness.cancel(run)
 
 
+@pytest.mark.parametrize("how", ["start", "enqueue"])
+def test_a_model_that_dbos_cannot_store_is_refused_with_what_to_do(harness: BlockingHarness, how: str) -> None:
+    hint = r"type Limits is not portable JSON serializable\. .*call the agent itself.*model_dump\(mode='json'\)"
+    with pytest.raises(RunFailed, match=hint):
+        harness.run("starter", {"how": how})
+
+
+@pytest.mark.parametrize("how", ["call", "json"])
+def test_what_the_hint_says_works(harness: BlockingHarness, how: str) -> None:
+    assert harness.start("starter", {"how": how}).result() == 1
+
+
 def test_what_a_server_refuses_is_refused(harness: BlockingHarness) -> None:
     with pytest.raises(AgentNotFound):
         harness.start("nobody")

@@ -4,8 +4,9 @@ An execution is keyed by (workflow id, ownership token): a run that was given ba
 process has two, and the older one is dead. A dead execution is marked here, and each of its next DBOS calls raises.
 
 **The slot.** One unacknowledged pack per run: whoever appends for an execution holds its slot from before the owner's
-lock until after COMMIT, so that events reach the log in the order in which they happened, whether they ride on a
-checkpoint or alone. Lock order: slot, then database rows, always; nobody takes a slot while holding rows.
+lock until the COMMIT is known, through all repeats, so that events reach the log in the order in which they happened,
+whether they ride on a checkpoint or alone. Lock order: slot, then database rows, always; nobody takes a slot while
+holding rows.
 """
 
 from __future__ import annotations

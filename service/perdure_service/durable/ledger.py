@@ -432,15 +432,17 @@ class Ledger:
         events.append(terminal)
 
         def after() -> None:
-            metering.run_ended(row["agent"], state, row["created_at"], at)
-            if execution:  # the trace of a run that is ended from outside is written from its log
-                self._spans.run_ended(row, terminal)
+            with metering.telling(ended.key.workflow_id):
+                metering.run_ended(row["agent"], state, row["created_at"], at)
+                if execution:  # the trace of a run that is ended from outside is written from its log
+                    self._spans.run_ended(row, terminal)
 
         return events, after
 
     def ended_perhaps(self, workflow_id: str) -> None:
         """Is called after an end that had to be committed twice."""
-        self._spans.run_ended_perhaps(workflow_id)
+        with metering.telling(workflow_id):
+            self._spans.run_ended_perhaps(workflow_id)
 
     # ---- reads of status ---------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -33,6 +34,15 @@ _OUTCOMES = {
 }
 
 log = structlog.get_logger()
+
+
+@contextmanager
+def telling(workflow_id: str) -> Iterator[None]:
+    """Surrounds what tells of a commit. It has happened, so nothing that goes wrong here may look like its failure."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - logged
+        log.error("telemetry.failed", workflow_id=workflow_id, error=type(error).__name__)
 
 
 def committed(execution: Execution | None, packs: Sequence[Pack]) -> None:

@@ -4,7 +4,7 @@ Every transaction that DBOS begins through our system database runs inside an `O
 execution's slot before the transaction takes the owner's lock, collects events while DBOS's own SQL runs, and appends
 one pack a run as the transaction's last statements. It outlives the transaction: when DBOS repeats it (a lost
 connection, a serialization conflict, a COMMIT whose reply never came), the same packs are presented again, and the
-log recognises them.
+log recognises them. It keeps the slot until then: what the execution says meanwhile comes after what may be in the log.
 """
 
 from __future__ import annotations
@@ -119,6 +119,18 @@ class Operation:
                 continue
             if self._append(conn, workflow_id, events):
                 runs.apply_events(conn, workflow_id, events)
+        for workflow_id in self._packs.keys() - self._events.keys():
+            self._drop_unwritten(conn, workflow_id)
+
+    def _drop_unwritten(self, conn: sa.Connection, workflow_id: str) -> None:
+        """Forgets what an attempt that failed was to write of a run, when this one found that it must not."""
+        packs = self._packs[workflow_id]
+        if packs and event_log.is_committed(conn, packs[0]):
+            return
+        del self._packs[workflow_id]
+        if self.execution is not None and workflow_id == self.execution.key.workflow_id:
+            self.execution.give_back(self._riding)
+            self._riding = []
 
     def _append(self, conn: sa.Connection, workflow_id: str, events: list[Event]) -> bool:
         """Appends a run's events, as one pack unless they are very long; returns False when they lie there already."""
@@ -180,16 +192,21 @@ class Operations:
 
     @contextmanager
     def open(self, operation: Operation) -> Iterator[Operation]:
-        """Makes an operation current for the calls inside; DBOS may repeat its transaction as often as it likes."""
-        stack = self._stack()
-        stack.append(operation)
-        try:
-            yield operation
-        except BaseException:
-            operation.failed()
-            raise
-        finally:
-            stack.pop()
+        """Makes an operation current for the calls inside; DBOS may repeat its transaction as often as it likes.
+
+        The slot is held between the attempts, too: while nobody knows whether the first one was committed, what came
+        later must not reach the log before it.
+        """
+        with slot_of(operation.execution):
+            stack = self._stack()
+            stack.append(operation)
+            try:
+                yield operation
+            except BaseException:
+                operation.failed()
+                raise
+            finally:
+                stack.pop()
 
     @contextmanager
     def transaction(
@@ -212,22 +229,21 @@ class Operations:
 
     @contextmanager
     def _run(self, operation: Operation, begin: Callable[[], Any]) -> Iterator[sa.Connection]:
-        with slot_of(operation.execution):
-            try:
-                with begin() as conn:
-                    operation.begun(conn)
-                    yield conn
-                    operation.write(conn)
-            except sa.exc.DBAPIError as error:
-                operation.failed_with(error)
-                if operation.execution is None or sqlstate_of(error) != QUERY_CANCELED:
-                    raise
-                slow = CheckpointTooSlow(str(error.orig))
-                raise sa.exc.OperationalError(error.statement, None, slow, hide_parameters=True) from error
-            written = operation.workflow_ids
-            for workflow_id, packs in operation.written():
-                own = operation.execution is not None and operation.execution.key.workflow_id == workflow_id
-                self._told(operation.execution if own else None, workflow_id, packs)
+        try:
+            with begin() as conn:
+                operation.begun(conn)
+                yield conn
+                operation.write(conn)
+        except sa.exc.DBAPIError as error:
+            operation.failed_with(error)
+            if operation.execution is None or sqlstate_of(error) != QUERY_CANCELED:
+                raise
+            slow = CheckpointTooSlow(str(error.orig))
+            raise sa.exc.OperationalError(error.statement, None, slow, hide_parameters=True) from error
+        written = operation.workflow_ids
+        for workflow_id, packs in operation.written():
+            own = operation.execution is not None and operation.execution.key.workflow_id == workflow_id
+            self._told(operation.execution if own else None, workflow_id, packs)
         if written:
             self._committed(written)
         operation.committed()

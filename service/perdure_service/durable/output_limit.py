@@ -7,7 +7,9 @@ nobody ends. So each value is measured as it will be stored, in bytes, before th
   FAILED with `OutputTooLarge`, and a child's parent gets that error instead of the output;
 * **the result of a step** as its checkpoint is written: the error is recorded in its place and raised in the agent's
   code. The body ran once and is not repeated, by no retry (they are over) and by no replay (which reads the error);
-* **what is published, streamed or asked**: the call raises and nothing is written.
+* **what is published, streamed or asked**: the call raises and nothing is written;
+* **the arguments of a workflow that code starts** by DBOS's own calls, which know nothing of an agent's types: where
+  they are no JSON the error says what to do instead.
 
 **What if we die on the next line?** Nothing is kept in memory: a replay measures again, or reads what was recorded.
 """
@@ -16,8 +18,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from dbos import _core
-from dbos._serialization import Serializer, serialize_exception, serialize_value_as
+from dbos import WorkflowSerializationFormat, _core
+from dbos._serialization import Serializer, serialize_args, serialize_exception, serialize_value_as
 from dbos._sys_db import OperationResultInternal
 
 from perdure_service.domain.authoring import OutputTooLarge
@@ -25,6 +27,11 @@ from perdure_service.durable import values
 from perdure_service.durable.substitutes import substitute
 
 _serialize_error = _core._serialize_exception_for_persistence
+
+PLAIN_JSON = (
+    "Its arguments are stored as plain JSON: call the agent itself, which takes typed ones, or give DBOS.start_workflow"
+    " and DBOS.enqueue_workflow plain values (`model.model_dump(mode='json')`)"
+)
 
 
 class OutputLimit:
@@ -34,7 +41,7 @@ class OutputLimit:
         self.max_bytes = max_bytes
 
     def install(self) -> None:
-        """Makes DBOS measure the outputs of runs, and store what agents return and raise whatever text is in it."""
+        """Makes DBOS measure the outputs of runs, store any text that is returned or raised, and explain TypeErrors."""
 
         def measured(value: Any, serialization: str | None, serializer: Serializer) -> tuple[str | None, str]:
             text, name = serialize_value_as(value, serialization, serializer)
@@ -45,9 +52,20 @@ class OutputLimit:
         def storable(error: Exception, serialization: str | None, serializer: Serializer) -> str:
             return _encodable(_serialize_error(error, serialization, serializer))
 
-        # What `persist` calls; looked up by these names in the module.
+        def explained(
+            args: Any, kwargs: Any, serialization: WorkflowSerializationFormat | None, serializer: Serializer
+        ) -> tuple[str, str]:
+            try:
+                return serialize_args(args, kwargs, serialization, serializer)
+            except TypeError as error:
+                if serialization is not WorkflowSerializationFormat.PORTABLE:
+                    raise
+                raise TypeError(f"{error}. {PLAIN_JSON}") from None
+
+        # Looked up by these names in the module: the first two by `persist`, the last by whatever starts a workflow.
         substitute(_core, "serialize_value_as", measured)
         substitute(_core, "_serialize_exception_for_persistence", storable)
+        substitute(_core, "serialize_args", explained)
 
     def check_text(self, what: str, text: str) -> None:
         """Refuses a text that takes more than the limit.

@@ -219,12 +219,10 @@ class Runtime:
         return database
 
     def _committed(self, execution: Execution | None, workflow_id: str, packs: Sequence[Pack]) -> None:
-        """Tells of a commit. It has happened, so nothing that goes wrong here may look like its failure."""
-        try:
+        """Tells of a commit."""
+        with metering.telling(workflow_id):
             metering.committed(execution, packs)
             self.spans.committed(execution, workflow_id, packs)
-        except Exception as error:  # noqa: BLE001 - logged
-            log.error("telemetry.failed", workflow_id=workflow_id, error=type(error).__name__)
 
     def _write_buffered(self, execution: Execution) -> None:
         self.database.write_buffered(execution)

@@ -103,12 +103,13 @@ class PerdureSystemDatabase(StatusDatabase):
             executor_id=(self.executor_id or "") if runs_here else "",
         )
         if record is None:
-            if created and facts.get("unique_request_id"):
-                raise RequestRepeated(workflow_id)
-            if created:
+            if created and (known := self.ledger.known(conn, workflow_id)) is not None:
                 # Written by an attempt of this very start, whose reply was lost.
-                record = self.ledger.known(conn, workflow_id)
+                record = facts.get("record", known)
+            elif created and facts.get("unique_request_id"):
+                raise RequestRepeated(workflow_id)
         elif operation is not None:
+            facts["record"] = record
             operation.add(workflow_id, *record.events)
         else:
             self.ledger.append(conn, workflow_id, record.events)
@@ -283,6 +284,21 @@ class PerdureSystemDatabase(StatusDatabase):
             operation.finish = lambda _conn: self._add_own(operation, self.ledger.streamed(function_id, key, value))
             super().write_stream_from_step(workflow_uuid, function_id, key, value, **rest)
 
+    # What DBOS records in transactions of its own, and repeats: one operation around all attempts, as that of a second
+    # one would not know what the first had committed.
+
+    def send_bulk(self, *arguments: Any, **rest: Any) -> None:
+        with self.operations.open(Operation(self._execution_here())):
+            super().send_bulk(*arguments, **rest)
+
+    def patch(self, *, workflow_id: str, function_id: int, patch_name: str) -> bool:
+        with self._own(workflow_id):
+            return super().patch(workflow_id=workflow_id, function_id=function_id, patch_name=patch_name)
+
+    def call_txn_as_step(self, workflow_uuid: str, *arguments: Any, **rest: Any) -> Any:
+        with self._own(workflow_uuid):
+            return super().call_txn_as_step(workflow_uuid, *arguments, **rest)
+
     def _check_new(self, workflow_id: str, function_id: int, what: str, value: Any) -> None:
         """Refuses a value that is too large, unless it is recorded: a limit that was lowered changes no replay."""
         try:
@@ -421,8 +437,7 @@ class PerdureSystemDatabase(StatusDatabase):
 
         def finish(conn: sa.Connection) -> None:
             self._check_owner_txn(conn, execution.key.workflow_id, execution.owner_xid)
-            if execution.has_events:
-                operation.add(execution.key.workflow_id)
+            operation.add(execution.key.workflow_id)  # a repeat, too, which finds the buffer empty
 
         operation.finish = finish
         try:

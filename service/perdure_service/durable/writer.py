@@ -66,6 +66,11 @@ class EventWriter:
                 self._pending.discard(execution)
             if not execution.has_events or execution.dead:
                 continue
+            if not execution.slot.acquire(blocking=False):
+                # What waits rides on the commit that is under way, or is next. That may be repeated for long, and these
+                # threads are for all runs.
+                self.wake(execution)
+                continue
             try:
                 self._write(execution)
             except Exception as error:  # noqa: BLE001 - logged; kept for the next try
@@ -74,3 +79,5 @@ class EventWriter:
                 time.sleep(LINGER_S)
                 if not execution.dead:
                     self.wake(execution)
+            finally:
+                execution.slot.release()

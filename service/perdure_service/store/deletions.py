@@ -2,8 +2,8 @@
 
 A run goes with its descendants, its *family*. A family is left alone while one of it has not ended, and while somebody
 who has not ended may still read the result of one of it: the run that started it, or a fork of either, as a fork has
-taken over the steps that say which child to wait for. Forks of forks count, too; a run with a fork that has not ended
-is left alone itself, so that the chain to them is never broken.
+taken over the steps that say which child to wait for. Forks of forks count, too. The chain to them breaks when a fork
+between them is deleted, so what forks have recorded of children is looked at, too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sqlalchemy as sa
 
 from perdure_service.domain.runs import TERMINAL_STATUSES, RunFilter, RunKey
 from perdure_service.store import runs
-from perdure_service.store.dbos_tables import STATUS
+from perdure_service.store.dbos_tables import OUTPUTS, STATUS
 
 OUR_TABLES = ("run_event", "approval", "run")
 """Those that hold rows of a run, keyed by its workflow id."""
@@ -46,6 +46,12 @@ _HELD = sa.text(f"""
     )
     SELECT DISTINCT o.root FROM readers AS o JOIN {STATUS} AS s ON s.workflow_uuid = o.workflow_id
     WHERE NOT s.status = ANY(:terminal)
+""")
+
+# There is no index of children; forks have one, are few, and so are their steps.
+_NEEDED = sa.text(f"""
+    SELECT DISTINCT o.child_workflow_id FROM {STATUS} AS s JOIN {OUTPUTS} AS o ON o.workflow_uuid = s.workflow_uuid
+    WHERE s.forked_from IS NOT NULL AND NOT s.status = ANY(:terminal) AND o.child_workflow_id = ANY(:ids)
 """)
 
 
@@ -78,15 +84,16 @@ class Families:
 
 def families(conn: sa.Connection, roots: Sequence[str]) -> Families:
     """Returns the families of some runs, by workflow id; what does not exist is left out."""
-    ids = list(roots)
-    held = conn.execute(_HELD, {"roots": ids, "terminal": sorted(TERMINAL_STATUSES)})
-    held_roots = frozenset(row[0] for row in held)
+    values = {"roots": list(roots), "terminal": sorted(TERMINAL_STATUSES)}
+    held = {row[0] for row in conn.execute(_HELD, values)}
     found: dict[str, list[Member]] = {}
-    for row in conn.execute(_MEMBERS, {"roots": ids}):
-        if row.root not in held_roots:
-            member = Member(row.workflow_id, row.run_id or row.workflow_id, row.created_at)
-            found.setdefault(row.root, []).append(member)
-    return Families(found, held_roots)
+    for row in conn.execute(_MEMBERS, {"roots": list(roots)}):
+        member = Member(row.workflow_id, row.run_id or row.workflow_id, row.created_at)
+        found.setdefault(row.root, []).append(member)
+    ids = sorted({member.workflow_id for family in found.values() for member in family})
+    needed = {row[0] for row in conn.execute(_NEEDED, {"ids": ids, "terminal": values["terminal"]})}
+    held |= {root for root, family in found.items() if any(member.workflow_id in needed for member in family)}
+    return Families({root: family for root, family in found.items() if root not in held}, frozenset(held))
 
 
 def lock(conn: sa.Connection, workflow_ids: Sequence[str]) -> Sequence[str]:

@@ -358,10 +358,15 @@ def _storable(text: str) -> str:
 
 # ---- reports ---------------------------------------------------------------------------------------------------------
 
-_INSERT_REPORT = sa.text("""
-    INSERT INTO perdure.report (report_id, workflow_id, question, answer, sources)
+# The id is the key of a step: a repeat saves the same again, and another report under it is of a later run that was
+# started under the id of a deleted one.
+_SAVE_REPORT = sa.text("""
+    INSERT INTO perdure.report AS r (report_id, workflow_id, question, answer, sources)
     VALUES (:report_id, :workflow_id, :question, :answer, CAST(:sources AS JSONB))
-    ON CONFLICT (report_id) DO NOTHING
+    ON CONFLICT (report_id) DO UPDATE
+    SET question = excluded.question, answer = excluded.answer, sources = excluded.sources,
+        created_at = excluded.created_at
+    WHERE r.question <> excluded.question OR r.answer <> excluded.answer OR r.sources <> excluded.sources
 """)
 
 
@@ -374,7 +379,7 @@ def save_report(
     answer: str,
     sources: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Saves a report, once: the same `report_id` again changes nothing.
+    """Saves a report, once: the same again changes nothing, another one of the same `report_id` replaces it.
 
     Raises:
         StoreUnavailable: The database is not there; try again later, which is safe.
@@ -388,6 +393,6 @@ def save_report(
     }
 
     def save(connection: sa.Connection) -> None:
-        connection.execute(_INSERT_REPORT, report)
+        connection.execute(_SAVE_REPORT, report)
 
     sqlstates.retrying(engine, "documents.save_report", save)

@@ -1,0 +1,126 @@
+"""Events that wait for a ride are written by the repeat of a transaction that failed, as they were by the first try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from perdure_service.domain.events import Event, EventKind, Pack
+from perdure_service.domain.runs import Run
+from perdure_service.durable import metering
+from perdure_service.durable import operation as seam
+from perdure_service.durable.requests import StartCommand
+from perdure_service.durable.service import RunService
+from perdure_service.durable.system_database import PerdureSystemDatabase
+from perdure_service.testing import BlockingHarness
+
+from tests.helpers.databases import DatabaseServer
+from tests.helpers.waiting import scaled
+
+
+@pytest.fixture(scope="module")
+def harness(database_server: DatabaseServer) -> Iterator[BlockingHarness]:
+    with BlockingHarness(
+        ["tests.helpers.harness_agents"], database_url=database_server.url, timeout_s=scaled(15)
+    ) as harness:
+        yield harness
+
+
+def lost() -> sa.exc.OperationalError:
+    """Returns what a lost connection raises."""
+    why = psycopg.OperationalError("server closed the connection unexpectedly")
+    return sa.exc.OperationalError("COMMIT", None, why, connection_invalidated=True)
+
+
+def lose_one_reply(monkeypatch: pytest.MonkeyPatch, of: Callable[[Event], bool]) -> list[Event]:
+    """Lets one commit happen that writes such an event, and loses its reply; returns where the event will be."""
+    plain_run = seam.Operations._run
+    failed: list[Event] = []
+
+    @contextmanager
+    def loses_once(operations: seam.Operations, operation: seam.Operation, begin: Any) -> Iterator[sa.Connection]:
+        @contextmanager
+        def begin_and_lose() -> Iterator[sa.Connection]:
+            with begin() as conn:
+                yield conn
+            found = [event for events in operation._events.values() for event in events if of(event)]
+            if found and not failed:
+                failed.extend(found)
+                raise lost()
+
+        with plain_run(operations, operation, begin_and_lose) as conn:
+            yield conn
+
+    monkeypatch.setattr(seam.Operations, "_run", loses_once)
+    return failed
+
+
+def test_events_that_were_to_be_written_alone_are_not_lost_when_their_transaction_is_repeated(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = seam.event_log.append
+    failed: list[Pack] = []
+
+    def fails_once(conn: sa.Connection, pack: Pack) -> bool:
+        written = append(conn, pack)
+        if not failed and any(event.kind is EventKind.OUTPUT_DELTA for event in pack.events):
+            failed.append(pack)
+            raise lost()
+        return written
+
+    monkeypatch.setattr(seam.event_log, "append", fails_once)
+    run = harness.start("talker")
+    assert run.result() == "good bye"
+    assert failed, "the transaction failed once"
+    assert not any(event.kind is EventKind.STEP_SUCCEEDED for event in failed[0].events), "it was not the checkpoint's"
+    assert run.output("text") == "hello world"
+
+
+def test_events_that_ride_on_a_message_are_written_once_when_the_reply_to_its_commit_is_lost(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failed = lose_one_reply(monkeypatch, lambda event: event.step_name == "DBOS.send")
+    run = harness.start("sender")
+    assert run.result() == "hello"
+    assert failed, "the reply was lost once"
+    assert run.output("text") == "once "
+    assert [event.step_name for event in run.events("step_succeeded")].count("DBOS.send") == 1
+
+
+def test_a_start_whose_id_the_server_makes_begins_at_once_when_the_reply_to_its_commit_is_lost(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose_one_reply(monkeypatch, lambda event: event.sequence == 0 and event.data.get("to") == "RUNNING")
+    command = StartCommand("default", "adder", "1", "", "made by the server", {"steps": 1}, "test")
+
+    async def start_and_wait(service: RunService) -> tuple[Run, bool, bool]:
+        run, created = await service.start(command)
+        ended, _ = await service.wait("default", run.key.run_id, full=True, timeout_s=scaled(15))
+        return ended, created, (await service.start(command))[1]
+
+    run, created, again = harness.harness.wait(harness.harness.call(start_and_wait))
+    assert (run.output_json, created, again) == ("1", True, True)
+    assert run.execution == 1, "it was not given back as a run that nobody executes"
+
+
+def test_what_goes_wrong_in_telling_of_an_end_does_not_reach_dbos(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes: list[str] = []
+    write_outcome = PerdureSystemDatabase.update_workflow_outcome
+
+    def counted(database: PerdureSystemDatabase, workflow_id: str, status: Any, **rest: Any) -> bool:
+        outcomes.append(status)
+        return write_outcome(database, workflow_id, status, **rest)
+
+    def fails(*_: Any) -> None:
+        raise ValueError("no meter")
+
+    monkeypatch.setattr(PerdureSystemDatabase, "update_workflow_outcome", counted)
+    monkeypatch.setattr(metering, "run_ended", fails)
+    assert harness.start("adder", {"steps": 1}).result() == 1
+    assert outcomes == ["SUCCESS"]
