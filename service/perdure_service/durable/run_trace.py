@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.events import Event
 from perdure_service.domain.runs import Run
 from perdure_service.domain.trace import TraceSpan, TraceSpanKind, in_tree_order
 from perdure_service.domain.trace_fold import RunFold
@@ -27,7 +27,7 @@ MAX_RUNS = 500
 """Runs of one answer: the run, its children, theirs, and so on."""
 
 MAX_EVENTS = 200_000
-"""Events that are read for one answer, streamed text not counted: some seconds."""
+"""Events that are read for one answer, pieces of streamed text among them: some seconds."""
 
 _FRAME = frozenset({TraceSpanKind.RUN, TraceSpanKind.EXECUTION})
 
@@ -93,7 +93,7 @@ class _Gathering:
             self.truncated = True
             return []
         events = await self._read("events.read", partial(event_log.read, workflow_id=workflow_id, after_sequence=after))
-        self._events += sum(event.kind is not EventKind.OUTPUT_DELTA for event in events)
+        self._events += len(events)
         return events
 
     def _keep(self, ended: dict[int, TraceSpan], span: TraceSpan) -> None:

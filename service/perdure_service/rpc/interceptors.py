@@ -20,6 +20,7 @@ import structlog
 
 from perdure_service import telemetry
 from perdure_service.errors import ConfigurationError, Draining, InvalidArgument, PerdureError, TokenExpired
+from perdure_service.logs import censor_text
 from perdure_service.rpc import access
 from perdure_service.rpc.audit import audit
 from perdure_service.rpc.authentication import Authentication
@@ -236,7 +237,8 @@ def _described(error: BaseException, call: Call, duration_s: float) -> tuple[Wir
         return internal_error(error_id), "INTERNAL"
     cause = public.__cause__ or (None if public is error else error)
     if cause is not None:
-        facts["cause"] = f"{type(cause).__qualname__}: {getattr(cause, 'orig', None) or cause}"[:MAX_CAUSE]
+        # Censored before it is cut: of half a URL nobody could tell where its password is.
+        facts["cause"] = censor_text(f"{type(cause).__qualname__}: {getattr(cause, 'orig', None) or cause}")[:MAX_CAUSE]
     if isinstance(public, InvalidArgument):  # what a violation says may quote the input; its path does not
         facts["fields"] = [path for path, _ in public.violations]
     else:

@@ -17,7 +17,7 @@ from perdure_service import errors
 from perdure_service.rpc import agent_runs, interceptors
 from perdure_service.rpc.status import DETAILS_KEY, wire_error
 
-from tests.helpers.waiting import eventually_async
+from tests.helpers.waiting import eventually_async, scaled
 from tests.unit.rpc.doubles import a_batch, a_run, failing, fails_with, serving, streams
 
 SECRET = "hunter2 of the database"
@@ -316,7 +316,7 @@ async def test_a_call_that_the_client_gives_up_is_cancelled_and_no_failure(servi
     service.script["get"] = wait_long
     async with serving(service) as served:
         with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await served.runs.GetRun(REQUEST, timeout=0.1)
+            await served.runs.GetRun(REQUEST, timeout=scaled(0.5))
         assert refused.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         await asyncio.wait_for(cancelled.wait(), 5)
         call = served.runs.GetRun(REQUEST)
