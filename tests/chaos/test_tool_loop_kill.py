@@ -66,6 +66,7 @@ def test_kills_in_a_tool_and_in_the_model_repeat_only_what_was_in_progress(
         following.start()
 
         eventually(lambda: web.reads["/second"] == 1, 30, what="the second page is being read")
+        eventually(lambda: any((e.step_id, e.kind) == (5, "step_started") for e in events), 30, what="it is told")
         endpoint.script.append(Turn(answers.pieces, answers.calls, hold=True))
         server.kill()
         server.start()

@@ -80,8 +80,8 @@ async def everything() -> list[Any]:
     return [first, asked.approved, asked.comment, word, child]
 
 
-@agent(name="talker")
-async def talker() -> str:
+@agent(name="murmurer")
+async def murmurer() -> str:
     """Says something in a step that goes on for a while, so that it is written before the step's checkpoint."""
     return await talk()
 

@@ -73,7 +73,7 @@ def test_events_that_were_to_be_written_alone_are_not_lost_when_their_transactio
         return written
 
     monkeypatch.setattr(seam.event_log, "append", fails_once)
-    run = harness.start("talker")
+    run = harness.start("murmurer")
     assert run.result() == "good bye"
     assert failed, "the transaction failed once"
     assert not any(event.kind is EventKind.STEP_SUCCEEDED for event in failed[0].events), "it was not the checkpoint's"
