@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import structlog
@@ -14,6 +15,9 @@ from perdure_service.rpc.calls import Call
 
 MAX_ID = 256
 """Characters of an id in the log."""
+MALFORMED = "(malformed)"
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
+"""What ids look like, those of foreign workflows among them. Anything else may be a payload in the wrong place."""
 
 _DECISIONS = {number: name.removeprefix("DECISION_") for name, number in approval_service_pb2.Decision.items()}
 
@@ -38,7 +42,7 @@ def audit(call: Call, request: Any, response: Any, outcome: str, reason: str = "
         facts |= _facts(request)
     answered = getattr(getattr(response, "run", None), "run_id", "")
     if answered and answered != facts.get("run_id"):  # an id that the server made, or the run that a fork made
-        facts["new_run_id" if "run_id" in facts else "run_id"] = answered[:MAX_ID]
+        facts["new_run_id" if "run_id" in facts else "run_id"] = _id(answered)
     if hasattr(response, "deleted_count"):
         facts["deleted_count"] = response.deleted_count
     if reason:
@@ -48,16 +52,21 @@ def audit(call: Call, request: Any, response: Any, outcome: str, reason: str = "
 
 def _facts(request: Any) -> dict[str, Any]:
     """Returns what a request is about: ids only."""
-    facts: dict[str, Any] = {"namespace": (getattr(request, "namespace", "") or DEFAULT_NAMESPACE)[:MAX_ID]}
+    facts: dict[str, Any] = {"namespace": _id(getattr(request, "namespace", "") or DEFAULT_NAMESPACE)}
     for name in ("run_id", "approval_id", "agent"):
         value = getattr(request, name, "")
         if value:
-            facts[name] = value[:MAX_ID]
+            facts[name] = _id(value)
     if isinstance(request, approval_service_pb2.DecideApprovalRequest):
         facts["decision"] = _DECISIONS.get(request.decision, str(request.decision))
     run_ids = list(getattr(request, "run_ids", ()))
     if run_ids:
-        facts["run_ids"] = [run_id[:MAX_ID] for run_id in run_ids[:100]]
+        facts["run_ids"] = [_id(run_id) for run_id in run_ids[:100]]
     if getattr(request, "validate_only", False):
         facts["validate_only"] = True
     return facts
+
+
+def _id(value: str) -> str:
+    """Returns an id as the log may hold it."""
+    return value[:MAX_ID] if _ID.fullmatch(value) else MALFORMED

@@ -228,6 +228,14 @@ async def test_what_changes_something_is_in_the_audit_log_with_who_and_what_and_
     assert {line["event"] for line in audited} == {"audit"}
 
 
+async def test_what_stands_in_the_place_of_an_id_and_is_none_is_not_in_the_audit_log(service, audited):
+    async with serving(service) as served:
+        await failing(served.runs.StartAgent(pb.StartAgentRequest(agent="counter", run_id="a\x03: what was said")))
+        await failing(served.runs.CancelRun(pb.CancelRunRequest(run_id='{"text": "what was said"}')))
+    assert [line["run_id"] for line in audited] == ["(malformed)", "(malformed)"]
+    assert "what was said" not in str(audited)
+
+
 async def test_what_was_tried_without_a_right_is_in_the_audit_log_too(service, provider, audited):
     async with serving(service, auth=provider.settings()) as served:
         cancel = pb.CancelRunRequest(run_id="foo")
