@@ -580,7 +580,7 @@ def test_a_server_that_is_asked_to_stop_ends_streams_with_unavailable_and_retry_
         reading = Reading(rpc.watch(run_id))
         inbox = Reading(rpc.approvals.WatchApprovals(_inbox_request(), timeout=scaled(30)))
         waiting = Reading(OneAnswer(lambda: rpc.runs.WaitRun(pb.WaitRunRequest(run_id=run_id), timeout=scaled(30))))
-        eventually(lambda: reading.responses and inbox.responses)
+        eventually(lambda: reading.responses and inbox.responses, 30)
         began = time.monotonic()
         assert own_server.stop() == 0
         assert time.monotonic() - began < scaled(10)
@@ -592,8 +592,9 @@ def test_a_server_that_is_asked_to_stop_ends_streams_with_unavailable_and_retry_
         known = reading.responses[-1]
         own_server.start()
         again = Reading(rpc.runs.WatchRun(pb.WatchRunRequest(run_id=run_id, cursor=known.cursor), wait_for_ready=True))
-        eventually(lambda: again.responses)
-        eventually(lambda: state_of(rpc.get(run_id)) == "AWAITING_INPUT")
+        # While the server was away, gRPC has come to wait for some seconds between its attempts to connect.
+        eventually(lambda: again.responses, 30)
+        eventually(lambda: state_of(rpc.get(run_id)) == "AWAITING_INPUT", 30)
         rpc.signal(run_id, {"a": 1})
         again.join()
         assert sequences(again.events)[0] == known.last_sequence + 1
