@@ -28,10 +28,6 @@ _OPEN_HEADS = sa.text(f"""
     {_HEAD} JOIN family AS f ON f.workflow_id = r.workflow_id
     WHERE r.namespace = :namespace AND (r.ended_at IS NULL OR r.workflow_id = :workflow_id)
 """)
-_MISSING = sa.text("""
-    SELECT watched.id FROM unnest(CAST(:ids AS TEXT[])) AS watched (id)
-    WHERE NOT EXISTS (SELECT 1 FROM perdure.run AS r WHERE r.workflow_id = watched.id)
-""")
 
 
 @dataclass(frozen=True, slots=True)

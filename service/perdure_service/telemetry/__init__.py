@@ -1,6 +1,6 @@
 """What this process tells of itself: the names and ids of spans, the tracer, the instruments, and where it all goes."""
 
-from perdure_service.telemetry.export import METRICS_VARIABLE, SHUTDOWN_TIMEOUT_S, Telemetry, start_telemetry
+from perdure_service.telemetry.export import SHUTDOWN_TIMEOUT_S, Telemetry, start_telemetry
 from perdure_service.telemetry.ids import (
     TraceParent,
     derive_span_id,
@@ -82,7 +82,6 @@ __all__ = [
     "INPUT_TOKENS",
     "METERS",
     "METRICS",
-    "METRICS_VARIABLE",
     "NAMESPACE",
     "OUTPUT_TOKENS",
     "QUEUE_AGE",
