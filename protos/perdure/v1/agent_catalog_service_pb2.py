@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&perdure/v1/agent_catalog_service.proto\x12\nperdure.v1\"\xb1\x01\n\x05\x41gent\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x19\n\x11input_schema_json\x18\x04 \x01(\t\x12\x1a\n\x12output_schema_json\x18\x05 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x06 \x01(\x08\x12\x11\n\tmax_steps\x18\x07 \x01(\x03\x12\x12\n\nmax_tokens\x18\x08 \x01(\x03\":\n\x11ListAgentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListAgentsResponse\x12!\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x11.perdure.v1.Agent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"7\n\x0fGetAgentRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\"4\n\x10GetAgentResponse\x12 \n\x05\x61gent\x18\x01 \x01(\x0b\x32\x11.perdure.v1.Agent2\xa9\x01\n\x13\x41gentCatalogService\x12K\n\nListAgents\x12\x1d.perdure.v1.ListAgentsRequest\x1a\x1e.perdure.v1.ListAgentsResponse\x12\x45\n\x08GetAgent\x12\x1b.perdure.v1.GetAgentRequest\x1a\x1c.perdure.v1.GetAgentResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&perdure/v1/agent_catalog_service.proto\x12\nperdure.v1\"\xd5\x01\n\x05\x41gent\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x19\n\x11input_schema_json\x18\x04 \x01(\t\x12\x1a\n\x12output_schema_json\x18\x05 \x01(\t\x12\x0f\n\x07\x63urrent\x18\x06 \x01(\x08\x12\x11\n\tmax_steps\x18\x07 \x01(\x03\x12\x12\n\nmax_tokens\x18\x08 \x01(\x03\x12\r\n\x05queue\x18\t \x01(\t\x12\x13\n\x0bmax_running\x18\n \x01(\x05\":\n\x11ListAgentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListAgentsResponse\x12!\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x11.perdure.v1.Agent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"7\n\x0fGetAgentRequest\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x15\n\ragent_version\x18\x02 \x01(\t\"4\n\x10GetAgentResponse\x12 \n\x05\x61gent\x18\x01 \x01(\x0b\x32\x11.perdure.v1.Agent2\xa9\x01\n\x13\x41gentCatalogService\x12K\n\nListAgents\x12\x1d.perdure.v1.ListAgentsRequest\x1a\x1e.perdure.v1.ListAgentsResponse\x12\x45\n\x08GetAgent\x12\x1b.perdure.v1.GetAgentRequest\x1a\x1c.perdure.v1.GetAgentResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,15 +32,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perdure.v1.agent_catalog_se
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_AGENT']._serialized_start=55
-  _globals['_AGENT']._serialized_end=232
-  _globals['_LISTAGENTSREQUEST']._serialized_start=234
-  _globals['_LISTAGENTSREQUEST']._serialized_end=292
-  _globals['_LISTAGENTSRESPONSE']._serialized_start=294
-  _globals['_LISTAGENTSRESPONSE']._serialized_end=374
-  _globals['_GETAGENTREQUEST']._serialized_start=376
-  _globals['_GETAGENTREQUEST']._serialized_end=431
-  _globals['_GETAGENTRESPONSE']._serialized_start=433
-  _globals['_GETAGENTRESPONSE']._serialized_end=485
-  _globals['_AGENTCATALOGSERVICE']._serialized_start=488
-  _globals['_AGENTCATALOGSERVICE']._serialized_end=657
+  _globals['_AGENT']._serialized_end=268
+  _globals['_LISTAGENTSREQUEST']._serialized_start=270
+  _globals['_LISTAGENTSREQUEST']._serialized_end=328
+  _globals['_LISTAGENTSRESPONSE']._serialized_start=330
+  _globals['_LISTAGENTSRESPONSE']._serialized_end=410
+  _globals['_GETAGENTREQUEST']._serialized_start=412
+  _globals['_GETAGENTREQUEST']._serialized_end=467
+  _globals['_GETAGENTRESPONSE']._serialized_start=469
+  _globals['_GETAGENTRESPONSE']._serialized_end=521
+  _globals['_AGENTCATALOGSERVICE']._serialized_start=524
+  _globals['_AGENTCATALOGSERVICE']._serialized_end=693
 # @@protoc_insertion_point(module_scope)

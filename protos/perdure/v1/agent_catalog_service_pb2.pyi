@@ -32,6 +32,8 @@ class Agent(_message.Message):
     CURRENT_FIELD_NUMBER: _builtins.int
     MAX_STEPS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    MAX_RUNNING_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     """Its name."""
     agent_version: _builtins.str
@@ -48,6 +50,10 @@ class Agent(_message.Message):
     """How many steps a run of it may take; 0 for no limit. One that needs more fails with `BudgetExceeded`."""
     max_tokens: _builtins.int
     """How many tokens the model calls of a run may use, sent and received; 0 for no limit, and as above."""
+    queue: _builtins.str
+    """The queue of its runs when StartAgent names none; empty means the default queue."""
+    max_running: _builtins.int
+    """How many runs of it one executor runs at once; 0 for no limit but the executor's own."""
     def __init__(
         self,
         *,
@@ -59,10 +65,12 @@ class Agent(_message.Message):
         current: _builtins.bool = ...,
         max_steps: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
+        queue: _builtins.str = ...,
+        max_running: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "current", b"current", "description", b"description", "input_schema_json", b"input_schema_json", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "output_schema_json", b"output_schema_json"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "current", b"current", "description", b"description", "input_schema_json", b"input_schema_json", "max_running", b"max_running", "max_steps", b"max_steps", "max_tokens", b"max_tokens", "output_schema_json", b"output_schema_json", "queue", b"queue"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -184,6 +184,8 @@ class StartAgentRequest(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     CONTEXT_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    QUEUE_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace; empty means `default`."""
     agent: _builtins.str
@@ -202,6 +204,12 @@ class StartAgentRequest(_message.Message):
     """The caller's grouping of runs; at most 128 characters."""
     validate_only: _builtins.bool
     """Check everything and start nothing. The returned run has not been created."""
+    queue: _builtins.str
+    """The queue whose limits count for the run; empty means the agent's own, or else the default queue. It must be
+    declared.
+    """
+    priority: _builtins.int
+    """Which runs of a queue come first when they wait: the lower the sooner, from 0, equal ones by their creation."""
     @_builtins.property
     def input(self) -> _struct_pb2.Struct:
         """As a Struct. Integers above 2^53 lose digits here; use `input_json` for them."""
@@ -239,10 +247,12 @@ class StartAgentRequest(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         context_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
+        queue: _builtins.str = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "schedule", b"schedule", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "conflict_policy", b"conflict_policy", "context_id", b"context_id", "deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "request_id", b"request_id", "run_id", b"run_id", "schedule", b"schedule", "start_time", b"start_time", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "conflict_policy", b"conflict_policy", "context_id", b"context_id", "deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "run_id", b"run_id", "schedule", b"schedule", "start_time", b"start_time", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input_format: _TypeAlias = _typing.Literal["input", "input_json"]  # noqa: Y015
     _WhichOneofArgType_input_format: _TypeAlias = _typing.Literal["input_format", b"input_format"]  # noqa: Y015
@@ -1354,3 +1364,109 @@ class GetRunTraceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetRunTraceResponse: _TypeAlias = GetRunTraceResponse  # noqa: Y015
+
+@_typing.final
+class ReadArtifactRequest(_message.Message):
+    """Asks for the bytes of something that a run has made or was given."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace; empty means `default`."""
+    run_id: _builtins.str
+    """The run. Required."""
+    name: _builtins.str
+    """The artifact of this name: the one that was written last, when there are several."""
+    input: _builtins.bool
+    """The run's input, as JSON text."""
+    output: _builtins.bool
+    """The run's output, as JSON text."""
+    offset: _builtins.int
+    """The first byte to send; more than there are is OUT_OF_RANGE. With it a broken stream is continued."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        name: _builtins.str = ...,
+        input: _builtins.bool = ...,
+        output: _builtins.bool = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "input", b"input", "name", b"name", "output", b"output"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "input", b"input", "name", b"name", "namespace", b"namespace", "offset", b"offset", "output", b"output", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_artifact: _TypeAlias = _typing.Literal["name", "input", "output"]  # noqa: Y015
+    _WhichOneofArgType_artifact: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_artifact) -> _WhichOneofReturnType_artifact | None: ...
+
+Global___ReadArtifactRequest: _TypeAlias = ReadArtifactRequest  # noqa: Y015
+
+@_typing.final
+class ReadArtifactResponse(_message.Message):
+    """A piece of an artifact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARTIFACT_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """The next bytes, at most 256 KiB."""
+    @_builtins.property
+    def artifact(self) -> Global___ArtifactInfo:
+        """What is read; in the first response only."""
+
+    def __init__(
+        self,
+        *,
+        artifact: Global___ArtifactInfo | None = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["artifact", b"artifact", "data", b"data"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadArtifactResponse: _TypeAlias = ReadArtifactResponse  # noqa: Y015
+
+@_typing.final
+class ArtifactInfo(_message.Message):
+    """What is known of an artifact."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name; empty for an input or output."""
+    media_type: _builtins.str
+    """Its media type, as `application/json`."""
+    size_bytes: _builtins.int
+    """How many bytes it has."""
+    sha256: _builtins.str
+    """The SHA-256 of its bytes (hex)."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        media_type: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["media_type", b"media_type", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactInfo: _TypeAlias = ArtifactInfo  # noqa: Y015

@@ -95,6 +95,11 @@ class AgentRunServiceStub:
                 request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceRequest.SerializeToString,
                 response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceResponse.FromString,
                 _registered_method=True)
+        self.ReadArtifact = channel.unary_stream(
+                '/perdure.v1.AgentRunService/ReadArtifact',
+                request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.ReadArtifactRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.ReadArtifactResponse.FromString,
+                _registered_method=True)
 
 
 class AgentRunServiceServicer:
@@ -203,6 +208,13 @@ class AgentRunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadArtifact(self, request, context):
+        """Streams the bytes of an artifact, or of an input or output that does not fit a message.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentRunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -265,6 +277,11 @@ def add_AgentRunServiceServicer_to_server(servicer, server):
                     servicer.GetRunTrace,
                     request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceRequest.FromString,
                     response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceResponse.SerializeToString,
+            ),
+            'ReadArtifact': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadArtifact,
+                    request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.ReadArtifactRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.ReadArtifactResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -592,6 +609,33 @@ class AgentRunService:
             '/perdure.v1.AgentRunService/GetRunTrace',
             perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceRequest.SerializeToString,
             perdure_dot_v1_dot_agent__run__service__pb2.GetRunTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadArtifact(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/perdure.v1.AgentRunService/ReadArtifact',
+            perdure_dot_v1_dot_agent__run__service__pb2.ReadArtifactRequest.SerializeToString,
+            perdure_dot_v1_dot_agent__run__service__pb2.ReadArtifactResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -61,6 +61,8 @@ class AgentRunServiceStub:
     """Deletes runs that have ended, with their children, logs and approvals. What has not ended is left alone."""
     GetRunTrace: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.GetRunTraceRequest, _agent_run_service_pb2.GetRunTraceResponse]
     """Returns the spans of a run's trace as its log tells of them, whether or not they were exported anywhere."""
+    ReadArtifact: _aio.UnaryStreamMultiCallable[_agent_run_service_pb2.ReadArtifactRequest, _agent_run_service_pb2.ReadArtifactResponse]
+    """Streams the bytes of an artifact, or of an input or output that does not fit a message."""
 
 class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
     """Starts, watches, steers and lists runs."""
@@ -181,5 +183,13 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_agent_run_service_pb2.GetRunTraceRequest, _abc.Awaitable[_agent_run_service_pb2.GetRunTraceResponse]],
     ) -> _abc.Awaitable[_agent_run_service_pb2.GetRunTraceResponse]:
         """Returns the spans of a run's trace as its log tells of them, whether or not they were exported anywhere."""
+
+    @_abc_1.abstractmethod
+    def ReadArtifact(
+        self,
+        request: _agent_run_service_pb2.ReadArtifactRequest,
+        context: _aio.ServicerContext[_agent_run_service_pb2.ReadArtifactRequest, _abc.AsyncIterator[_agent_run_service_pb2.ReadArtifactResponse]],
+    ) -> _abc.AsyncIterator[_agent_run_service_pb2.ReadArtifactResponse]:
+        """Streams the bytes of an artifact, or of an input or output that does not fit a message."""
 
 def add_AgentRunServiceServicer_to_server(servicer: AgentRunServiceServicer, server: _aio.Server) -> None: ...

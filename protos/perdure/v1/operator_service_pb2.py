@@ -22,24 +22,40 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from perdure.v1 import agent_run_pb2 as perdure_dot_v1_dot_agent__run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perdure/v1/operator_service.proto\x12\nperdure.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xfe\x01\n\x08\x45xecutor\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1b\n\x13\x61pplication_version\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.perdure.v1.ExecutorState\x12\x0f\n\x07running\x18\x05 \x01(\x05\x12\x13\n\x0bmax_running\x18\x06 \x01(\x05\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"S\n\x14ListExecutorsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x14\n\x0cinclude_gone\x18\x03 \x01(\x08\"Y\n\x15ListExecutorsResponse\x12\'\n\texecutors\x18\x01 \x03(\x0b\x32\x14.perdure.v1.Executor\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*~\n\rExecutorState\x12\x1e\n\x1a\x45XECUTOR_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45XECUTOR_STATE_ALIVE\x10\x01\x12\x1a\n\x16\x45XECUTOR_STATE_EXPIRED\x10\x02\x12\x17\n\x13\x45XECUTOR_STATE_GONE\x10\x03\x32g\n\x0fOperatorService\x12T\n\rListExecutors\x12 .perdure.v1.ListExecutorsRequest\x1a!.perdure.v1.ListExecutorsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perdure/v1/operator_service.proto\x12\nperdure.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aperdure/v1/agent_run.proto\"\xfe\x01\n\x08\x45xecutor\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1b\n\x13\x61pplication_version\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.perdure.v1.ExecutorState\x12\x0f\n\x07running\x18\x05 \x01(\x05\x12\x13\n\x0bmax_running\x18\x06 \x01(\x05\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"S\n\x14ListExecutorsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x14\n\x0cinclude_gone\x18\x03 \x01(\x08\"Y\n\x15ListExecutorsResponse\x12\'\n\texecutors\x18\x01 \x03(\x0b\x32\x14.perdure.v1.Executor\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xeb\x01\n\x05Queue\x12\r\n\x05queue\x18\x01 \x01(\t\x12\x1a\n\x12worker_concurrency\x18\x02 \x01(\x05\x12\x1a\n\x12global_concurrency\x18\x03 \x01(\x05\x12\x12\n\nrate_limit\x18\x04 \x01(\x05\x12.\n\x0brate_period\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06queued\x18\x06 \x01(\x03\x12\x0f\n\x07running\x18\x07 \x01(\x03\x12\x36\n\x12oldest_queued_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x11ListQueuesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListQueuesResponse\x12!\n\x06queues\x18\x01 \x03(\x0b\x32\x11.perdure.v1.Queue\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8a\x02\n\x0bStrandedRun\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x1b\n\x13\x61pplication_version\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12*\n\x06reason\x18\x07 \x01(\x0e\x32\x1a.perdure.v1.StrandedReason\x12\x0e\n\x06\x61\x64vice\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"@\n\x17ListStrandedRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x18ListStrandedRunsResponse\x12%\n\x04runs\x18\x01 \x03(\x0b\x32\x17.perdure.v1.StrandedRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x9b\x01\n\rExecutorState\x12\x1e\n\x1a\x45XECUTOR_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45XECUTOR_STATE_ALIVE\x10\x01\x12\x1a\n\x16\x45XECUTOR_STATE_EXPIRED\x10\x02\x12\x17\n\x13\x45XECUTOR_STATE_GONE\x10\x03\x12\x1b\n\x17\x45XECUTOR_STATE_DRAINING\x10\x04*\xaa\x01\n\x0eStrandedReason\x12\x1f\n\x1bSTRANDED_REASON_UNSPECIFIED\x10\x00\x12*\n&STRANDED_REASON_NO_EXECUTOR_OF_VERSION\x10\x01\x12(\n$STRANDED_REASON_NO_EXECUTOR_OF_AGENT\x10\x02\x12!\n\x1dSTRANDED_REASON_NO_SUCH_QUEUE\x10\x03\x32\x93\x02\n\x0fOperatorService\x12T\n\rListExecutors\x12 .perdure.v1.ListExecutorsRequest\x1a!.perdure.v1.ListExecutorsResponse\x12K\n\nListQueues\x12\x1d.perdure.v1.ListQueuesRequest\x1a\x1e.perdure.v1.ListQueuesResponse\x12]\n\x10ListStrandedRuns\x12#.perdure.v1.ListStrandedRunsRequest\x1a$.perdure.v1.ListStrandedRunsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perdure.v1.operator_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXECUTORSTATE']._serialized_start=515
-  _globals['_EXECUTORSTATE']._serialized_end=641
-  _globals['_EXECUTOR']._serialized_start=83
-  _globals['_EXECUTOR']._serialized_end=337
-  _globals['_LISTEXECUTORSREQUEST']._serialized_start=339
-  _globals['_LISTEXECUTORSREQUEST']._serialized_end=422
-  _globals['_LISTEXECUTORSRESPONSE']._serialized_start=424
-  _globals['_LISTEXECUTORSRESPONSE']._serialized_end=513
-  _globals['_OPERATORSERVICE']._serialized_start=643
-  _globals['_OPERATORSERVICE']._serialized_end=746
+  _globals['_EXECUTORSTATE']._serialized_start=1383
+  _globals['_EXECUTORSTATE']._serialized_end=1538
+  _globals['_STRANDEDREASON']._serialized_start=1541
+  _globals['_STRANDEDREASON']._serialized_end=1711
+  _globals['_EXECUTOR']._serialized_start=143
+  _globals['_EXECUTOR']._serialized_end=397
+  _globals['_LISTEXECUTORSREQUEST']._serialized_start=399
+  _globals['_LISTEXECUTORSREQUEST']._serialized_end=482
+  _globals['_LISTEXECUTORSRESPONSE']._serialized_start=484
+  _globals['_LISTEXECUTORSRESPONSE']._serialized_end=573
+  _globals['_QUEUE']._serialized_start=576
+  _globals['_QUEUE']._serialized_end=811
+  _globals['_LISTQUEUESREQUEST']._serialized_start=813
+  _globals['_LISTQUEUESREQUEST']._serialized_end=871
+  _globals['_LISTQUEUESRESPONSE']._serialized_start=873
+  _globals['_LISTQUEUESRESPONSE']._serialized_end=953
+  _globals['_STRANDEDRUN']._serialized_start=956
+  _globals['_STRANDEDRUN']._serialized_end=1222
+  _globals['_LISTSTRANDEDRUNSREQUEST']._serialized_start=1224
+  _globals['_LISTSTRANDEDRUNSREQUEST']._serialized_end=1288
+  _globals['_LISTSTRANDEDRUNSRESPONSE']._serialized_start=1290
+  _globals['_LISTSTRANDEDRUNSRESPONSE']._serialized_end=1380
+  _globals['_OPERATORSERVICE']._serialized_start=1714
+  _globals['_OPERATORSERVICE']._serialized_end=1989
 # @@protoc_insertion_point(module_scope)

@@ -5,10 +5,12 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from perdure.v1 import agent_run_pb2 as _agent_run_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -34,6 +36,8 @@ class _ExecutorStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Executo
     """Its lease has expired, and nobody has taken its runs back yet."""
     EXECUTOR_STATE_GONE: _ExecutorState.ValueType  # 3
     """It was declared gone, or stopped; its runs were given back."""
+    EXECUTOR_STATE_DRAINING: _ExecutorState.ValueType  # 4
+    """It stops: it takes no more runs and gives back those it has."""
 
 class ExecutorState(_ExecutorState, metaclass=_ExecutorStateEnumTypeWrapper):
     """Whether an executor is alive."""
@@ -46,7 +50,37 @@ EXECUTOR_STATE_EXPIRED: ExecutorState.ValueType  # 2
 """Its lease has expired, and nobody has taken its runs back yet."""
 EXECUTOR_STATE_GONE: ExecutorState.ValueType  # 3
 """It was declared gone, or stopped; its runs were given back."""
+EXECUTOR_STATE_DRAINING: ExecutorState.ValueType  # 4
+"""It stops: it takes no more runs and gives back those it has."""
 Global___ExecutorState: _TypeAlias = ExecutorState  # noqa: Y015
+
+class _StrandedReason:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _StrandedReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StrandedReason.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    STRANDED_REASON_UNSPECIFIED: _StrandedReason.ValueType  # 0
+    """Not set; never returned by the service."""
+    STRANDED_REASON_NO_EXECUTOR_OF_VERSION: _StrandedReason.ValueType  # 1
+    """No living executor has the application version of the run."""
+    STRANDED_REASON_NO_EXECUTOR_OF_AGENT: _StrandedReason.ValueType  # 2
+    """Executors of its application version live, and none of them has the agent."""
+    STRANDED_REASON_NO_SUCH_QUEUE: _StrandedReason.ValueType  # 3
+    """No executor takes from its queue."""
+
+class StrandedReason(_StrandedReason, metaclass=_StrandedReasonEnumTypeWrapper):
+    """Why a run is stranded."""
+
+STRANDED_REASON_UNSPECIFIED: StrandedReason.ValueType  # 0
+"""Not set; never returned by the service."""
+STRANDED_REASON_NO_EXECUTOR_OF_VERSION: StrandedReason.ValueType  # 1
+"""No living executor has the application version of the run."""
+STRANDED_REASON_NO_EXECUTOR_OF_AGENT: StrandedReason.ValueType  # 2
+"""Executors of its application version live, and none of them has the agent."""
+STRANDED_REASON_NO_SUCH_QUEUE: StrandedReason.ValueType  # 3
+"""No executor takes from its queue."""
+Global___StrandedReason: _TypeAlias = StrandedReason  # noqa: Y015
 
 @_typing.final
 class Executor(_message.Message):
@@ -159,3 +193,221 @@ class ListExecutorsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListExecutorsResponse: _TypeAlias = ListExecutorsResponse  # noqa: Y015
+
+@_typing.final
+class Queue(_message.Message):
+    """A queue: limits that runs share over the whole fleet. All fields are set by the service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUE_FIELD_NUMBER: _builtins.int
+    WORKER_CONCURRENCY_FIELD_NUMBER: _builtins.int
+    GLOBAL_CONCURRENCY_FIELD_NUMBER: _builtins.int
+    RATE_LIMIT_FIELD_NUMBER: _builtins.int
+    RATE_PERIOD_FIELD_NUMBER: _builtins.int
+    QUEUED_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    OLDEST_QUEUED_TIME_FIELD_NUMBER: _builtins.int
+    queue: _builtins.str
+    """Its name."""
+    worker_concurrency: _builtins.int
+    """How many of its runs one executor runs at once; 0 for no limit but the executor's own."""
+    global_concurrency: _builtins.int
+    """How many of its runs the whole fleet runs at once; 0 for no limit."""
+    rate_limit: _builtins.int
+    """How many of its runs begin in each `rate_period`, over the whole fleet; 0 for no limit."""
+    queued: _builtins.int
+    """Runs of it that wait for a slot now."""
+    running: _builtins.int
+    """Runs of it that are running now."""
+    @_builtins.property
+    def rate_period(self) -> _duration_pb2.Duration:
+        """The period of `rate_limit`."""
+
+    @_builtins.property
+    def oldest_queued_time(self) -> _timestamp_pb2.Timestamp:
+        """When the run that waits longest began to; unset when none waits."""
+
+    def __init__(
+        self,
+        *,
+        queue: _builtins.str = ...,
+        worker_concurrency: _builtins.int = ...,
+        global_concurrency: _builtins.int = ...,
+        rate_limit: _builtins.int = ...,
+        rate_period: _duration_pb2.Duration | None = ...,
+        queued: _builtins.int = ...,
+        running: _builtins.int = ...,
+        oldest_queued_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["oldest_queued_time", b"oldest_queued_time", "rate_period", b"rate_period"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["global_concurrency", b"global_concurrency", "oldest_queued_time", b"oldest_queued_time", "queue", b"queue", "queued", b"queued", "rate_limit", b"rate_limit", "rate_period", b"rate_period", "running", b"running", "worker_concurrency", b"worker_concurrency"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Queue: _TypeAlias = Queue  # noqa: Y015
+
+@_typing.final
+class ListQueuesRequest(_message.Message):
+    """Asks for the queues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many: 0 means 50, above 1,000 means 1,000."""
+    page_token: _builtins.str
+    """From the previous response; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQueuesRequest: _TypeAlias = ListQueuesRequest  # noqa: Y015
+
+@_typing.final
+class ListQueuesResponse(_message.Message):
+    """A page of queues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUEUES_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where the next page begins; empty at the end."""
+    @_builtins.property
+    def queues(self) -> _containers.RepeatedCompositeFieldContainer[Global___Queue]:
+        """The queues by name."""
+
+    def __init__(
+        self,
+        *,
+        queues: _abc.Iterable[Global___Queue] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "queues", b"queues"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListQueuesResponse: _TypeAlias = ListQueuesResponse  # noqa: Y015
+
+@_typing.final
+class StrandedRun(_message.Message):
+    """A run that nobody continues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    AGENT_VERSION_FIELD_NUMBER: _builtins.int
+    APPLICATION_VERSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    ADVICE_FIELD_NUMBER: _builtins.int
+    CREATE_TIME_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace of the run."""
+    run_id: _builtins.str
+    """The run."""
+    agent: _builtins.str
+    """Its agent."""
+    agent_version: _builtins.str
+    """The version of its agent."""
+    application_version: _builtins.str
+    """The version of the deployment that its executor must have."""
+    state: _agent_run_pb2.AgentRunState.ValueType
+    """What it is doing, or would be."""
+    reason: Global___StrandedReason.ValueType
+    """Why nobody continues it."""
+    advice: _builtins.str
+    """What can be done, for people."""
+    @_builtins.property
+    def create_time(self) -> _timestamp_pb2.Timestamp:
+        """When it was created."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        agent: _builtins.str = ...,
+        agent_version: _builtins.str = ...,
+        application_version: _builtins.str = ...,
+        state: _agent_run_pb2.AgentRunState.ValueType = ...,
+        reason: Global___StrandedReason.ValueType = ...,
+        advice: _builtins.str = ...,
+        create_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advice", b"advice", "agent", b"agent", "agent_version", b"agent_version", "application_version", b"application_version", "create_time", b"create_time", "namespace", b"namespace", "reason", b"reason", "run_id", b"run_id", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StrandedRun: _TypeAlias = StrandedRun  # noqa: Y015
+
+@_typing.final
+class ListStrandedRunsRequest(_message.Message):
+    """Asks for a page of stranded runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many: 0 means 50, above 1,000 means 1,000."""
+    page_token: _builtins.str
+    """From the previous response; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListStrandedRunsRequest: _TypeAlias = ListStrandedRunsRequest  # noqa: Y015
+
+@_typing.final
+class ListStrandedRunsResponse(_message.Message):
+    """A page of stranded runs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where the next page begins; empty at the end."""
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___StrandedRun]:
+        """The runs, the oldest first."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[Global___StrandedRun] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListStrandedRunsResponse: _TypeAlias = ListStrandedRunsResponse  # noqa: Y015

@@ -40,6 +40,16 @@ class OperatorServiceStub:
                 request_serializer=perdure_dot_v1_dot_operator__service__pb2.ListExecutorsRequest.SerializeToString,
                 response_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListExecutorsResponse.FromString,
                 _registered_method=True)
+        self.ListQueues = channel.unary_unary(
+                '/perdure.v1.OperatorService/ListQueues',
+                request_serializer=perdure_dot_v1_dot_operator__service__pb2.ListQueuesRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListQueuesResponse.FromString,
+                _registered_method=True)
+        self.ListStrandedRuns = channel.unary_unary(
+                '/perdure.v1.OperatorService/ListStrandedRuns',
+                request_serializer=perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -53,6 +63,20 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListQueues(self, request, context):
+        """Lists the queues, their limits, and what waits and runs in each over the whole fleet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListStrandedRuns(self, request, context):
+        """Lists runs that no living executor can continue: of a version, or of an agent, that none of them has.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -60,6 +84,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListExecutors,
                     request_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListExecutorsRequest.FromString,
                     response_serializer=perdure_dot_v1_dot_operator__service__pb2.ListExecutorsResponse.SerializeToString,
+            ),
+            'ListQueues': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListQueues,
+                    request_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListQueuesRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_operator__service__pb2.ListQueuesResponse.SerializeToString,
+            ),
+            'ListStrandedRuns': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListStrandedRuns,
+                    request_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -90,6 +124,60 @@ class OperatorService:
             '/perdure.v1.OperatorService/ListExecutors',
             perdure_dot_v1_dot_operator__service__pb2.ListExecutorsRequest.SerializeToString,
             perdure_dot_v1_dot_operator__service__pb2.ListExecutorsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListQueues(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.OperatorService/ListQueues',
+            perdure_dot_v1_dot_operator__service__pb2.ListQueuesRequest.SerializeToString,
+            perdure_dot_v1_dot_operator__service__pb2.ListQueuesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListStrandedRuns(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.OperatorService/ListStrandedRuns',
+            perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsRequest.SerializeToString,
+            perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -18,6 +18,10 @@ class OperatorServiceStub:
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListExecutors: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListExecutorsRequest, _operator_service_pb2.ListExecutorsResponse]
     """Lists the executors of the database, the living first."""
+    ListQueues: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListQueuesRequest, _operator_service_pb2.ListQueuesResponse]
+    """Lists the queues, their limits, and what waits and runs in each over the whole fleet."""
+    ListStrandedRuns: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListStrandedRunsRequest, _operator_service_pb2.ListStrandedRunsResponse]
+    """Lists runs that no living executor can continue: of a version, or of an agent, that none of them has."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """What operators look at. Served on the admin port only."""
@@ -29,5 +33,21 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_operator_service_pb2.ListExecutorsRequest, _abc.Awaitable[_operator_service_pb2.ListExecutorsResponse]],
     ) -> _abc.Awaitable[_operator_service_pb2.ListExecutorsResponse]:
         """Lists the executors of the database, the living first."""
+
+    @_abc_1.abstractmethod
+    def ListQueues(
+        self,
+        request: _operator_service_pb2.ListQueuesRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.ListQueuesRequest, _abc.Awaitable[_operator_service_pb2.ListQueuesResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.ListQueuesResponse]:
+        """Lists the queues, their limits, and what waits and runs in each over the whole fleet."""
+
+    @_abc_1.abstractmethod
+    def ListStrandedRuns(
+        self,
+        request: _operator_service_pb2.ListStrandedRunsRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.ListStrandedRunsRequest, _abc.Awaitable[_operator_service_pb2.ListStrandedRunsResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.ListStrandedRunsResponse]:
+        """Lists runs that no living executor can continue: of a version, or of an agent, that none of them has."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _aio.Server) -> None: ...

@@ -28,47 +28,49 @@ from perdure.v1 import agent_run_pb2 as perdure_dot_v1_dot_agent__run__pb2
 from perdure.v1 import approval_pb2 as perdure_dot_v1_dot_approval__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aperdure/v1/run_event.proto\x12\nperdure.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aperdure/v1/agent_run.proto\x1a\x19perdure/v1/approval.proto\"\xe5\x07\n\x08RunEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x0f\n\x07step_id\x18\x04 \x01(\x05\x12\x11\n\tstep_name\x18\x05 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\x11\n\texecution\x18\x07 \x01(\x05\x12\x31\n\rstate_changed\x18\n \x01(\x0b\x32\x18.perdure.v1.StateChangedH\x00\x12/\n\x0cstep_started\x18\x0b \x01(\x0b\x32\x17.perdure.v1.StepStartedH\x00\x12\x31\n\rstep_retrying\x18\x0c \x01(\x0b\x32\x18.perdure.v1.StepRetryingH\x00\x12\x33\n\x0estep_succeeded\x18\r \x01(\x0b\x32\x19.perdure.v1.StepSucceededH\x00\x12-\n\x0bstep_failed\x18\x0e \x01(\x0b\x32\x16.perdure.v1.StepFailedH\x00\x12/\n\x0coutput_delta\x18\x0f \x01(\x0b\x32\x17.perdure.v1.OutputDeltaH\x00\x12\x31\n\rattempt_reset\x18\x10 \x01(\x0b\x32\x18.perdure.v1.AttemptResetH\x00\x12+\n\x08progress\x18\x11 \x01(\x0b\x32\x17.perdure.v1.RunProgressH\x00\x12*\n\tpublished\x18\x12 \x01(\x0b\x32\x15.perdure.v1.PublishedH\x00\x12;\n\x12\x61pproval_requested\x18\x13 \x01(\x0b\x32\x1d.perdure.v1.ApprovalRequestedH\x00\x12\x37\n\x10\x61pproval_decided\x18\x14 \x01(\x0b\x32\x1b.perdure.v1.ApprovalDecidedH\x00\x12\x35\n\x0fsignal_received\x18\x15 \x01(\x0b\x32\x1a.perdure.v1.SignalReceivedH\x00\x12\x31\n\rchild_started\x18\x16 \x01(\x0b\x32\x18.perdure.v1.ChildStartedH\x00\x12*\n\trecovered\x18\x17 \x01(\x0b\x32\x15.perdure.v1.RecoveredH\x00\x12!\n\x03log\x18\x18 \x01(\x0b\x32\x12.perdure.v1.RunLogH\x00\x12\'\n\x06\x66orked\x18\x19 \x01(\x0b\x32\x15.perdure.v1.RunForkedH\x00\x12\'\n\x05usage\x18\x1a \x01(\x0b\x32\x16.perdure.v1.ModelUsageH\x00\x42\x06\n\x04kind\"\xed\x01\n\x0cStateChanged\x12-\n\nfrom_state\x18\x01 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12+\n\x08to_state\x18\x02 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12,\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1b.perdure.v1.AgentRunFailure\x12.\n\nuntil_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x65xecutor_id\x18\x06 \x01(\t\"#\n\x0bStepStarted\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\x05\"d\n\x0cStepRetrying\x12*\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x1b.perdure.v1.AgentRunFailure\x12(\n\x05\x64\x65lay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"j\n\rStepSucceeded\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0eoutput_preview\x18\x02 \x01(\t\x12\x14\n\x0coutput_bytes\x18\x03 \x01(\x03\"e\n\nStepFailed\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1b.perdure.v1.AgentRunFailure\"+\n\x0bOutputDelta\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x0e\n\x0c\x41ttemptReset\"A\n\tPublished\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\x12\x13\n\x0bvalue_bytes\x18\x03 \x01(\x03\"j\n\x11\x41pprovalRequested\x12\x13\n\x0b\x61pproval_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x31\n\rdeadline_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"u\n\x0f\x41pprovalDecided\x12\x13\n\x0b\x61pproval_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.perdure.v1.ApprovalState\x12\x12\n\ndecided_by\x18\x03 \x01(\t\x12\x0f\n\x07\x63omment\x18\x04 \x01(\t\"E\n\x0eSignalReceived\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sender\x18\x03 \x01(\t\"$\n\x0c\x43hildStarted\x12\x14\n\x0c\x63hild_run_id\x18\x01 \x01(\t\"M\n\tRecovered\x12\x18\n\x10\x66rom_executor_id\x18\x01 \x01(\t\x12&\n\x03gap\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"(\n\x06RunLog\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\r\n\x05level\x18\x02 \x01(\t\"6\n\tRunForked\x12\x13\n\x0b\x66rom_run_id\x18\x01 \x01(\t\x12\x14\n\x0c\x66rom_step_id\x18\x02 \x01(\x05\"H\n\nModelUsage\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03*\xd1\x04\n\x0cRunEventKind\x12\x1e\n\x1aRUN_EVENT_KIND_UNSPECIFIED\x10\x00\x12 \n\x1cRUN_EVENT_KIND_STATE_CHANGED\x10\x01\x12\x1f\n\x1bRUN_EVENT_KIND_STEP_STARTED\x10\x02\x12 \n\x1cRUN_EVENT_KIND_STEP_RETRYING\x10\x03\x12!\n\x1dRUN_EVENT_KIND_STEP_SUCCEEDED\x10\x04\x12\x1e\n\x1aRUN_EVENT_KIND_STEP_FAILED\x10\x05\x12\x1f\n\x1bRUN_EVENT_KIND_OUTPUT_DELTA\x10\x06\x12 \n\x1cRUN_EVENT_KIND_ATTEMPT_RESET\x10\x07\x12\x1b\n\x17RUN_EVENT_KIND_PROGRESS\x10\x08\x12\x1c\n\x18RUN_EVENT_KIND_PUBLISHED\x10\t\x12%\n!RUN_EVENT_KIND_APPROVAL_REQUESTED\x10\n\x12#\n\x1fRUN_EVENT_KIND_APPROVAL_DECIDED\x10\x0b\x12\"\n\x1eRUN_EVENT_KIND_SIGNAL_RECEIVED\x10\x0c\x12 \n\x1cRUN_EVENT_KIND_CHILD_STARTED\x10\r\x12\x1c\n\x18RUN_EVENT_KIND_RECOVERED\x10\x0e\x12\x16\n\x12RUN_EVENT_KIND_LOG\x10\x0f\x12\x19\n\x15RUN_EVENT_KIND_FORKED\x10\x10\x12\x18\n\x14RUN_EVENT_KIND_USAGE\x10\x11\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aperdure/v1/run_event.proto\x12\nperdure.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aperdure/v1/agent_run.proto\x1a\x19perdure/v1/approval.proto\"\x96\x08\n\x08RunEvent\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12.\n\nevent_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06run_id\x18\x03 \x01(\t\x12\x0f\n\x07step_id\x18\x04 \x01(\x05\x12\x11\n\tstep_name\x18\x05 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\x05\x12\x11\n\texecution\x18\x07 \x01(\x05\x12\x31\n\rstate_changed\x18\n \x01(\x0b\x32\x18.perdure.v1.StateChangedH\x00\x12/\n\x0cstep_started\x18\x0b \x01(\x0b\x32\x17.perdure.v1.StepStartedH\x00\x12\x31\n\rstep_retrying\x18\x0c \x01(\x0b\x32\x18.perdure.v1.StepRetryingH\x00\x12\x33\n\x0estep_succeeded\x18\r \x01(\x0b\x32\x19.perdure.v1.StepSucceededH\x00\x12-\n\x0bstep_failed\x18\x0e \x01(\x0b\x32\x16.perdure.v1.StepFailedH\x00\x12/\n\x0coutput_delta\x18\x0f \x01(\x0b\x32\x17.perdure.v1.OutputDeltaH\x00\x12\x31\n\rattempt_reset\x18\x10 \x01(\x0b\x32\x18.perdure.v1.AttemptResetH\x00\x12+\n\x08progress\x18\x11 \x01(\x0b\x32\x17.perdure.v1.RunProgressH\x00\x12*\n\tpublished\x18\x12 \x01(\x0b\x32\x15.perdure.v1.PublishedH\x00\x12;\n\x12\x61pproval_requested\x18\x13 \x01(\x0b\x32\x1d.perdure.v1.ApprovalRequestedH\x00\x12\x37\n\x10\x61pproval_decided\x18\x14 \x01(\x0b\x32\x1b.perdure.v1.ApprovalDecidedH\x00\x12\x35\n\x0fsignal_received\x18\x15 \x01(\x0b\x32\x1a.perdure.v1.SignalReceivedH\x00\x12\x31\n\rchild_started\x18\x16 \x01(\x0b\x32\x18.perdure.v1.ChildStartedH\x00\x12*\n\trecovered\x18\x17 \x01(\x0b\x32\x15.perdure.v1.RecoveredH\x00\x12!\n\x03log\x18\x18 \x01(\x0b\x32\x12.perdure.v1.RunLogH\x00\x12\'\n\x06\x66orked\x18\x19 \x01(\x0b\x32\x15.perdure.v1.RunForkedH\x00\x12\'\n\x05usage\x18\x1a \x01(\x0b\x32\x16.perdure.v1.ModelUsageH\x00\x12/\n\x08\x61rtifact\x18\x1b \x01(\x0b\x32\x1b.perdure.v1.ArtifactWrittenH\x00\x42\x06\n\x04kind\"\xed\x01\n\x0cStateChanged\x12-\n\nfrom_state\x18\x01 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12+\n\x08to_state\x18\x02 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12,\n\x07\x66\x61ilure\x18\x04 \x01(\x0b\x32\x1b.perdure.v1.AgentRunFailure\x12.\n\nuntil_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x65xecutor_id\x18\x06 \x01(\t\"#\n\x0bStepStarted\x12\x14\n\x0cmax_attempts\x18\x01 \x01(\x05\"d\n\x0cStepRetrying\x12*\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x1b.perdure.v1.AgentRunFailure\x12(\n\x05\x64\x65lay\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"j\n\rStepSucceeded\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x16\n\x0eoutput_preview\x18\x02 \x01(\t\x12\x14\n\x0coutput_bytes\x18\x03 \x01(\x03\"e\n\nStepFailed\x12+\n\x08\x64uration\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12*\n\x05\x65rror\x18\x02 \x01(\x0b\x32\x1b.perdure.v1.AgentRunFailure\"+\n\x0bOutputDelta\x12\x0e\n\x06stream\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\x0e\n\x0c\x41ttemptReset\"A\n\tPublished\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x12\n\nvalue_json\x18\x02 \x01(\t\x12\x13\n\x0bvalue_bytes\x18\x03 \x01(\x03\"j\n\x11\x41pprovalRequested\x12\x13\n\x0b\x61pproval_id\x18\x01 \x01(\t\x12\r\n\x05title\x18\x02 \x01(\t\x12\x31\n\rdeadline_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"u\n\x0f\x41pprovalDecided\x12\x13\n\x0b\x61pproval_id\x18\x01 \x01(\t\x12(\n\x05state\x18\x02 \x01(\x0e\x32\x19.perdure.v1.ApprovalState\x12\x12\n\ndecided_by\x18\x03 \x01(\t\x12\x0f\n\x07\x63omment\x18\x04 \x01(\t\"E\n\x0eSignalReceived\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rpayload_bytes\x18\x02 \x01(\x03\x12\x0e\n\x06sender\x18\x03 \x01(\t\"$\n\x0c\x43hildStarted\x12\x14\n\x0c\x63hild_run_id\x18\x01 \x01(\t\"M\n\tRecovered\x12\x18\n\x10\x66rom_executor_id\x18\x01 \x01(\t\x12&\n\x03gap\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"(\n\x06RunLog\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\r\n\x05level\x18\x02 \x01(\t\"6\n\tRunForked\x12\x13\n\x0b\x66rom_run_id\x18\x01 \x01(\t\x12\x14\n\x0c\x66rom_step_id\x18\x02 \x01(\x05\"H\n\nModelUsage\x12\r\n\x05model\x18\x01 \x01(\t\x12\x14\n\x0cinput_tokens\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\"W\n\x0f\x41rtifactWritten\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x0e\n\x06sha256\x18\x04 \x01(\t*\xee\x04\n\x0cRunEventKind\x12\x1e\n\x1aRUN_EVENT_KIND_UNSPECIFIED\x10\x00\x12 \n\x1cRUN_EVENT_KIND_STATE_CHANGED\x10\x01\x12\x1f\n\x1bRUN_EVENT_KIND_STEP_STARTED\x10\x02\x12 \n\x1cRUN_EVENT_KIND_STEP_RETRYING\x10\x03\x12!\n\x1dRUN_EVENT_KIND_STEP_SUCCEEDED\x10\x04\x12\x1e\n\x1aRUN_EVENT_KIND_STEP_FAILED\x10\x05\x12\x1f\n\x1bRUN_EVENT_KIND_OUTPUT_DELTA\x10\x06\x12 \n\x1cRUN_EVENT_KIND_ATTEMPT_RESET\x10\x07\x12\x1b\n\x17RUN_EVENT_KIND_PROGRESS\x10\x08\x12\x1c\n\x18RUN_EVENT_KIND_PUBLISHED\x10\t\x12%\n!RUN_EVENT_KIND_APPROVAL_REQUESTED\x10\n\x12#\n\x1fRUN_EVENT_KIND_APPROVAL_DECIDED\x10\x0b\x12\"\n\x1eRUN_EVENT_KIND_SIGNAL_RECEIVED\x10\x0c\x12 \n\x1cRUN_EVENT_KIND_CHILD_STARTED\x10\r\x12\x1c\n\x18RUN_EVENT_KIND_RECOVERED\x10\x0e\x12\x16\n\x12RUN_EVENT_KIND_LOG\x10\x0f\x12\x19\n\x15RUN_EVENT_KIND_FORKED\x10\x10\x12\x18\n\x14RUN_EVENT_KIND_USAGE\x10\x11\x12\x1b\n\x17RUN_EVENT_KIND_ARTIFACT\x10\x12\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perdure.v1.run_event_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_RUNEVENTKIND']._serialized_start=2468
-  _globals['_RUNEVENTKIND']._serialized_end=3061
+  _globals['_RUNEVENTKIND']._serialized_start=2606
+  _globals['_RUNEVENTKIND']._serialized_end=3228
   _globals['_RUNEVENT']._serialized_start=163
-  _globals['_RUNEVENT']._serialized_end=1160
-  _globals['_STATECHANGED']._serialized_start=1163
-  _globals['_STATECHANGED']._serialized_end=1400
-  _globals['_STEPSTARTED']._serialized_start=1402
-  _globals['_STEPSTARTED']._serialized_end=1437
-  _globals['_STEPRETRYING']._serialized_start=1439
-  _globals['_STEPRETRYING']._serialized_end=1539
-  _globals['_STEPSUCCEEDED']._serialized_start=1541
-  _globals['_STEPSUCCEEDED']._serialized_end=1647
-  _globals['_STEPFAILED']._serialized_start=1649
-  _globals['_STEPFAILED']._serialized_end=1750
-  _globals['_OUTPUTDELTA']._serialized_start=1752
-  _globals['_OUTPUTDELTA']._serialized_end=1795
-  _globals['_ATTEMPTRESET']._serialized_start=1797
-  _globals['_ATTEMPTRESET']._serialized_end=1811
-  _globals['_PUBLISHED']._serialized_start=1813
-  _globals['_PUBLISHED']._serialized_end=1878
-  _globals['_APPROVALREQUESTED']._serialized_start=1880
-  _globals['_APPROVALREQUESTED']._serialized_end=1986
-  _globals['_APPROVALDECIDED']._serialized_start=1988
-  _globals['_APPROVALDECIDED']._serialized_end=2105
-  _globals['_SIGNALRECEIVED']._serialized_start=2107
-  _globals['_SIGNALRECEIVED']._serialized_end=2176
-  _globals['_CHILDSTARTED']._serialized_start=2178
-  _globals['_CHILDSTARTED']._serialized_end=2214
-  _globals['_RECOVERED']._serialized_start=2216
-  _globals['_RECOVERED']._serialized_end=2293
-  _globals['_RUNLOG']._serialized_start=2295
-  _globals['_RUNLOG']._serialized_end=2335
-  _globals['_RUNFORKED']._serialized_start=2337
-  _globals['_RUNFORKED']._serialized_end=2391
-  _globals['_MODELUSAGE']._serialized_start=2393
-  _globals['_MODELUSAGE']._serialized_end=2465
+  _globals['_RUNEVENT']._serialized_end=1209
+  _globals['_STATECHANGED']._serialized_start=1212
+  _globals['_STATECHANGED']._serialized_end=1449
+  _globals['_STEPSTARTED']._serialized_start=1451
+  _globals['_STEPSTARTED']._serialized_end=1486
+  _globals['_STEPRETRYING']._serialized_start=1488
+  _globals['_STEPRETRYING']._serialized_end=1588
+  _globals['_STEPSUCCEEDED']._serialized_start=1590
+  _globals['_STEPSUCCEEDED']._serialized_end=1696
+  _globals['_STEPFAILED']._serialized_start=1698
+  _globals['_STEPFAILED']._serialized_end=1799
+  _globals['_OUTPUTDELTA']._serialized_start=1801
+  _globals['_OUTPUTDELTA']._serialized_end=1844
+  _globals['_ATTEMPTRESET']._serialized_start=1846
+  _globals['_ATTEMPTRESET']._serialized_end=1860
+  _globals['_PUBLISHED']._serialized_start=1862
+  _globals['_PUBLISHED']._serialized_end=1927
+  _globals['_APPROVALREQUESTED']._serialized_start=1929
+  _globals['_APPROVALREQUESTED']._serialized_end=2035
+  _globals['_APPROVALDECIDED']._serialized_start=2037
+  _globals['_APPROVALDECIDED']._serialized_end=2154
+  _globals['_SIGNALRECEIVED']._serialized_start=2156
+  _globals['_SIGNALRECEIVED']._serialized_end=2225
+  _globals['_CHILDSTARTED']._serialized_start=2227
+  _globals['_CHILDSTARTED']._serialized_end=2263
+  _globals['_RECOVERED']._serialized_start=2265
+  _globals['_RECOVERED']._serialized_end=2342
+  _globals['_RUNLOG']._serialized_start=2344
+  _globals['_RUNLOG']._serialized_end=2384
+  _globals['_RUNFORKED']._serialized_start=2386
+  _globals['_RUNFORKED']._serialized_end=2440
+  _globals['_MODELUSAGE']._serialized_start=2442
+  _globals['_MODELUSAGE']._serialized_end=2514
+  _globals['_ARTIFACTWRITTEN']._serialized_start=2516
+  _globals['_ARTIFACTWRITTEN']._serialized_end=2603
 # @@protoc_insertion_point(module_scope)

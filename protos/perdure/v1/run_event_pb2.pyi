@@ -63,6 +63,8 @@ class _RunEventKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunEvent
     """forked"""
     RUN_EVENT_KIND_USAGE: _RunEventKind.ValueType  # 17
     """usage"""
+    RUN_EVENT_KIND_ARTIFACT: _RunEventKind.ValueType  # 18
+    """artifact"""
 
 class RunEventKind(_RunEventKind, metaclass=_RunEventKindEnumTypeWrapper):
     """The kind of an event: one for every member of RunEvent's oneof."""
@@ -103,6 +105,8 @@ RUN_EVENT_KIND_FORKED: RunEventKind.ValueType  # 16
 """forked"""
 RUN_EVENT_KIND_USAGE: RunEventKind.ValueType  # 17
 """usage"""
+RUN_EVENT_KIND_ARTIFACT: RunEventKind.ValueType  # 18
+"""artifact"""
 Global___RunEventKind: _TypeAlias = RunEventKind  # noqa: Y015
 
 @_typing.final
@@ -135,6 +139,7 @@ class RunEvent(_message.Message):
     LOG_FIELD_NUMBER: _builtins.int
     FORKED_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    ARTIFACT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """The number of the event in its run: 1, 2, 3 … without gaps."""
     run_id: _builtins.str
@@ -219,6 +224,10 @@ class RunEvent(_message.Message):
     def usage(self) -> Global___ModelUsage:
         """A model call was paid for."""
 
+    @_builtins.property
+    def artifact(self) -> Global___ArtifactWritten:
+        """The agent wrote an artifact."""
+
     def __init__(
         self,
         *,
@@ -246,12 +255,13 @@ class RunEvent(_message.Message):
         log: Global___RunLog | None = ...,
         forked: Global___RunForked | None = ...,
         usage: Global___ModelUsage | None = ...,
+        artifact: Global___ArtifactWritten | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["approval_decided", b"approval_decided", "approval_requested", b"approval_requested", "attempt_reset", b"attempt_reset", "child_started", b"child_started", "event_time", b"event_time", "forked", b"forked", "kind", b"kind", "log", b"log", "output_delta", b"output_delta", "progress", b"progress", "published", b"published", "recovered", b"recovered", "signal_received", b"signal_received", "state_changed", b"state_changed", "step_failed", b"step_failed", "step_retrying", b"step_retrying", "step_started", b"step_started", "step_succeeded", b"step_succeeded", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["approval_decided", b"approval_decided", "approval_requested", b"approval_requested", "artifact", b"artifact", "attempt_reset", b"attempt_reset", "child_started", b"child_started", "event_time", b"event_time", "forked", b"forked", "kind", b"kind", "log", b"log", "output_delta", b"output_delta", "progress", b"progress", "published", b"published", "recovered", b"recovered", "signal_received", b"signal_received", "state_changed", b"state_changed", "step_failed", b"step_failed", "step_retrying", b"step_retrying", "step_started", b"step_started", "step_succeeded", b"step_succeeded", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval_decided", b"approval_decided", "approval_requested", b"approval_requested", "attempt", b"attempt", "attempt_reset", b"attempt_reset", "child_started", b"child_started", "event_time", b"event_time", "execution", b"execution", "forked", b"forked", "kind", b"kind", "log", b"log", "output_delta", b"output_delta", "progress", b"progress", "published", b"published", "recovered", b"recovered", "run_id", b"run_id", "sequence", b"sequence", "signal_received", b"signal_received", "state_changed", b"state_changed", "step_failed", b"step_failed", "step_id", b"step_id", "step_name", b"step_name", "step_retrying", b"step_retrying", "step_started", b"step_started", "step_succeeded", b"step_succeeded", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approval_decided", b"approval_decided", "approval_requested", b"approval_requested", "artifact", b"artifact", "attempt", b"attempt", "attempt_reset", b"attempt_reset", "child_started", b"child_started", "event_time", b"event_time", "execution", b"execution", "forked", b"forked", "kind", b"kind", "log", b"log", "output_delta", b"output_delta", "progress", b"progress", "published", b"published", "recovered", b"recovered", "run_id", b"run_id", "sequence", b"sequence", "signal_received", b"signal_received", "state_changed", b"state_changed", "step_failed", b"step_failed", "step_id", b"step_id", "step_name", b"step_name", "step_retrying", b"step_retrying", "step_started", b"step_started", "step_succeeded", b"step_succeeded", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["state_changed", "step_started", "step_retrying", "step_succeeded", "step_failed", "output_delta", "attempt_reset", "progress", "published", "approval_requested", "approval_decided", "signal_received", "child_started", "recovered", "log", "forked", "usage"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["state_changed", "step_started", "step_retrying", "step_succeeded", "step_failed", "output_delta", "attempt_reset", "progress", "published", "approval_requested", "approval_decided", "signal_received", "child_started", "recovered", "log", "forked", "usage", "artifact"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -717,3 +727,37 @@ class ModelUsage(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ModelUsage: _TypeAlias = ModelUsage  # noqa: Y015
+
+@_typing.final
+class ArtifactWritten(_message.Message):
+    """The agent wrote an artifact: bytes for its callers. ReadArtifact reads them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Its name within the run."""
+    media_type: _builtins.str
+    """Its media type."""
+    size_bytes: _builtins.int
+    """How many bytes it has."""
+    sha256: _builtins.str
+    """The SHA-256 of its bytes (hex)."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        media_type: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["media_type", b"media_type", "name", b"name", "sha256", b"sha256", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArtifactWritten: _TypeAlias = ArtifactWritten  # noqa: Y015

@@ -157,4 +157,68 @@ MIGRATIONS: tuple[Migration, ...] = (
     ),
     Migration(_AFTER_DOCUMENTS + 5, "agent_max_steps", (_ADD_TO_AGENT + "max_steps BIGINT NOT NULL DEFAULT 0",)),
     Migration(_AFTER_DOCUMENTS + 6, "agent_max_tokens", (_ADD_TO_AGENT + "max_tokens BIGINT NOT NULL DEFAULT 0",)),
+    # What a parked run is to be woken by; NULL while it is not parked.
+    Migration(_AFTER_DOCUMENTS + 7, "run_parked_for", (_ADD_TO_RUN + "parked_for TEXT",)),
+    Migration(
+        _AFTER_DOCUMENTS + 8,
+        "run_by_parked_for",
+        (
+            "CREATE INDEX IF NOT EXISTS run_by_parked_for ON perdure.run (parked_for, workflow_id) "
+            "WHERE parked_for IS NOT NULL",
+        ),
+    ),
+    Migration(_AFTER_DOCUMENTS + 9, "agent_queue", (_ADD_TO_AGENT + "queue TEXT NOT NULL DEFAULT ''",)),
+    Migration(
+        _AFTER_DOCUMENTS + 10,
+        "executor_draining",
+        ("ALTER TABLE perdure.executor ADD COLUMN IF NOT EXISTS draining BOOL NOT NULL DEFAULT false",),
+    ),
+    # Which agents an executor has, as a JSON list of workflow names: what it can continue.
+    Migration(
+        _AFTER_DOCUMENTS + 11,
+        "executor_agents",
+        ("ALTER TABLE perdure.executor ADD COLUMN IF NOT EXISTS agents TEXT NOT NULL DEFAULT '[]'",),
+    ),
+    # Finished runs by the time of their end, for retention.
+    Migration(
+        _AFTER_DOCUMENTS + 12,
+        "run_by_end",
+        (
+            "CREATE INDEX IF NOT EXISTS run_by_end ON perdure.run (namespace, ended_at, workflow_id) "
+            "WHERE ended_at IS NOT NULL",
+        ),
+    ),
+    # A payload's bytes in pieces, as CockroachDB asks for rows under 1 MiB; written once, by the hash of the whole.
+    Migration(
+        _AFTER_DOCUMENTS + 13,
+        "payload",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.payload (
+                 sha256 TEXT NOT NULL,
+                 piece INT NOT NULL,
+                 data BYTEA NOT NULL,
+                 PRIMARY KEY (sha256, piece)
+               )""",
+        ),
+    ),
+    # Who uses a payload: it goes with the last of them.
+    Migration(
+        _AFTER_DOCUMENTS + 14,
+        "payload_use",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.payload_use (
+                 workflow_id TEXT NOT NULL,
+                 sha256 TEXT NOT NULL,
+                 size_bytes BIGINT NOT NULL,
+                 created_at TIMESTAMPTZ NOT NULL DEFAULT now(),
+                 PRIMARY KEY (workflow_id, sha256)
+               )""",
+        ),
+    ),
+    Migration(
+        _AFTER_DOCUMENTS + 15,
+        "payload_use_by_sha256",
+        ("CREATE INDEX IF NOT EXISTS payload_use_by_sha256 ON perdure.payload_use (sha256, workflow_id)",),
+    ),
+    Migration(_AFTER_DOCUMENTS + 16, "agent_max_running", (_ADD_TO_AGENT + "max_running INT NOT NULL DEFAULT 0",)),
 )
