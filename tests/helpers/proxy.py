@@ -1,10 +1,15 @@
-"""A TCP proxy in front of a database, so that a test can cut the database off and give it back."""
+"""A TCP proxy in front of a database, with which a test breaks what lies between: connections, delays, replies."""
 
 from __future__ import annotations
 
+import re
 import selectors
 import socket
+import struct
 import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -12,54 +17,166 @@ from perdure_service.store.engine import parse_url
 
 from tests.helpers.databases import url_in_form
 
+ENCRYPTION_REQUESTS = (80877103, 80877104)
+"""SSLRequest and GSSENCRequest. https://www.postgresql.org/docs/current/protocol-message-formats.html"""
+CHUNK_BYTES = 2**16
+DELAY_STEP_S = 0.005
+
+
+@dataclass
+class LostReply:
+    """An order to lose the replies of some commits: the server commits, and the client never hears of it.
+
+    Attributes:
+        pattern: What the transaction must have sent: SQL, and parameters as they go over the wire.
+        times: How many replies may still be lost.
+        lost: How many were.
+    """
+
+    pattern: re.Pattern[bytes]
+    times: int = 1
+    lost: int = 0
+
+    def wants(self, sent: bytes) -> bool:
+        """Returns whether the reply to the COMMIT of a transaction that sent this is to be lost."""
+        return self.times > 0 and self.pattern.search(sent) is not None
+
+
+@dataclass(eq=False)
+class _Connection:
+    """One connection of a client, and what goes on in it.
+
+    Attributes:
+        client: Its socket.
+        upstream: The server's.
+        began: Whether the startup message went through, after which each message has a type.
+        sent: What the transaction under way has sent.
+        statements: The SQL of prepared statements by name, of which a Bind names only that.
+        losing: The order that waits for the server to commit.
+    """
+
+    client: socket.socket
+    upstream: socket.socket
+    began: bool = False
+    sent: bytearray = field(default_factory=bytearray)
+    statements: dict[bytes, bytes] = field(default_factory=dict)
+    from_client: bytearray = field(default_factory=bytearray)
+    from_server: bytearray = field(default_factory=bytearray)
+    losing: LostReply | None = None
+
 
 class DatabaseProxy:
-    """Forwards connections to the server of a URL while it is not cut."""
+    """Forwards connections to the server of a URL, unless it is told otherwise.
+
+    Attributes:
+        accepted: When a client has tried to connect, seconds of the monotonic clock, whatever became of it.
+    """
 
     def __init__(self, database_url: str) -> None:
         self._url = parse_url(database_url)
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=512)
+        self._port = int(self._listener.getsockname()[1])
         self._lock = threading.Lock()
-        self._pairs: set[tuple[socket.socket, socket.socket]] = set()
+        self._connections: set[_Connection] = set()
+        self._orders: list[LostReply] = []
         self._cut = False
+        self._frozen = threading.Event()
         self._closed = False
+        self.delay_s = 0.0
+        """How much later each message of a client arrives."""
+        self.accepted: list[float] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
     def url(self) -> str:
         """The database's URL through the proxy."""
-        host, port = self._listener.getsockname()
         query = {name: value for name, value in self._url.query.items() if name not in ("host", "port")}
         # Not `set`, which would add to the query.
         url = sa.URL.create(
-            self._url.drivername, self._url.username, self._url.password, host, port, self._url.database, query
+            self._url.drivername,
+            self._url.username,
+            self._url.password,
+            "127.0.0.1",
+            self._port,
+            self._url.database,
+            query,
         )
         return url_in_form(url)
+
+    @property
+    def open_connections(self) -> int:
+        """How many connections go through at the moment."""
+        return len(self._connections)
+
+    # ---- what can be broken ------------------------------------------------------------------------------------------
 
     def cut(self) -> None:
         """Ends all connections; new ones are closed as soon as they are made."""
         with self._lock:
             self._cut = True
-            for pair in self._pairs:
-                for one in pair:
-                    _shut(one)
+            self._end_all()
+
+    def refuse(self) -> None:
+        """Ends all connections; new ones are refused, as by a host where nobody listens."""
+        with self._lock:
+            self._cut = True
+            _shut(self._listener)
+            self._listener.close()
+            self._end_all()
 
     def mend(self) -> None:
-        """Lets connections through again."""
-        self._cut = False
+        """Lets connections through again; what was half open is closed."""
+        with self._lock:
+            if self._frozen.is_set():
+                self._end_all()
+                self._frozen.clear()
+            self._cut = False
+            if self._listener.fileno() < 0:
+                self._listener = socket.create_server(("127.0.0.1", self._port), backlog=512)
+                threading.Thread(target=self._accept, daemon=True).start()
+
+    def freeze(self) -> None:
+        """Makes all connections half open: they are accepted, and kept, and nothing goes through any more."""
+        self._frozen.set()
+
+    def lose_replies(self, pattern: str, times: int = 1) -> LostReply:
+        """Loses the replies of the next commits whose transactions have sent what `pattern` matches.
+
+        The server has committed by then. The client finds its connection closed.
+        """
+        order = LostReply(re.compile(pattern.encode(), re.DOTALL), times)
+        with self._lock:
+            self._orders.append(order)
+        return order
+
+    def forget_orders(self) -> None:
+        """Loses no more replies."""
+        with self._lock:
+            self._orders.clear()
 
     def close(self) -> None:
         """Ends everything."""
         self._closed = True
+        self._frozen.clear()
         self.cut()
+        _shut(self._listener)
         self._listener.close()
 
+    def _end_all(self) -> None:
+        for connection in self._connections:
+            _shut(connection.client)
+            _shut(connection.upstream)
+
+    # ---- forwarding --------------------------------------------------------------------------------------------------
+
     def _accept(self) -> None:
+        listener = self._listener
         while not self._closed:
             try:
-                client, _ = self._listener.accept()
+                client, _ = listener.accept()
             except OSError:
                 return
+            self.accepted.append(time.monotonic())
             if self._cut:
                 client.close()
                 continue
@@ -68,9 +185,11 @@ class DatabaseProxy:
             except OSError:
                 client.close()
                 continue
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection = _Connection(client, upstream)
             with self._lock:
-                self._pairs.add((client, upstream))
-            threading.Thread(target=self._forward, args=(client, upstream), daemon=True).start()
+                self._connections.add(connection)
+            threading.Thread(target=self._forward, args=(connection,), daemon=True).start()
 
     def _connect(self) -> socket.socket:
         host = self._url.query.get("host") or self._url.host or "localhost"
@@ -82,27 +201,113 @@ class DatabaseProxy:
         upstream.connect(str(Path(host) / f".s.PGSQL.{port}"))
         return upstream
 
-    def _forward(self, client: socket.socket, upstream: socket.socket) -> None:
-        with selectors.DefaultSelector() as selector:
-            selector.register(client, selectors.EVENT_READ, upstream)
-            selector.register(upstream, selectors.EVENT_READ, client)
-            try:
+    def _forward(self, connection: _Connection) -> None:
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(connection.client, selectors.EVENT_READ, self._from_client)
+                selector.register(connection.upstream, selectors.EVENT_READ, self._from_server)
                 while True:
                     for key, _ in selector.select():
                         source = key.fileobj
                         assert isinstance(source, socket.socket)
-                        data = source.recv(2**16)
-                        if not data:
+                        data = source.recv(CHUNK_BYTES)
+                        if self._frozen.is_set():
+                            while self._frozen.is_set():
+                                time.sleep(DELAY_STEP_S)
                             return
-                        key.data.sendall(data)
-            except OSError:
-                return
-            finally:
-                with self._lock:
-                    self._pairs.discard((client, upstream))
-                for one in (client, upstream):
-                    _shut(one)
-                    one.close()
+                        if not data or not key.data(connection, data):
+                            return
+        except OSError:
+            return
+        finally:
+            with self._lock:
+                self._connections.discard(connection)
+            for one in (connection.client, connection.upstream):
+                _shut(one)
+                one.close()
+
+    def _from_client(self, connection: _Connection, data: bytes) -> bool:
+        if self.delay_s:
+            time.sleep(self.delay_s)
+        connection.from_client += data
+        if not connection.began and not _begin(connection):
+            return True
+        for message in _messages(connection.from_client):
+            self._note(connection, message)
+            connection.upstream.sendall(message)
+        return True
+
+    def _note(self, connection: _Connection, message: bytes) -> None:
+        """Remembers what a transaction sends, and decides about the reply to its COMMIT."""
+        kind, body = message[:1], message[5:]
+        if kind == b"P":
+            name, text, _ = body.split(b"\0", 2)
+            connection.statements[name] = text
+        if kind == b"Q" and body.upper().startswith(b"BEGIN"):
+            connection.sent.clear()
+        elif kind == b"Q" and body.rstrip(b"\0 ;").upper() == b"COMMIT":
+            with self._lock:
+                wanting = [order for order in self._orders if order.wants(bytes(connection.sent))]
+                if wanting:
+                    connection.losing = wanting[0]
+                    wanting[0].times -= 1
+            connection.sent.clear()
+        elif kind == b"B":
+            _portal, name, _ = body.split(b"\0", 2)
+            connection.sent += connection.statements.get(name, b"") + b"\n" + body + b"\n"
+        elif kind == b"Q":
+            connection.sent += body + b"\n"
+
+    def _from_server(self, connection: _Connection, data: bytes) -> bool:
+        order = connection.losing
+        if order is None:
+            connection.client.sendall(data)
+            return True
+        connection.from_server += data
+        for message in _messages(connection.from_server, keep=True):
+            if message[:1] == b"C" and message[5:].startswith(b"COMMIT"):
+                order.lost += 1
+                return False
+            if message[:1] in (b"E", b"C"):
+                # The server has not committed: there is nothing to lose. The next one counts.
+                order.times += 1
+                connection.losing = None
+                connection.client.sendall(bytes(connection.from_server))
+                connection.from_server.clear()
+                break
+        return True
+
+
+def _begin(connection: _Connection) -> bool:
+    """Handles what comes before messages have types; returns whether that is over. Encryption is refused."""
+    while len(connection.from_client) >= 8:
+        length, code = struct.unpack("!II", connection.from_client[:8])
+        if code in ENCRYPTION_REQUESTS:
+            del connection.from_client[:8]
+            connection.client.sendall(b"N")
+            continue
+        if len(connection.from_client) < length:
+            return False
+        connection.upstream.sendall(bytes(connection.from_client[:length]))
+        del connection.from_client[:length]
+        connection.began = True
+        return True
+    return False
+
+
+def _messages(buffer: bytearray, *, keep: bool = False) -> Iterator[bytes]:
+    """Yields the whole messages in a buffer, and removes them from it unless they are to be kept."""
+    at = 0
+    while len(buffer) >= at + 5:
+        end = at + 1 + struct.unpack("!I", buffer[at + 1 : at + 5])[0]
+        if len(buffer) < end:
+            break
+        message = bytes(buffer[at:end])
+        at = end
+        if not keep:
+            del buffer[:end]
+            at = 0
+        yield message
 
 
 def _shut(one: socket.socket) -> None:
