@@ -12,7 +12,6 @@ from tests.helpers.databases import DatabaseServer, url_in_form
 from tests.helpers.proxy import DatabaseProxy
 from tests.helpers.rpc import Rpc, new_id, state_of
 from tests.helpers.server import ServerProcess, create_effects_table, sql
-from tests.helpers.trouble_agents import EFFECTS
 
 OUTPUT = {
     "count": 0,
@@ -25,7 +24,10 @@ OUTPUT = {
     "signal": "go",
     "last": 1,
 }
-"""Of `everything`."""
+"""Of `all-of-it`."""
+
+EFFECTS = ("count 0", "fails", "published", "paid", "count 1")
+"""What `all-of-it` does outside, in order."""
 
 IN_A_RUN = {
     "a start": r"INSERT INTO perdure\.run .*\"to\":\"RUNNING\"",
@@ -81,8 +83,8 @@ def _serve_behind_a_proxy(url: str, **environment: str) -> Iterator[Broken]:
 
 
 def _run_everything(broken: Broken) -> str:
-    """Starts `everything`, tells it what it waits for, and waits for its end; returns its id. No call is repeated."""
-    run_id = broken.rpc.start("everything")
+    """Starts `all-of-it`, tells it what it waits for, and waits for its end; returns its id. No call is repeated."""
+    run_id = broken.rpc.start("all-of-it")
     approval = broken.rpc.approval_of(run_id)
     assert broken.rpc.decide(approval.approval_id).revision > approval.revision
     assert broken.rpc.signal(run_id, "go"), "it was this call that delivered it"

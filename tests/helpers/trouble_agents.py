@@ -15,8 +15,6 @@ from perdure_service.durable import operation as seam
 
 from tests.helpers.agents import FlakyError, count_one, effect, plain_child
 
-EFFECTS = ("count 0", "fails", "published", "paid", "count 1")
-"""What `everything` does outside, in order."""
 
 FREEZE_AT = os.environ.get("PERDURE_TROUBLE_FREEZE", "")
 """Where a server stops itself with SIGSTOP, once: `body`, or `commit`, with a step's checkpoint written and locked."""
@@ -71,8 +69,8 @@ def paying_step() -> str:
     return key
 
 
-@agent(name="everything")
-async def everything() -> dict[str, Any]:
+@agent(name="all-of-it")
+async def all_of_it() -> dict[str, Any]:
     """Uses each operation once, and waits for a decision and a signal."""
     told: dict[str, Any] = {}
     await DBOS.set_event_async("stage", "begun")

@@ -13,7 +13,7 @@ from dbos._error import DBOSUnexpectedStepError
 from dbos._event_loop import BackgroundEventLoop
 from dbos._schemas.system_database import SystemSchema
 from perdure_service.domain.runs import TERMINAL_STATUSES
-from perdure_service.durable import replay, runtime, steps
+from perdure_service.durable import replay, retries, runtime, steps, substitutes
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.store import dbos_tables
 
@@ -110,6 +110,43 @@ def test_every_transaction_goes_through_the_engine_or_begin() -> None:
         if isinstance(call, ast.Call) and ast.unparse(call.func) == "self.engine.connect"
     }
     assert users == {"update_workflow_outcome", "_begin"}
+
+
+def _decorated_with_retry() -> set[str]:
+    """Returns the methods of DBOS's system databases that its `db_retry` decorates."""
+    return {
+        method.name
+        for module in (_sys_db, _sys_db_postgres)
+        for cls in ast.parse(Path(inspect.getfile(module)).read_text()).body
+        if isinstance(cls, ast.ClassDef)
+        for method in cls.body
+        if isinstance(method, ast.FunctionDef)
+        for decorator in method.decorator_list
+        if "db_retry" in ast.unparse(decorator)
+    }
+
+
+def test_every_repeat_of_a_transaction_is_ours() -> None:
+    """DBOS decorates its methods at import, and closures when they are called; both get our pauses."""
+    plain = {name for _, name, _ in retries.decorated()}
+    assert plain == _decorated_with_retry()
+    assert len(plain) > 30
+    assert set(inspect.signature(_sys_db.db_retry).parameters) == {"initial_backoff", "max_backoff", "sys_db"}
+    retries.install()
+    try:
+        assert _sys_db.db_retry is retries.repeated
+        assert not list(retries.decorated())
+        assert inspect.signature(PerdureSystemDatabase.get_workflow_owner).parameters
+    finally:
+        substitutes.restore()
+    assert {name for _, name, _ in retries.decorated()} == plain
+
+
+def test_dbos_decides_what_is_repeated_and_looks_at_these_two_attributes() -> None:
+    text = inspect.getsource(_sys_db.db_retry)
+    for known in ("retriable_postgres_exception", "sa.exc.TimeoutError", "_retry_connection_errors", "_is_sqlite"):
+        assert known in text
+    assert "db_retry" not in inspect.getsource(_dbos)
 
 
 def test_the_tables_we_name_have_the_columns_we_use() -> None:

@@ -21,10 +21,11 @@ import sqlalchemy as sa
 from dbos import _core
 from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._error import DBOSUnexpectedStepError, DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
-from dbos._sys_db import SystemDatabase, db_retry
+from dbos._sys_db import SystemDatabase
 
 from perdure_service.domain.runs import NON_DETERMINISTIC, Failure
 from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.retries import repeated
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.values import MESSAGE_CHARS
 from perdure_service.store.dbos_tables import OUTPUTS
@@ -137,7 +138,7 @@ def _look_for_more(execution: Execution, database: SystemDatabase, cause: BaseEx
         diverge(execution, beyond[0], beyond[1], f"the agent's code {ended}")
 
 
-@db_retry()
+@repeated()
 def _recorded_after(database: SystemDatabase, workflow_id: str, function_id: int) -> tuple[int, str] | None:
     """Returns number and name of the first operation that is recorded after a number, None if there is none."""
     with database.engine.begin() as conn:

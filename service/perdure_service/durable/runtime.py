@@ -25,7 +25,7 @@ from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
-from perdure_service.durable import metering, replay, steps, system_database
+from perdure_service.durable import metering, replay, retries, steps, system_database
 from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.ledger import Ledger
@@ -134,6 +134,7 @@ class Runtime:
         self._writer.start()
         self._traces.start()
         system_database.install(self._build)
+        retries.install()
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
         _observe_workflows(self.executions)

@@ -11,7 +11,6 @@ from typing import Any
 
 import sqlalchemy as sa
 from dbos._context import current_owner_xid, get_local_dbos_context
-from dbos._sys_db import db_retry
 from dbos._sys_db_postgres import PostgresSystemDatabase
 
 from perdure_service.domain.runs import RunState
@@ -20,6 +19,7 @@ from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.replay import refuse_diverged
+from perdure_service.durable.retries import repeated
 from perdure_service.store.dbos_tables import STATUS
 
 QUEUE = "perdure"
@@ -74,13 +74,19 @@ class TransactionalDatabase(PostgresSystemDatabase):
 
     @property
     def _retry_connection_errors(self) -> bool:
-        """Whether DBOS's `db_retry` goes on when the database is away: for a run always, for a caller not for long."""
+        """Whether a transaction that failed is repeated: for a run always, for a caller not for long."""
         until: float | None = getattr(self._local, "retry_until", None)
         return until is None or time.monotonic() < until
 
     @_retry_connection_errors.setter
     def _retry_connection_errors(self, _value: bool) -> None:
         """DBOS sets it once; what it sets is what we do for runs."""
+
+    @property
+    def patience_left_s(self) -> float | None:
+        """How long this thread's calls may still be repeated, None for ever; see `retries`."""
+        until: float | None = getattr(self._local, "retry_until", None)
+        return None if until is None else max(0.0, until - time.monotonic())
 
     @contextmanager
     def bounded(self, seconds: float = CALLER_PATIENCE_S) -> Iterator[None]:
@@ -124,7 +130,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         with self.operations.open(operation):
             self._empty_transaction()
 
-    @db_retry()
+    @repeated()
     def _empty_transaction(self) -> None:
         with self.engine.begin():
             pass
