@@ -29,7 +29,7 @@ from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
 from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations
-from perdure_service.store.engine import create_engine
+from perdure_service.store.engine import create_engine, idle_in_transaction_timeout
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry
@@ -119,7 +119,12 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         if finding.severity == "error":
             raise ConfigurationError(finding.text)
         log.warning("database.finding", text=finding.text)
-    engine = create_engine(url, pool_size=settings.database_pool_size, statement_timeout=settings.statement_timeout)
+    engine = create_engine(
+        url,
+        pool_size=settings.database_pool_size,
+        statement_timeout=settings.statement_timeout,
+        idle_in_transaction_timeout=idle_in_transaction_timeout(settings.lease_ttl),
+    )
     executor_id = new_executor_id()
     structlog.contextvars.bind_contextvars(executor_id=executor_id)
     telemetry = start_telemetry(

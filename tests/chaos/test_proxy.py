@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from perdure_service.domain.events import EventKind
 
 from tests.helpers import judge
-from tests.helpers.databases import DatabaseServer, url_in_form
 from tests.helpers.proxy import DatabaseProxy
-from tests.helpers.rpc import Rpc, new_id, state_of
+from tests.helpers.rpc import Rpc
 from tests.helpers.server import ServerProcess, create_effects_table, sql
 
 OUTPUT = {
@@ -76,7 +75,10 @@ def broken(url: str) -> Iterator[Broken]:
 def _serve_behind_a_proxy(url: str, **environment: str) -> Iterator[Broken]:
     proxy = DatabaseProxy(url)
     try:
-        with ServerProcess(proxy.url, "tests.helpers.trouble_agents", **environment) as server, Rpc(server.address) as rpc:
+        with (
+            ServerProcess(proxy.url, "tests.helpers.trouble_agents", **environment) as server,
+            Rpc(server.address) as rpc,
+        ):
             yield Broken(url, proxy, server, rpc)
     finally:
         proxy.close()

@@ -15,7 +15,6 @@ from perdure_service.durable import operation as seam
 
 from tests.helpers.agents import FlakyError, count_one, effect, plain_child
 
-
 FREEZE_AT = os.environ.get("PERDURE_TROUBLE_FREEZE", "")
 """Where a server stops itself with SIGSTOP, once: `body`, or `commit`, with a step's checkpoint written and locked."""
 

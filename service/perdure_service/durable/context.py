@@ -30,6 +30,7 @@ from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, StepProgress, now_ms
 from perdure_service.durable.operation import Operation
+from perdure_service.durable.retries import repeated
 from perdure_service.durable.steps import CurrentStep, current_step
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.store import approvals, runs
@@ -232,6 +233,11 @@ class BoundRun:
         operation.finish = finish
         self._db.run_operation(operation)
 
+    @repeated()
+    def _stand(self, workflow_id: str, step_id: int) -> approvals.Standing | None:
+        with self._db.engine.connect() as conn:
+            return approvals.stand(conn, workflow_id, step_id, lock=False)
+
     def _answer(self, question: approvals.Question, started_ms: int) -> dict[str, Any] | float | None:
         """Records the checkpoint when the approval is closed; else returns the seconds to its deadline (None: none).
 
@@ -239,8 +245,7 @@ class BoundRun:
         """
         workflow_id, step_id, execution = question.key.workflow_id, question.step_id, self._execution
         self._db.refuse_dead(execution)
-        with self._db.engine.connect() as conn:
-            standing = approvals.stand(conn, workflow_id, step_id, lock=False)
+        standing = self._stand(workflow_id, step_id)
         assert standing is not None, "asked before"
         if standing.approval.state is ApprovalState.PENDING and (
             standing.remaining_s is None or standing.remaining_s > 0

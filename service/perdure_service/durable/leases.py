@@ -37,6 +37,14 @@ MAX_BATCHES = 1_000
 """Batches that one take-back works through; the rest waits for the next."""
 
 
+SHORTEST_STATEMENT_TIMEOUT = timedelta(seconds=1)
+
+
+def lease_statement_timeout(ttl: timedelta) -> timedelta:
+    """Returns how long a statement about leases may take: so short that a renewal that hangs is tried once more."""
+    return max(ttl / 4, SHORTEST_STATEMENT_TIMEOUT)
+
+
 def new_executor_id() -> str:
     """Returns an id that no process has had before: host name and 8 random hex digits."""
     return f"{socket.gethostname()[:40].lower()}-{secrets.token_hex(4)}"

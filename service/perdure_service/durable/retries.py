@@ -3,8 +3,8 @@
 DBOS's own `db_retry` waits 0.5 to 1.5 s before it repeats anything, then twice as long, up to a minute. That is too
 slow for a conflict, which is over when the other transaction is (60 runs of 4 steps, 16 at once, on a small PostgreSQL
 at SERIALIZABLE: 7.5 to 7.9 s with its pauses, 4.7 s with these; 3 s at READ COMMITTED), and after an outage it leaves
-runs waiting for a database that is back. What is repeated is DBOS's own decision (`retriable_postgres_exception`, with the translation of
-`store.engine`); ours is only when, and how long.
+runs waiting for a database that is back. What is repeated is DBOS's own decision (`retriable_postgres_exception`, with
+the translation of `store.engine`); ours is only when, and how long.
 
 * For a run: for ever. It must not fail because the database is away, nor because all connections are in use.
 * For a caller (`TransactionalDatabase.bounded`): until its patience ends; and not at all when no connection became
@@ -60,12 +60,12 @@ class Pauses:
         if not retriable_postgres_exception(error):
             return None
         if sqlstate_of(error) in CONFLICTS | {QUERY_CANCELED}:
-            pause_s = min(FIRST_CONFLICT_PAUSE_S * 2**self.conflicts, MAX_CONFLICT_PAUSE_S)
+            pause_s = min(FIRST_CONFLICT_PAUSE_S * 2.0**self.conflicts, MAX_CONFLICT_PAUSE_S)
             self.conflicts = min(self.conflicts + 1, 16)
         else:
-            pause_s = min(FIRST_LOST_PAUSE_S * 2**self.losses, MAX_LOST_PAUSE_S)
+            pause_s = min(FIRST_LOST_PAUSE_S * 2.0**self.losses, MAX_LOST_PAUSE_S)
             self.losses = min(self.losses + 1, 16)
-        return pause_s * random.uniform(0.5, 1.5)
+        return float(pause_s * random.uniform(0.5, 1.5))
 
 
 def repeated(*_backoffs: float, sys_db: Any = None) -> Callable[[F], F]:

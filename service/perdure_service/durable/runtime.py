@@ -27,7 +27,7 @@ from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import metering, replay, retries, steps, system_database
 from perdure_service.durable.executions import Execution, Executions
-from perdure_service.durable.leases import Lease
+from perdure_service.durable.leases import Lease, lease_statement_timeout
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
 from perdure_service.durable.output_limit import OutputLimit
@@ -40,7 +40,7 @@ from perdure_service.durable.transactions import QUEUE
 from perdure_service.durable.writer import EventWriter
 from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
-from perdure_service.store.engine import is_cockroach
+from perdure_service.store.engine import is_cockroach, reserve_connection
 from perdure_service.telemetry import METERS, RunTracer
 from perdure_service.telemetry import metrics as m
 
@@ -92,8 +92,10 @@ class Runtime:
         self._writer = EventWriter(self._write_buffered)
         self.executions = Executions(self._writer.wake)
         self.operations = Operations(hint, self._committed)
+        # Of its own: when all connections are in use this executor is busy, not dead, and must be able to say so.
+        self._lease_engine = reserve_connection(engine, lease_statement_timeout(lease_ttl))
         self.lease = Lease(
-            engine,
+            self._lease_engine,
             executor_id,
             application_version=application_version,
             address=address,
@@ -197,6 +199,7 @@ class Runtime:
         with suppress(Exception):
             DBOS.destroy(workflow_completion_timeout_sec=0)
         self.lease.stop()
+        self._lease_engine.dispose()
         self._traces.stop()
 
     def forget(self) -> None:
@@ -205,6 +208,7 @@ class Runtime:
         self._writer.stop()
         self._traces.stop()
         self.lease.forget()
+        self._lease_engine.dispose()
 
     def _build(self, **arguments: Any) -> PerdureSystemDatabase:
         database = PerdureSystemDatabase(
@@ -285,7 +289,8 @@ class Runtime:
     def _begin(self, status: Any, owner_xid: str) -> None:
         """Runs a run whose start is committed as ours."""
         try:
-            _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)
+            with self.database.unbounded():
+                _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)
         except Exception as error:  # noqa: BLE001 - logged
             # The run's own failures are recorded by DBOS; what comes here has left it PENDING under a live lease.
             log.error("run.begin_failed", workflow_id=status["workflow_uuid"], error=type(error).__name__)

@@ -66,6 +66,7 @@ from perdure_service.errors import (
 from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
 from perdure_service.store import event_log, executors, runs
+from perdure_service.store.engine import waits_for_a_connection
 from perdure_service.store.runs import MAX_PAGE_CHARS
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
@@ -73,6 +74,10 @@ from perdure_service.telemetry import METERS, derive_trace_id, parse_traceparent
 from perdure_service.telemetry import metrics as m
 
 T = TypeVar("T")
+
+CALLER_POOL_PATIENCE_S = 2.0
+"""How long a call waits for a connection to the database before its caller is told to come again (OVERLOADED): about
+twice what it is told to wait. Ten such waits and more are behind each other at the threads, so it must not be long."""
 
 WAIT_RECHECK_S = 5.0
 """How often a wait looks at the run although nothing woke it."""
@@ -130,7 +135,12 @@ class RunService:
         """
         if self._calls >= self._max_calls:
             raise Overloaded("this server has more calls than it can serve; wait and repeat the call")
-        return await self._run(function, *arguments)
+        return await self._run(self._for_a_caller, function, *arguments)
+
+    def _for_a_caller(self, function: Callable[..., T], *arguments: Any) -> T:
+        """Calls what somebody waits for: it gives up soon when no connection is free, or the database away."""
+        with self._runtime.database.bounded(), waits_for_a_connection(CALLER_POOL_PATIENCE_S):
+            return function(*arguments)
 
     async def _run(self, function: Callable[..., T], *arguments: Any) -> T:
         self._calls += 1

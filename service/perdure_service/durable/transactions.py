@@ -90,12 +90,27 @@ class TransactionalDatabase(PostgresSystemDatabase):
 
     @contextmanager
     def bounded(self, seconds: float = CALLER_PATIENCE_S) -> Iterator[None]:
-        """Makes this thread's calls of DBOS give up after some seconds without a database: somebody waits for them."""
-        self._local.retry_until = time.monotonic() + seconds
+        """Makes this thread's calls of DBOS give up after some seconds without a database: somebody waits for them.
+
+        Inside another `bounded` that one's end counts, if it is earlier.
+        """
+        outer: float | None = getattr(self._local, "retry_until", None)
+        until = time.monotonic() + seconds
+        self._local.retry_until = until if outer is None else min(until, outer)
         try:
             yield
         finally:
-            self._local.retry_until = None
+            self._local.retry_until = outer
+
+    @contextmanager
+    def unbounded(self) -> Iterator[None]:
+        """Undoes `bounded` for what is a run's, although a caller's thread does it: it must not fail."""
+        outer: float | None = getattr(self._local, "retry_until", None)
+        self._local.retry_until = None
+        try:
+            yield
+        finally:
+            self._local.retry_until = outer
 
     def _move_on(self, execution: Execution) -> None:
         """Tells that a run which slept goes on."""

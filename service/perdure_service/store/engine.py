@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, ClassVar
 
@@ -18,6 +20,7 @@ from sqlalchemy.sql.elements import Extract
 
 from perdure_service.errors import ConfigurationError
 from perdure_service.store import sqlstates
+from perdure_service.store.silence import watch_for_silence
 
 DRIVERS: Mapping[str, str] = {
     "postgresql": "postgresql+psycopg",
@@ -31,10 +34,13 @@ DRIVERS: Mapping[str, str] = {
 ALLOWED_FORMS = "postgresql://…, cockroachdb+psycopg://… or (psycopg2) cockroachdb://…"
 CONNECT_TIMEOUT_S = 10
 POOL_TIMEOUT_S = 10.0
+"""How long a thread waits for a connection, unless somebody waits for it (`waits_for_a_connection`)."""
 POOL_RECYCLE_S = 30 * 60
 """Connections are renewed this often, so that a cluster's new nodes get their share."""
 IDLE_IN_TRANSACTION_TIMEOUT = timedelta(seconds=60)
-"""The server ends a session that a frozen process left with locks in its hands. DBOS repeats on 25P03."""
+"""The server ends a session that a frozen process left with locks in its hands. DBOS repeats on 25P03. Executors use
+`idle_in_transaction_timeout`, as what they leave locked keeps others from continuing their runs."""
+SHORTEST_IDLE_IN_TRANSACTION = timedelta(seconds=5)
 PING_AFTER_IDLE_S = 5.0
 KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3, "tcp_user_timeout": 30_000}
 """A peer that vanished without a word (a cut region) is noticed in half a minute, not in libpq's two hours. The
@@ -94,7 +100,48 @@ def parse_url(url: str) -> URL:
     return parsed.set(drivername=driver)
 
 
-def create_engine(url: str, *, pool_size: int, statement_timeout: timedelta) -> sa.Engine:
+_local = threading.local()
+
+
+@contextmanager
+def waits_for_a_connection(seconds: float) -> Iterator[None]:
+    """Makes this thread wait for a connection at most so long, or fail with `sqlalchemy.exc.TimeoutError`."""
+    _local.patience_s = seconds
+    try:
+        yield
+    finally:
+        _local.patience_s = None
+
+
+class PatientPool(sa.pool.QueuePool):
+    """A pool in which each thread has a patience of its own: a run waits, a caller is told soon to come again."""
+
+    @property
+    def _timeout(self) -> float:
+        patience_s: float | None = getattr(_local, "patience_s", None)
+        return self._own_timeout_s if patience_s is None else patience_s
+
+    @_timeout.setter
+    def _timeout(self, seconds: float) -> None:
+        self._own_timeout_s = seconds
+
+
+def idle_in_transaction_timeout(lease_ttl: timedelta) -> timedelta:
+    """Returns how long an executor's session may be idle in a transaction.
+
+    A frozen process may have locked rows of its runs; whoever gives them back skips what is locked. When its lease has
+    expired, its locks should go, too. A process that is only slow is not idle for so long between two statements.
+    """
+    return max(lease_ttl, SHORTEST_IDLE_IN_TRANSACTION)
+
+
+def create_engine(
+    url: str,
+    *,
+    pool_size: int,
+    statement_timeout: timedelta,
+    idle_in_transaction_timeout: timedelta = IDLE_IN_TRANSACTION_TIMEOUT,
+) -> sa.Engine:
     """Returns the engine for `url`; it connects when first used.
 
     Isolation is the database's own: READ COMMITTED on PostgreSQL, SERIALIZABLE on CockroachDB. There is no
@@ -105,7 +152,9 @@ def create_engine(url: str, *, pool_size: int, statement_timeout: timedelta) -> 
     Args:
         url: One of the forms in `DRIVERS`. What its query sets (`application_name`, `options` …) wins over ours.
         pool_size: Connections at most; a caller waits for one up to `POOL_TIMEOUT_S`.
-        statement_timeout: The longest a statement may take; zero for no limit.
+        statement_timeout: The longest a statement may take; zero for no limit. A little later the connection is ended
+            from this side (`silence`), unless the URL brings `options` of its own.
+        idle_in_transaction_timeout: How long a session may hold a transaction open and do nothing.
 
     Raises:
         ConfigurationError: The URL is not usable.
@@ -113,25 +162,43 @@ def create_engine(url: str, *, pool_size: int, statement_timeout: timedelta) -> 
     parsed = parse_url(url)
     engine = sa.create_engine(
         parsed,
+        poolclass=PatientPool,
         pool_size=pool_size,
         max_overflow=0,
         pool_timeout=POOL_TIMEOUT_S,
         pool_recycle=POOL_RECYCLE_S,
         pool_use_lifo=True,
         hide_parameters=True,
-        connect_args=_connect_arguments(parsed, statement_timeout),
+        connect_args=_connect_arguments(parsed, statement_timeout, idle_in_transaction_timeout),
     )
     sa.event.listen(engine, "checkin", _note_return)
     sa.event.listen(engine, "checkout", _ping_after_idleness(engine))
     sa.event.listen(engine, "handle_error", _translate, retval=True)
+    if statement_timeout and "options" not in parsed.query:
+        watch_for_silence(engine, statement_timeout.total_seconds())
     return engine
 
 
-def _connect_arguments(url: URL, statement_timeout: timedelta) -> dict[str, Any]:
+def reserve_connection(engine: sa.Engine, statement_timeout: timedelta) -> sa.Engine:
+    """Returns an engine of one connection for what must not stand in line behind everything else: the lease.
+
+    Args:
+        engine: Of whose database and settings.
+        statement_timeout: As of `create_engine`.
+    """
+    return create_engine(
+        engine.url.render_as_string(hide_password=False),
+        pool_size=1,
+        statement_timeout=statement_timeout,
+        idle_in_transaction_timeout=SHORTEST_IDLE_IN_TRANSACTION,
+    )
+
+
+def _connect_arguments(url: URL, statement_timeout: timedelta, idle_in_transaction: timedelta) -> dict[str, Any]:
     """Returns libpq parameters. Session settings are startup options: no round trip, and no rollback undoes them."""
     options = (
         f"-c statement_timeout={_milliseconds(statement_timeout)} "
-        f"-c idle_in_transaction_session_timeout={_milliseconds(IDLE_IN_TRANSACTION_TIMEOUT)}"
+        f"-c idle_in_transaction_session_timeout={_milliseconds(idle_in_transaction)}"
     )
     given = url.query.get("options", ())
     arguments: dict[str, Any] = {"application_name": "perdure", "connect_timeout": CONNECT_TIMEOUT_S, **KEEPALIVE}

@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import psycopg
 import pytest
 import sqlalchemy as sa
@@ -42,11 +40,11 @@ class Database:
 
 
 @pytest.fixture
-def pauses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The pauses that were made, in seconds; none takes any time."""
     made: list[float] = []
     monkeypatch.setattr(retries.time, "sleep", made.append)
-    yield made
+    return made
 
 
 @pytest.mark.parametrize(
