@@ -164,6 +164,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         lost=lost,
         owns_database=dev,
         max_output_bytes=settings.max_output_bytes,
+        park_after=settings.park_after,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(

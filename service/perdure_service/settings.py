@@ -258,6 +258,12 @@ class Settings(BaseSettings):
         ge=timedelta(seconds=1),
         description="How long after its last renewal an executor counts as alive.",
     )
+    park_after: timedelta = Field(
+        timedelta(seconds=5),
+        ge=timedelta(seconds=0),
+        description="How long a run waits in memory, for a signal, an approval, a child or the time, before it is parked. "
+        "Shorter frees memory and slots sooner; longer saves replays of short waits. 0: at once.",
+    )
     drain_timeout: timedelta = Field(
         timedelta(seconds=20),
         ge=timedelta(seconds=0),
@@ -318,6 +324,7 @@ class Settings(BaseSettings):
         "queue_poll_interval",
         "watch_poll_interval",
         "lease_ttl",
+        "park_after",
         "drain_timeout",
         "max_connection_age",
         mode="before",
