@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from perdure.v1 import agent_run_service_pb2 as pb
-from perdure.v1.agent_run_pb2 import AGENT_RUN_VIEW_FULL, AgentRun
+from perdure.v1.agent_run_pb2 import AgentRun
 
 from tests.helpers.rows import copy_runs, rows_of
 from tests.helpers.rpc import Rpc, events_of, kinds_of, new_id, refusal_of, refused, state_of
