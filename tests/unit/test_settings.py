@@ -38,7 +38,7 @@ def test_without_a_word_everything_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
         ("NAMESPACE_RETENTION", "default=0.5", "'0.5' must be at least 1 s"),
         ("NAMESPACE_RETENTION", "default=-P1D", "must be at least 1 s"),
         ("NAMESPACE_RETENTION", "default=1,default=2", "names a namespace twice"),
-        ("NAMESPACE_RETENTION", "defualt=1", "names 'defualt', which is not in PERDURE_NAMESPACES"),
+        ("NAMESPACE_RETENTION", "defualt=1", "names 'defualt', which PERDURE_NAMESPACES does not have"),
         ("RETENTION", "0", "greater than or equal to 1 second"),
         ("RETENTION", "soon", "(seconds, as 15, or ISO 8601, as PT15S)"),
         ("EVENT_RETENTION", "0", "greater than or equal to 1 second"),
