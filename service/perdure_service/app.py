@@ -20,6 +20,7 @@ from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
 from perdure_service.durable.migrate import migrate_all, verify_dbos
+from perdure_service.durable.retention import Retention
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
@@ -191,6 +192,8 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         max_waiting_calls=settings.max_waiting_calls,
         max_starts_per_second=settings.max_starts_per_second,
     )
+    retention = Retention(runtime, settings.retentions, settings.event_retention)
+    retention.start()
     server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS)
     try:
         ports = await server.start()
@@ -208,6 +211,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     finally:
         # Streams first, so that clients look elsewhere; then the runs; then what they wrote about themselves.
         await server.drain()
+        await asyncio.to_thread(retention.stop)
         await asyncio.to_thread(runtime.stop, settings.drain_timeout)
         await server.stop(2.0)
         await tailer.stop()
