@@ -36,12 +36,13 @@ from dbos._error import DBOSWorkflowConflictIDError
 from dbos._outcome import DeferredResult, NoResult
 
 from perdure_service.domain.events import EventKind
+from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import replay
 from perdure_service.durable.executions import Execution, Parked, Wait
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.substitutes import substitute
-from perdure_service.store import parked
+from perdure_service.store import parked, runs
 from perdure_service.store.dbos_tables import NULL_TOPIC
 
 log = structlog.get_logger()
@@ -87,9 +88,11 @@ class WaitingDatabase(StatusDatabase):
                 return  # taken away; or an attempt whose reply was lost has parked it
             remaining_s = max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
             parked.park(conn, workflow_id, marks, remaining_s)
-            state = execution.state
-            told = {"from": state.value, "to": state.value, **execution.told, "parked": True}
-            operation.add(workflow_id, execution.event(EventKind.STATE_CHANGED, told))
+            state, told = execution.state, execution.told
+            if told.get("waiting_for") == WAITING_APPROVAL and runs.waits_for(conn, workflow_id)[0] is None:
+                state, told = RunState.RUNNING, {}  # whoever has just decided has told of it
+            data = {"from": state.value, "to": state.value, **told, "parked": True}
+            operation.add(workflow_id, execution.event(EventKind.STATE_CHANGED, data))
             if parked.has_come(conn, [workflow_id]):
                 before = {workflow_id: (state, execution.number)}
                 self.release(conn, [workflow_id], operation, "what it waited for is there", before)
