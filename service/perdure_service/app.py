@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -215,6 +216,20 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
             engine.dispose()
     log.info("server.stopped")
     return status
+
+
+def run_database(settings: Settings, report: Report) -> None:
+    """Runs the embedded PostgreSQL alone until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigurationError: It cannot run; in one sentence.
+    """
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with embedded.start(settings.data_dir) as server:
+        report(f"the database is at {server.url()}")
+        stopping.wait()
 
 
 def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, report: Report) -> int:
