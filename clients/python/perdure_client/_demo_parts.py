@@ -14,7 +14,7 @@ from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol, cast
 
 from rich.console import Console
 from rich.live import Live
@@ -22,7 +22,7 @@ from rich.text import Text
 
 from perdure_client._events import WatchUpdate
 from perdure_client._run_view import RunView
-from perdure_client._types import Run
+from perdure_client._types import JsonValue, Run
 from perdure_client.cli._lines import EventLines
 from perdure_client.cli._output import write_line
 from perdure_client.cli._render import RunDisplay
@@ -219,3 +219,8 @@ class _Lines:
 
     def end(self, run: Run) -> None:
         pass
+
+
+def object_of(value: JsonValue) -> dict[str, Any]:
+    """Returns a value that should be an object; an empty one when it is something else."""
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}

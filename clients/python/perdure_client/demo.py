@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
 
 try:
     from rich.console import Console
@@ -33,6 +32,7 @@ from perdure_client._demo_parts import (
     Show,
     begin,
     heading,
+    object_of,
     repository,
     show_on,
     stop,
@@ -40,7 +40,7 @@ from perdure_client._demo_parts import (
 )
 from perdure_client._errors import PerdureError
 from perdure_client._events import ApprovalRequested
-from perdure_client._types import Approval, Decision, JsonValue, Run
+from perdure_client._types import Approval, Decision, Run
 from perdure_client.cli import _trace
 from perdure_client.cli._output import console, write_line
 from perdure_client.cli._text import RUN_STYLES, clean, one_line
@@ -144,7 +144,7 @@ def _follow(client: Client, started: Run, show: Show, screen: Console) -> Run:
 
 def _decide(client: Client, approval: Approval, screen: Console) -> None:
     heading(screen, f"The run waits for a decision: {approval.title}")
-    payload = _object(approval.payload)
+    payload = object_of(approval.payload)
     for line in clean(str(payload.get("answer", ""))).splitlines():
         write_line(f"  {line}")
     if os.environ.get("YES") == "1":
@@ -167,7 +167,7 @@ def _ask() -> Decision:
 
 
 def _print_answer(run: Run, screen: Console) -> None:
-    output = _object(run.output)
+    output = object_of(run.output)
     if output:
         write_line(clean(str(output.get("answer", ""))))
         for number, source in enumerate(output.get("sources", ()), start=1):
@@ -179,10 +179,6 @@ def _print_answer(run: Run, screen: Console) -> None:
     published = "" if output.get("approved", True) else ", and not published"
     state = Text(f"The run {clean(run.run_id)} ended as ").append(str(run.state), style=RUN_STYLES.get(run.state, ""))
     screen.print(state.append(f"{published}."))
-
-
-def _object(value: JsonValue) -> dict[str, Any]:
-    return cast("dict[str, Any]", value) if isinstance(value, dict) else {}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from collections.abc import Generator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 try:
     from rich.console import Console
@@ -37,6 +37,7 @@ from perdure_client._demo_parts import (
     begin,
     heading,
     last_lines,
+    object_of,
     repository,
     show_on,
     stop,
@@ -317,7 +318,7 @@ def _about_the_watch(seen: _Seen, run: Run, log: list[RunEvent]) -> list[_Findin
 
 
 def _about_the_steps(seen: _Seen, run: Run, people: int, all_succeeded: bool) -> list[_Finding]:
-    output: dict[str, Any] = cast("dict[str, Any]", run.output) if isinstance(run.output, dict) else {}
+    output = object_of(run.output)
     committed = Counter(event.step_id for event in seen.events if isinstance(event.data, StepSucceeded))
     begun = Counter(event.step_id for event in seen.events if isinstance(event.data, StepStarted))
     again = sorted(step_id for step_id, times in begun.items() if times > 1)
