@@ -151,7 +151,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         engine,
         executor_id,
         application_version=settings.application_version,
-        address=f"{socket.gethostname()}:{settings.address.rpartition(':')[2]}",
+        address=_advertised(settings),
         max_running=settings.max_running,
         max_threads=settings.max_threads,
         queue_poll=settings.queue_poll_interval,
@@ -161,6 +161,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         lost=lost,
         owns_database=dev,
         max_output_bytes=settings.max_output_bytes,
+        suspicion=settings.suspicion,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(
@@ -216,6 +217,13 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
             engine.dispose()
     log.info("server.stopped")
     return status
+
+
+def _advertised(settings: Settings) -> str:
+    """Returns where other servers reach this one."""
+    host, _, port = settings.address.rpartition(":")
+    everywhere = host.strip("[]") in ("", "0.0.0.0", "::", "*")  # noqa: S104 - compared, not listened on
+    return settings.advertise_address or f"{socket.gethostname() if everywhere else host}:{port}"
 
 
 def run_database(settings: Settings, report: Report) -> None:

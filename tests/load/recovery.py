@@ -30,10 +30,18 @@ from tests.helpers.server import ServerProcess
 from tests.helpers.waiting import eventually
 from tests.load.frame import Benchmark, Result, Series, load
 
-VARIANTS: dict[str, dict[str, str]] = {"leases": {}}
+VARIANTS: dict[str, dict[str, str]] = {
+    "leases alone": {"PERDURE_SUSPICION": "0"},
+    "leases and suspicion": {"PERDURE_SUSPICION": "1"},
+}
 """The settings in which the cells differ, by the name of the variant."""
-TICK_S = 0.05
-"""How long a step takes: it is a part of what is measured."""
+TICK_S = 0.2
+"""How long a step takes: it is a part of what is measured. Longer would hide, shorter would load the machine."""
+POLLS = {
+    f"PERDURE_{name.upper()}": f"{Settings.model_fields[name].default.total_seconds():g}"
+    for name in ("queue_poll_interval", "watch_poll_interval")
+}
+"""The servers' own defaults, which the servers of tests do not have."""
 PATIENCE_TTLS = 6
 """After so many times to live, and `START_S`, a run that has not gone on is a failure of the product."""
 START_S = 30.0
@@ -44,7 +52,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's options."""
     group = parser.add_argument_group("recovery")
     group.add_argument("--kills", type=int, default=50, metavar="N", help="of each variant (50)")
-    group.add_argument("--pairs", type=int, default=3, metavar="N", help="cells of each variant at a time (3)")
+    group.add_argument("--pairs", type=int, default=2, metavar="N", help="cells of each variant at a time (2)")
     group.add_argument("--runs", type=int, default=3, metavar="N", help="runs on the server that is killed (3)")
     group.add_argument("--ttl", type=float, metavar="SECONDS", help="PERDURE_LEASE_TTL (the server's default)")
     group.add_argument("--seed", type=int, default=1, metavar="N", help="of the moments of the kills (1)")
@@ -88,7 +96,7 @@ def run(options: argparse.Namespace, server: DatabaseServer, say: Callable[[str]
             "PERDURE_LEASE_TTL": f"{ttl_s:g} s",
             "kills": options.kills,
             "runs on each killed server": options.runs,
-            "cells of two servers at a time": len(cells),
+            "pairs of servers at a time": len(cells),
             "a step takes": f"{TICK_S:g} s",
         },
         (before, load()),
@@ -126,7 +134,7 @@ class Cell:
 
     def start(self) -> None:
         """Starts both servers."""
-        settings = {"PERDURE_LEASE_TTL": f"{self.ttl_s:g}", **VARIANTS[self.variant]}
+        settings = {"PERDURE_LEASE_TTL": f"{self.ttl_s:g}", **POLLS, **VARIANTS[self.variant]}
         self.servers = [ServerProcess(self.url, "tests.load.agents", command="serve", **settings) for _ in range(2)]
         for one in self.servers:
             self._serve(one)

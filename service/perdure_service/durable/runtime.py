@@ -34,6 +34,7 @@ from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
+from perdure_service.durable.suspicion import Suspicion
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
 from perdure_service.durable.trace_writer import TraceWriter
 from perdure_service.durable.transactions import QUEUE
@@ -78,6 +79,7 @@ class Runtime:
         lost: Callable[[], None],
         owns_database: bool = False,
         max_output_bytes: int = 2**20,
+        suspicion: bool = False,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
@@ -106,6 +108,14 @@ class Runtime:
             owns_database=owns_database,
             gone=self.spans.executors_gone,
         )
+        self._suspicion = Suspicion(
+            engine,
+            executor_id,
+            renew_s=lease_ttl.total_seconds() / 3,  # as the lease does
+            take_back=self.lease.take_back,
+            gone=self.spans.executors_gone,
+        )
+        self._suspects = suspicion and not owns_database
         METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
@@ -160,6 +170,8 @@ class Runtime:
         DBOS.launch()
         self._register_queue()
         self._owners.start()
+        if self._suspects:
+            self._suspicion.start()
         return taken_back
 
     def _register_queue(self) -> None:
@@ -190,6 +202,7 @@ class Runtime:
         deadline = time.monotonic() + timeout.total_seconds()
         while any(one.bodies or one.has_events for one in self.executions) and time.monotonic() < deadline:
             time.sleep(STOP_POLL_S)
+        self._suspicion.stop()
         self._owners.stop()
         self._writer.stop()
         self.executions.kill_all("this executor stops")
@@ -200,6 +213,7 @@ class Runtime:
 
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
+        self._suspicion.stop()
         self._owners.stop()
         self._writer.stop()
         self._traces.stop()
