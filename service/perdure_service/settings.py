@@ -295,6 +295,16 @@ class Settings(BaseSettings):
         description="How long a run waits in memory, for a signal, an approval, a child or the time, before it is parked. "
         "Shorter frees memory and slots sooner; longer saves replays of short waits. 0: at once.",
     )
+    suspicion: bool = Field(
+        True,
+        description="Take back the runs of a server that refuses connections and has missed a renewal, before its "
+        "lease is over.",
+    )
+    advertise_address: str | None = Field(
+        None,
+        description="Where other servers reach this one, host:port, e.g. a pod's own address. Unset: the host and port "
+        "that it listens on, or the machine's name where that is every interface.",
+    )
     drain_timeout: timedelta = Field(
         timedelta(seconds=20),
         ge=timedelta(seconds=0),

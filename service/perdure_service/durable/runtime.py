@@ -34,6 +34,7 @@ from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
+from perdure_service.durable.suspicion import Suspicion
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
 from perdure_service.durable.trace_writer import TraceWriter
 from perdure_service.durable.transactions import QUEUE
@@ -80,6 +81,7 @@ class Runtime:
         owns_database: bool = False,
         max_output_bytes: int = 2**20,
         park_after: timedelta = timedelta(seconds=5),
+        suspicion: bool = False,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
@@ -110,6 +112,14 @@ class Runtime:
             owns_database=owns_database,
             gone=self.spans.executors_gone,
         )
+        self._suspicion = Suspicion(
+            engine,
+            executor_id,
+            renew_s=lease_ttl.total_seconds() / 3,  # as the lease does
+            take_back=self.lease.take_back,
+            gone=self.spans.executors_gone,
+        )
+        self._suspects = suspicion and not owns_database
         METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
@@ -172,6 +182,8 @@ class Runtime:
         self._register_queue()
         self._owners.start()
         self._waker.start()
+        if self._suspects:
+            self._suspicion.start()
         return taken_back
 
     def _register_queue(self) -> None:
@@ -202,6 +214,7 @@ class Runtime:
         deadline = time.monotonic() + timeout.total_seconds()
         while any(one.bodies or one.has_events for one in self.executions) and time.monotonic() < deadline:
             time.sleep(STOP_POLL_S)
+        self._suspicion.stop()
         self._owners.stop()
         self._waker.stop()
         self._writer.stop()
@@ -214,6 +227,7 @@ class Runtime:
 
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
+        self._suspicion.stop()
         self._owners.stop()
         self._waker.stop()
         self._writer.stop()
