@@ -1,4 +1,4 @@
-"""kill -9 at the points of parking and waking: a run that sleeps, asks, waits for a signal and a child ends all the same.
+"""kill -9 at the points of parking and waking: a run that sleeps, asks, waits for a signal and a child ends well.
 
 Every wait of it is parked at once, so the points of the seam are those of parks, wakes and replays, too.
 """

@@ -126,7 +126,7 @@ def test_an_approval_that_nobody_decides_expires_while_its_run_is_parked(harness
 def test_a_signal_that_does_not_come_in_time_wakes_by_its_timeout(harness: BlockingHarness) -> None:
     run = harness.start("waits-for-signals", {"timeout_s": 0.5})
     until_parked(harness, run, "signal:go")
-    with pytest.raises(RunFailed, match="no signal 'go' came within 0.5 s"):
+    with pytest.raises(RunFailed, match=r"no signal 'go' came within 0\.5 s"):
         run.result()
 
 
@@ -268,8 +268,10 @@ def test_parking_counts_no_crash(harness: BlockingHarness) -> None:
     workflow_id = run.run.key.workflow_id
     for number in range(1, times + 1):
         eventually(
-            lambda number=number: run.get().execution == number  # type: ignore[misc]
-            and row(harness, workflow_id)["parked_for"] == "signal:go"
+            lambda number=number: (
+                run.get().execution == number  # type: ignore[misc]
+                and row(harness, workflow_id)["parked_for"] == "signal:go"
+            )
         )
         assert row(harness, workflow_id)["recovery_attempts"] == 0
         harness.signal(run, "go", number)
