@@ -262,6 +262,13 @@ def test_code_that_catches_everything_is_ended_all_the_same(harness: BlockingHar
     assert run.result() == "x"
 
 
+@pytest.mark.parametrize("how", ["wait", "event"])
+def test_what_only_this_process_can_end_keeps_its_run_in_memory(harness: BlockingHarness, how: str) -> None:
+    run = harness.start("waits-with-a-limit-in-memory", {"how": how})
+    assert run.result() == 1
+    assert run.get().execution == 1
+
+
 def test_parking_counts_no_crash(harness: BlockingHarness) -> None:
     times = 3 * MAX_RECOVERIES
     run = harness.start("parks-often", {"times": times})
