@@ -292,8 +292,8 @@ class Settings(BaseSettings):
     park_after: timedelta = Field(
         timedelta(seconds=5),
         ge=timedelta(seconds=0),
-        description="How long a run waits in memory, for a signal, an approval, a child or the time, before it is parked. "
-        "Shorter frees memory and slots sooner; longer saves replays of short waits. 0: at once.",
+        description="How long a run waits in memory, for a signal, an approval, a child or the time, before it is "
+        "parked. Shorter frees memory and slots sooner; longer saves replays of short waits. 0: at once.",
     )
     suspicion: bool = Field(
         True,

@@ -6,17 +6,17 @@ is marked dead, its code ends with `Parked`, and whoever wakes the run has it re
 once are parked on together; any of them wakes it.
 
 **Nothing is lost between the two.** The mark in memory comes first (`Execution.park`): from then on nothing of the
-execution begins, and nothing of it was in progress. Then one transaction of the run's owner locks the status row, writes
-DELAYED and the marks, and in a later statement looks whether what it waits for has come: if so, the same transaction
-puts the run back into its queue. A waker makes its fact durable first (the message, the decision, the end of the
-child), then locks the row, then looks for the marks. So of the two locks the later one sees what the other has written.
+execution begins, and nothing of it was in progress. Then one transaction of the run's owner locks the status row,
+writes DELAYED and the marks, and in a later statement looks whether what it waits for has come: if so, the same
+transaction puts the run back into its queue. A waker makes its fact durable first (the message, the decision, the end
+of the child), then locks the row, then looks for the marks. So whoever locks later sees what the other has written.
 If we die before the COMMIT, the run is an orphan like any other. If the reply to COMMIT is lost, the repeat finds a row
 that is not ours any more, and leaves it. If the transaction fails for good, the row says that it runs here, which it
 does not: `owners` gives it back.
 
 **`Parked` never crosses a handle.** Where a child runs within its parent's task or thread, it becomes a wait for the
-child's row; where it runs in its own, the handle gets DBOS's `DBOSWorkflowCancelledError`, by which it turns to the row,
-too.
+child's row; where it runs in its own, the handle gets DBOS's `DBOSWorkflowCancelledError`, by which it turns to the
+row, too.
 """
 
 from __future__ import annotations
@@ -221,9 +221,7 @@ class WaitingDatabase(StatusDatabase):
             if execution is not None and execution.dead:
                 self.refuse_dead(execution)
 
-    def await_workflow_result(
-        self, workflow_id: str, polling_interval: float, *, fail_if_missing: bool = False
-    ) -> Any:
+    def await_workflow_result(self, workflow_id: str, polling_interval: float, *, fail_if_missing: bool = False) -> Any:
         execution = self._who_waits_for(workflow_id)
         if execution is None:
             return super().await_workflow_result(workflow_id, polling_interval, fail_if_missing=fail_if_missing)
