@@ -138,6 +138,8 @@ class PerdureSystemDatabase(StatusDatabase):
     ) -> tuple[Any, bool]:
         parent_owner = rest.get("parent_owner_xid") or current_owner_xid(parent_workflow_id)
         parent = self.executions.find(parent_workflow_id, parent_owner)
+        if parent is not None:
+            self.refuse_dead(parent)
         operation = Operation(parent)
 
         def finish(_conn: sa.Connection) -> None:
@@ -196,13 +198,6 @@ class PerdureSystemDatabase(StatusDatabase):
         if execution is not None and execution.key.workflow_id == workflow_id:
             execution.passed(recorded=recorded is not None)
         return recorded
-
-    @staticmethod
-    def refuse_dead(execution: Execution) -> None:
-        """Raises in an execution that must not go on; DBOS then waits for the owner's outcome."""
-        replay.refuse_diverged(execution)
-        if not execution.may_go_on:
-            raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
 
     def record_operation_result(self, result: OperationResultInternal, **rest: Any) -> None:
         execution = self._execution_here()
@@ -288,7 +283,10 @@ class PerdureSystemDatabase(StatusDatabase):
     # one would not know what the first had committed.
 
     def send_bulk(self, *arguments: Any, **rest: Any) -> None:
-        with self.operations.open(Operation(self._execution_here())):
+        execution = self._execution_here()
+        if execution is not None:
+            self.refuse_dead(execution, retiring_too=False)
+        with self.operations.open(Operation(execution)):
             super().send_bulk(*arguments, **rest)
 
     def patch(self, *, workflow_id: str, function_id: int, patch_name: str) -> bool:
@@ -360,6 +358,8 @@ class PerdureSystemDatabase(StatusDatabase):
             )
         function_id = own.function_id if ctx is not None else own.function_id + 1
         execution = self.executions.find(own.workflow_id, own.owner_xid)
+        if execution is not None:
+            self.refuse_dead(execution, retiring_too=False)
         operation = Operation(execution)
 
         def begin(conn: sa.Connection) -> None:
