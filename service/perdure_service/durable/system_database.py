@@ -405,6 +405,10 @@ class PerdureSystemDatabase(StatusDatabase):
         if owner_xid is None:
             owner_xid = current_owner_xid(workflow_id)
         execution = self.executions.find(workflow_id, owner_xid)
+        if execution is not None and execution.dead:
+            # Its code may have caught what refused its calls: how it ends says nothing about the run.
+            self.executions.remove(execution)
+            return False
         if execution is not None:
             execution.passed(recorded=False)
         operation = Operation(execution)
