@@ -136,7 +136,7 @@ def test_the_reply_to_a_commit_is_lost_and_nothing_is_lost_or_done_twice(broken:
 
 
 def test_every_reply_is_lost_once_with_the_other_driver(url: str, database_server: DatabaseServer) -> None:
-    """One run through psycopg2, which gives no SQLSTATE with a lost connection, in which every kind of commit is hit."""
+    """psycopg2 gives no SQLSTATE with a lost connection. One run, in which every kind of commit is hit."""
     form = "cockroachdb+psycopg2"
     for broken in _serve_behind_a_proxy(url_in_form(url, form), PERDURE_LEASE_TTL=str(TTL_S)):
         orders = {what: broken.proxy.lose_replies(pattern) for what, pattern in (IN_A_RUN | FROM_OUTSIDE).items()}
