@@ -71,7 +71,7 @@ def test_a_zombie_writes_nothing_and_ends(url: str, living: Rpc, where: str) -> 
         pid = zombie._process.pid
         with Rpc(zombie.address) as rpc:
             asking, listening = rpc.start("asker"), rpc.start("listener")
-            sleeping = rpc.start("sleeper", {"seconds": scaled(6)})
+            sleeping = rpc.start("sleeper", {"seconds": scaled(4)})
             rpc.approval_of(asking)
             rpc.until(listening, "AWAITING_INPUT")
             rpc.until(sleeping, "SLEEPING")
