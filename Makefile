@@ -1,6 +1,6 @@
 # Each recipe is one line that also works when typed. Variables given to make (`make demo YES=1`) reach the program.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test chaos lint style types layers api generated format protos clean
+.PHONY: help install demo demo-crash test chaos bench lint style types layers api generated format protos clean
 
 # The first of these that is Python 3.11 or newer; or choose: make PYTHON=/path/to/python3.12 …
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -11,7 +11,7 @@ BASE ?= origin/main
 PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
 
 # Made once, and again when one of the two files changes; with no network everything else works on.
 .venv/installed: pyproject.toml constraints.txt
@@ -22,11 +22,17 @@ install: .venv/installed  ## Make .venv and install everything into it
 demo: .venv/installed  ## Run the research agent on documents, live (YES=1 asks nothing; DOCS=folder QUESTION='…')
 	.venv/bin/python -m perdure_client.demo
 
+demo-crash: .venv/installed  ## Kill a server in the middle of a run, and watch another one finish it
+	.venv/bin/python -m perdure_client.demo_crash
+
 test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE_TEST_DATABASE_URL)
 	.venv/bin/python -m pytest $(WORKERS) tests/unit tests/integration tests/chaos tests/e2e
 
 chaos: .venv/installed  ## Run the chaos tests at every point there is, not at some that the seed chooses
 	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest tests/chaos
+
+bench: .venv/installed  ## Measure, some minutes (BENCH='recovery --kills 10', --help; --write puts the tables into the documents)
+	.venv/bin/python -m tests.load $(BENCH)
 
 lint: style types layers api generated  ## Check style, types, layers, the API, and that generated code is current
 

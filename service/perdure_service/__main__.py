@@ -1,4 +1,4 @@
-"""The command `perdure-server`: dev, serve, migrate, check, documents load."""
+"""The command `perdure-server`: dev, serve, migrate, check, database, documents load."""
 
 from __future__ import annotations
 
@@ -106,6 +106,13 @@ def _parser() -> argparse.ArgumentParser:
         "print the effective settings and try the database",
         "Says what would keep `serve` from serving, and how to change it. Exit status 0: ready to serve; 1: not.",
     )
+    database = _command(
+        commands,
+        "database",
+        "run the embedded PostgreSQL alone until it is told to stop, and print its URL",
+        "For several servers on one machine: set PERDURE_DATABASE_URL to it, migrate, and serve.",
+    )
+    database.add_argument("--data-dir", type=Path, metavar="DIR", help="where it keeps its data")
     documents = _command(commands, "documents", "the documents that the research agent reads")
     verbs = documents.add_subparsers(dest="verb", required=True, metavar="VERB")
     load = _command(
@@ -165,6 +172,9 @@ def _run(options: argparse.Namespace) -> int:
             return 0
         case "check":
             return _check(settings, report)
+        case "database":
+            app.run_database(settings, report)
+            return 0
         case _:
             from perdure_service.store import embedded
             from perdure_service.store.engine import create_engine

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
 from perdure_service.durable.migrate import migrate_all, verify_dbos
+from perdure_service.durable.retention import Retention
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
@@ -154,7 +156,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         engine,
         executor_id,
         application_version=settings.application_version,
-        address=f"{socket.gethostname()}:{settings.address.rpartition(':')[2]}",
+        address=_advertised(settings),
         max_running=settings.max_running,
         max_threads=settings.max_threads,
         queue_poll=settings.queue_poll_interval,
@@ -164,6 +166,8 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         lost=lost,
         owns_database=dev,
         max_output_bytes=settings.max_output_bytes,
+        park_after=settings.park_after,
+        suspicion=settings.suspicion,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(
@@ -190,6 +194,8 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         max_waiting_calls=settings.max_waiting_calls,
         max_starts_per_second=settings.max_starts_per_second,
     )
+    retention = Retention(runtime, settings.retentions, settings.event_retention)
+    retention.start()
     server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS)
     try:
         ports = await server.start()
@@ -207,6 +213,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     finally:
         # Streams first, so that clients look elsewhere; then the runs; then what they wrote about themselves.
         await server.drain()
+        await asyncio.to_thread(retention.stop)
         await asyncio.to_thread(runtime.stop, settings.drain_timeout)
         await server.stop(2.0)
         await tailer.stop()
@@ -216,6 +223,27 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
             engine.dispose()
     log.info("server.stopped")
     return status
+
+
+def _advertised(settings: Settings) -> str:
+    """Returns where other servers reach this one."""
+    host, _, port = settings.address.rpartition(":")
+    everywhere = host.strip("[]") in ("", "0.0.0.0", "::", "*")  # noqa: S104 - compared, not listened on
+    return settings.advertise_address or f"{socket.gethostname() if everywhere else host}:{port}"
+
+
+def run_database(settings: Settings, report: Report) -> None:
+    """Runs the embedded PostgreSQL alone until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigurationError: It cannot run; in one sentence.
+    """
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    with embedded.start(settings.data_dir) as server:
+        report(f"the database is at {server.url()}")
+        stopping.wait()
 
 
 def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, report: Report) -> int:

@@ -174,7 +174,7 @@ class Contention(PerdureError):
 
 
 class CursorOutOfRange(PerdureError):
-    """Events after this cursor are no longer kept; start from metadata `earliest_sequence`."""
+    """Events after this cursor are no longer kept; start from metadata `earliest_sequence` of `run_id`."""
 
     status = "OUT_OF_RANGE"
     reason = "EVENTS_TRUNCATED"

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import ipaddress
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -181,6 +192,26 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+@dataclass(frozen=True, slots=True)
+class NamespaceRetention:
+    """How long the finished runs of a namespace are kept.
+
+    Attributes:
+        kept: From a run's end; None for ever.
+    """
+
+    namespace: str
+    kept: timedelta | None
+
+    def __str__(self) -> str:
+        return f"{self.namespace}={NEVER if self.kept is None else _plain(self.kept.total_seconds())}"
+
+
+NEVER = "never"
+"""What is said instead of a duration for a namespace whose runs stay."""
+SHORTEST_RETENTION = timedelta(seconds=1)
+
+
 class _Environment(EnvSettingsSource):
     """The environment without `PERDURE_TLS` itself: that is the client's switch, perhaps in the same shell."""
 
@@ -258,6 +289,22 @@ class Settings(BaseSettings):
         ge=timedelta(seconds=1),
         description="How long after its last renewal an executor counts as alive.",
     )
+    park_after: timedelta = Field(
+        timedelta(seconds=5),
+        ge=timedelta(seconds=0),
+        description="How long a run waits in memory, for a signal, an approval, a child or the time, before it is parked. "
+        "Shorter frees memory and slots sooner; longer saves replays of short waits. 0: at once.",
+    )
+    suspicion: bool = Field(
+        True,
+        description="Take back the runs of a server that refuses connections and has missed a renewal, before its "
+        "lease is over.",
+    )
+    advertise_address: str | None = Field(
+        None,
+        description="Where other servers reach this one, host:port, e.g. a pod's own address. Unset: the host and port "
+        "that it listens on, or the machine's name where that is every interface.",
+    )
     drain_timeout: timedelta = Field(
         timedelta(seconds=20),
         ge=timedelta(seconds=0),
@@ -289,6 +336,22 @@ class Settings(BaseSettings):
         ge=timedelta(seconds=0.1),
         description="After this a connection is asked to reconnect, so that load spreads.",
     )
+    retention: timedelta | None = Field(
+        None,
+        ge=SHORTEST_RETENTION,
+        description="How long after their end runs are kept; then they are deleted, whole families at a time. Unset: "
+        "for ever.",
+    )
+    namespace_retention: Annotated[tuple[NamespaceRetention, ...], NoDecode] = Field(
+        (),
+        description="The same of single namespaces, NAME=DURATION or NAME=never, separated by commas.",
+    )
+    event_retention: timedelta | None = Field(
+        None,
+        ge=SHORTEST_RETENTION,
+        description="How long after its end the log of a run is kept, where the run itself is kept longer. Unset: as "
+        "long as the run.",
+    )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe to log.")
     tls: TlsSettings = Field(default_factory=lambda: TlsSettings())  # type: ignore[call-arg]
@@ -318,13 +381,42 @@ class Settings(BaseSettings):
         "queue_poll_interval",
         "watch_poll_interval",
         "lease_ttl",
+        "park_after",
         "drain_timeout",
         "max_connection_age",
+        "retention",
+        "event_retention",
         mode="before",
     )
     @classmethod
     def _durations(cls, value: Any) -> Any:
         return _seconds(value)
+
+    @field_validator("namespace_retention", mode="before")
+    @classmethod
+    def _retentions(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = [_namespace_retention(part) for part in _split_commas(value)]
+        names = [one.namespace for one in found]
+        if len(set(names)) < len(names):
+            raise ValueError("names a namespace twice")
+        return tuple(found)
+
+    @model_validator(mode="after")
+    def _known_namespaces(self) -> Settings:
+        unknown = sorted({one.namespace for one in self.namespace_retention} - set(self.namespaces))
+        if unknown:
+            raise ValueError(
+                f"PERDURE_NAMESPACE_RETENTION names {unknown[0]!r}, which PERDURE_NAMESPACES does not have"
+            )
+        return self
+
+    @property
+    def retentions(self) -> Mapping[str, timedelta | None]:
+        """How long finished runs are kept in each namespace; None for ever."""
+        own = {one.namespace: one.kept for one in self.namespace_retention}
+        return {name: own.get(name, self.retention) for name in self.namespaces}
 
 
 def _split_commas(value: Any) -> Any:
@@ -344,19 +436,40 @@ def _seconds(value: Any) -> Any:
     return value
 
 
+def _namespace_retention(text: str) -> NamespaceRetention:
+    """Takes `name=P30D`, `name=86400` or `name=never`."""
+    name, equals, kept = (part.strip() for part in text.partition("="))
+    if not name or not equals:
+        raise ValueError(f"{text!r} must be NAME=DURATION, or NAME={NEVER}")
+    if kept == NEVER:
+        return NamespaceRetention(name, None)
+    try:
+        duration = TypeAdapter(timedelta).validate_python(_seconds(kept))
+    except ValidationError:
+        raise ValueError(f"{kept!r} must be a duration (seconds, as 15, or ISO 8601, as PT15S), or {NEVER}") from None
+    if duration < SHORTEST_RETENTION:
+        raise ValueError(f"{kept!r} must be at least {_plain(SHORTEST_RETENTION.total_seconds())} s")
+    return NamespaceRetention(name, duration)
+
+
+def _plain(number: float) -> str:
+    """Returns a number without an exponent for what is usual: 2592000, 0.5."""
+    return f"{number:.15g}"
+
+
 def load_settings(**overrides: Any) -> Settings:
     """Returns the settings from the environment, with `overrides` (those that are not None) on top.
 
     Raises:
         ConfigurationError: A value is malformed. The message names the variable and never repeats a secret.
     """
-    from pydantic import ValidationError
-
     try:
         return Settings(**{name: value for name, value in overrides.items() if value is not None})
     except ValidationError as error:
         problems = "; ".join(
-            f"PERDURE_{'__'.join(str(part) for part in e['loc']).upper()}: {e['msg'].removeprefix('Value error, ')}"
+            (f"PERDURE_{'__'.join(str(part) for part in e['loc']).upper()}: " if e["loc"] else "")
+            # What is wrong with several of them together names them itself.
+            + e["msg"].removeprefix("Value error, ")
             + (" (seconds, as 15, or ISO 8601, as PT15S)" if e["type"].startswith("time_delta") else "")
             for e in error.errors()
         )
@@ -383,7 +496,7 @@ def _as_set(value: Any) -> str:
         case float():
             return f"{value:g}"
         case timedelta():
-            return f"{value.total_seconds():g}"
+            return _plain(value.total_seconds())
         case tuple():
             return ",".join(str(part) for part in value)
         case _:

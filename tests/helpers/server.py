@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ import psycopg
 from perdure_service.store.engine import parse_url
 
 from tests.helpers import marks
+from tests.helpers.forked import ForkedServer
 from tests.helpers.waiting import eventually, free_port, scaled
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ class ServerProcess:
         self.environment = environment
         self.port = free_port()
         self.log_path = Path(tempfile.mkstemp(prefix="perdure-server-", suffix=".log")[1])
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: ForkedServer | None = None
 
     @property
     def address(self) -> str:
@@ -52,28 +52,21 @@ class ServerProcess:
         """Starts it and waits until it serves; `environment` is for this start only."""
         assert self._process is None or self._process.poll() is not None, "it runs"
         seen = len(self.log)
-        arguments = [sys.executable, "-m", "perdure_service", self.command, "--address", self.address]
+        arguments = [self.command, "--address", self.address]
         for module in self.agents:
             arguments += ["--agents", module]
-        with self.log_path.open("ab") as log:
-            self._process = subprocess.Popen(
-                arguments,
-                cwd=ROOT,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={
-                    **{name: value for name, value in os.environ.items() if not name.startswith("OTEL_")},
-                    "PERDURE_DATABASE_URL": with_password(self.database_url),
-                    "PERDURE_MODEL__API_KEY": marks.SECRET,
-                    "PERDURE_EMBEDDER__API_KEY": marks.SECRET,
-                    "PERDURE_QUEUE_POLL_INTERVAL": "0.1",
-                    "PERDURE_WATCH_POLL_INTERVAL": "0.3",
-                    "GRPC_VERBOSITY": "ERROR",
-                    **self.environment,
-                    **environment,
-                },
-            )
+        settings = {
+            **{name: value for name, value in os.environ.items() if not name.startswith("OTEL_")},
+            "PERDURE_DATABASE_URL": with_password(self.database_url),
+            "PERDURE_MODEL__API_KEY": marks.SECRET,
+            "PERDURE_EMBEDDER__API_KEY": marks.SECRET,
+            "PERDURE_QUEUE_POLL_INTERVAL": "0.1",
+            "PERDURE_WATCH_POLL_INTERVAL": "0.3",
+            "GRPC_VERBOSITY": "ERROR",
+            **self.environment,
+            **environment,
+        }
+        self._process = ForkedServer(arguments, settings, ROOT, self.log_path)
 
         def ready() -> bool:
             process = self._process

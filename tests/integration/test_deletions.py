@@ -5,17 +5,14 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import psycopg
 import pytest
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1.agent_run_pb2 import AGENT_RUN_STATE_FAILED, AGENT_RUN_STATE_RUNNING, AGENT_RUN_STATE_SUCCEEDED
 
+from tests.helpers.rows import copy_runs, rows_of, tables
 from tests.helpers.rpc import Reading, Rpc, in_seconds, new_id, refusal_of, refused, state_of
 from tests.helpers.server import ServerProcess, sql
 from tests.helpers.waiting import eventually, scaled
-
-OF_A_WORKFLOW = ("workflow_uuid", "destination_uuid", "workflow_id")
-"""The columns by which a table, DBOS's or ours, says of which workflow its rows are."""
 
 
 def delete(rpc: Rpc, *run_ids: str, **fields: Any) -> pb.DeleteRunsResponse:
@@ -28,29 +25,6 @@ def ended(rpc: Rpc, agent: str = "counter", run_input: Any = None, **fields: Any
     run_id = rpc.start(agent, run_input, **fields)
     rpc.end_of(run_id)
     return run_id
-
-
-def tables(connection: psycopg.Connection) -> list[tuple[str, str, str]]:
-    """Returns schema, name and column of every table that has rows of a workflow, but for the reports of agents."""
-    return connection.execute(
-        "SELECT table_schema, table_name, column_name FROM information_schema.columns "
-        "WHERE table_schema IN ('dbos', 'perdure') AND column_name = ANY(%s) ORDER BY 1, 2",
-        (list(OF_A_WORKFLOW),),
-    ).fetchall()
-
-
-def rows_of(database_url: str, run_id: str) -> dict[str, int]:
-    """Returns how many rows each table has of a run and its children; tables without any are left out."""
-    found = {}
-    with sql(database_url) as connection:
-        for schema, table, column in tables(connection):
-            row = connection.execute(
-                f"SELECT count(*) FROM {schema}.{table} WHERE {column} LIKE %s", (f"default.{run_id}.r%",)
-            ).fetchone()
-            assert row is not None
-            if row[0]:
-                found[f"{schema}.{table}"] = row[0]
-    return found
 
 
 # ---- what goes -------------------------------------------------------------------------------------------------------
@@ -269,37 +243,6 @@ def test_many_runs_are_deleted_by_several_at_once_and_counted(rpc: Rpc, database
     while call(0).more:
         pass
     assert not rpc.runs.ListRuns(pb.ListRunsRequest(context_id=context)).runs
-
-
-def copy_runs(database_url: str, run_id: str, copies: int) -> None:
-    """Makes copies of a run behind the server's back, each a little younger: `<run_id>-<n>`."""
-    with sql(database_url) as connection:
-        for schema, table, key, own in (
-            ("dbos", "workflow_status", "workflow_uuid", ()),
-            ("dbos", "workflow_input", "workflow_uuid", ()),
-            ("dbos", "operation_outputs", "workflow_uuid", ()),
-            ("perdure", "run_event", "workflow_id", ()),
-            ("perdure", "run", "workflow_id", ("run_id", "created_at")),
-        ):
-            names = [
-                row[0]
-                for row in connection.execute(
-                    "SELECT column_name FROM information_schema.columns WHERE table_schema = %s AND table_name = %s",
-                    (schema, table),
-                ).fetchall()
-            ]
-            new = {
-                key: "'default.' || %(run_id)s || '-' || n || '.r'",
-                "run_id": "%(run_id)s || '-' || n",
-                "created_at": "t.created_at + n * INTERVAL '1 millisecond'",
-            }
-            values = [new[name] if name == key or name in own else f't."{name}"' for name in names]
-            columns = ", ".join(f'"{name}"' for name in names)
-            connection.execute(
-                f"INSERT INTO {schema}.{table} ({columns}) SELECT {', '.join(values)} "  # type: ignore[arg-type]
-                f"FROM {schema}.{table} AS t, generate_series(1, %(copies)s) AS n WHERE t.{key} = %(workflow_id)s",
-                {"run_id": run_id, "copies": copies, "workflow_id": f"default.{run_id}.r"},
-            )
 
 
 def test_a_watcher_of_a_run_that_is_deleted_is_told_so(rpc: Rpc, database_url: str) -> None:

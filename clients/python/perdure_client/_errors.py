@@ -214,10 +214,15 @@ class Contention(PerdureError):
 
 
 class CursorOutOfRange(PerdureError):
-    """Events after this cursor are no longer kept; watch from `earliest_sequence`."""
+    """Events after this cursor are no longer kept; watch from `earliest_sequence`.
+
+    Metadata `run_id` says of which run: in a watch with children it may be a child, and then only a watch from now on,
+    or one without children, helps.
+    """
 
     code = "OUT_OF_RANGE"
     reason = "EVENTS_TRUNCATED"
+    hint = "`perdure get RUN` shows its result, `perdure watch RUN` what is left of its events."
 
     @property
     def earliest_sequence(self) -> int:

@@ -1345,7 +1345,9 @@ class GetRunTraceResponse(_message.Message):
     trace_id: _builtins.str
     """The W3C trace id (32 hex digits)."""
     truncated: _builtins.bool
-    """Whether there are more spans than one answer holds, and the last ones are missing."""
+    """Whether spans are missing: the last ones, as there are more than one answer holds, or the first ones of a run of
+    which the beginning of the log is no longer kept.
+    """
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceSpan]:
         """The spans, parents before children, siblings by their beginning."""

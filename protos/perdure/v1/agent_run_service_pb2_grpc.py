@@ -137,8 +137,8 @@ class AgentRunServiceServicer:
         3. First a snapshot with its `last_sequence`, then everything after the cursor, then live.
         4. What is filtered is part of the request; a reconnect with the same request continues the same view.
         5. The terminal event comes last, then status OK. Watching a finished run replays it and ends OK.
-        6. A cursor older than what is kept: OUT_OF_RANGE, reason EVENTS_TRUNCATED, metadata `earliest_sequence`. A cursor
-        from the future: INVALID_ARGUMENT.
+        6. A cursor older than what is kept: OUT_OF_RANGE, reason EVENTS_TRUNCATED, metadata `earliest_sequence` (of
+        `run_id`). A cursor from the future: INVALID_ARGUMENT.
         7. Drain and old age of a connection: UNAVAILABLE with RetryInfo; reconnect with the cursor.
         8. A slow reader is read for at its own pace from the log; nothing is dropped.
         9. Output deltas are coalesced and carry their attempt; a retry or recovery sends `attempt_reset` first.
@@ -159,14 +159,16 @@ class AgentRunServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListRunEvents(self, request, context):
-        """Returns pages of the same log that WatchRun streams.
+        """Returns pages of the same log that WatchRun streams. The first page begins at the earliest event that is kept; its
+        sequence says whether there were others. A page token older than what is kept is refused as WatchRun does.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSteps(self, request, context):
-        """Lists the steps of a run in the order in which they began.
+        """Lists the steps of a run in the order in which they began. They are read from its log; where the beginning of that
+        is no longer kept, they are not known: OUT_OF_RANGE, reason EVENTS_TRUNCATED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -33,8 +33,8 @@ class AgentRunServiceStub:
     3. First a snapshot with its `last_sequence`, then everything after the cursor, then live.
     4. What is filtered is part of the request; a reconnect with the same request continues the same view.
     5. The terminal event comes last, then status OK. Watching a finished run replays it and ends OK.
-    6. A cursor older than what is kept: OUT_OF_RANGE, reason EVENTS_TRUNCATED, metadata `earliest_sequence`. A cursor
-       from the future: INVALID_ARGUMENT.
+    6. A cursor older than what is kept: OUT_OF_RANGE, reason EVENTS_TRUNCATED, metadata `earliest_sequence` (of
+       `run_id`). A cursor from the future: INVALID_ARGUMENT.
     7. Drain and old age of a connection: UNAVAILABLE with RetryInfo; reconnect with the cursor.
     8. A slow reader is read for at its own pace from the log; nothing is dropped.
     9. Output deltas are coalesced and carry their attempt; a retry or recovery sends `attempt_reset` first.
@@ -46,9 +46,13 @@ class AgentRunServiceStub:
     WaitRun: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.WaitRunRequest, _agent_run_service_pb2.WaitRunResponse]
     """Waits until a run ends, at most 60 s or 90% of the caller's deadline, whichever is first."""
     ListRunEvents: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.ListRunEventsRequest, _agent_run_service_pb2.ListRunEventsResponse]
-    """Returns pages of the same log that WatchRun streams."""
+    """Returns pages of the same log that WatchRun streams. The first page begins at the earliest event that is kept; its
+    sequence says whether there were others. A page token older than what is kept is refused as WatchRun does.
+    """
     ListSteps: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.ListStepsRequest, _agent_run_service_pb2.ListStepsResponse]
-    """Lists the steps of a run in the order in which they began."""
+    """Lists the steps of a run in the order in which they began. They are read from its log; where the beginning of that
+    is no longer kept, they are not known: OUT_OF_RANGE, reason EVENTS_TRUNCATED.
+    """
     SignalRun: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.SignalRunRequest, _agent_run_service_pb2.SignalRunResponse]
     """Sends a named input to a running run. It is kept until the run asks for it."""
     CancelRun: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.CancelRunRequest, _agent_run_service_pb2.CancelRunResponse]
@@ -107,8 +111,8 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
         3. First a snapshot with its `last_sequence`, then everything after the cursor, then live.
         4. What is filtered is part of the request; a reconnect with the same request continues the same view.
         5. The terminal event comes last, then status OK. Watching a finished run replays it and ends OK.
-        6. A cursor older than what is kept: OUT_OF_RANGE, reason EVENTS_TRUNCATED, metadata `earliest_sequence`. A cursor
-           from the future: INVALID_ARGUMENT.
+        6. A cursor older than what is kept: OUT_OF_RANGE, reason EVENTS_TRUNCATED, metadata `earliest_sequence` (of
+           `run_id`). A cursor from the future: INVALID_ARGUMENT.
         7. Drain and old age of a connection: UNAVAILABLE with RetryInfo; reconnect with the cursor.
         8. A slow reader is read for at its own pace from the log; nothing is dropped.
         9. Output deltas are coalesced and carry their attempt; a retry or recovery sends `attempt_reset` first.
@@ -132,7 +136,9 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_run_service_pb2.ListRunEventsRequest,
         context: _aio.ServicerContext[_agent_run_service_pb2.ListRunEventsRequest, _abc.Awaitable[_agent_run_service_pb2.ListRunEventsResponse]],
     ) -> _abc.Awaitable[_agent_run_service_pb2.ListRunEventsResponse]:
-        """Returns pages of the same log that WatchRun streams."""
+        """Returns pages of the same log that WatchRun streams. The first page begins at the earliest event that is kept; its
+        sequence says whether there were others. A page token older than what is kept is refused as WatchRun does.
+        """
 
     @_abc_1.abstractmethod
     def ListSteps(
@@ -140,7 +146,9 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_run_service_pb2.ListStepsRequest,
         context: _aio.ServicerContext[_agent_run_service_pb2.ListStepsRequest, _abc.Awaitable[_agent_run_service_pb2.ListStepsResponse]],
     ) -> _abc.Awaitable[_agent_run_service_pb2.ListStepsResponse]:
-        """Lists the steps of a run in the order in which they began."""
+        """Lists the steps of a run in the order in which they began. They are read from its log; where the beginning of that
+        is no longer kept, they are not known: OUT_OF_RANGE, reason EVENTS_TRUNCATED.
+        """
 
     @_abc_1.abstractmethod
     def SignalRun(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from perdure_service.domain.events import STREAM_STEP, Event, EventKind
+from perdure_service.domain.runs import RunKey
 from perdure_service.errors import InvalidArgument
 
 _WITH_TIMEOUT = frozenset({"DBOS.recv", "DBOS.getEvent"})
@@ -26,6 +27,8 @@ class Recorded:
         failed: Whether an error is recorded.
         child_workflow_id: The run that it started, or whose result it read; empty for none.
         child_status: DBOS's status of that run; empty when it does not exist any more.
+        completed_ms: When it was recorded, in milliseconds since 1970.
+        duration_ms: How long it took.
     """
 
     step_id: int
@@ -33,6 +36,8 @@ class Recorded:
     failed: bool
     child_workflow_id: str = ""
     child_status: str = ""
+    completed_ms: int = 0
+    duration_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,3 +116,29 @@ def taken_over(events: Iterable[Event], point: ForkPoint) -> list[Event]:
         if event.step_id in point.taken_over
         and (event.kind in _TOLD or (event.kind is EventKind.OUTPUT_DELTA and event.step_name == STREAM_STEP))
     ]
+
+
+_GET_RESULT = "DBOS.getResult"
+_WITHOUT_EVENT = frozenset({"DBOS.sleep"})
+"""Operations whose checkpoint a log does not tell of."""
+
+
+def from_checkpoints(
+    recorded: Iterable[Recorded], told: Iterable[Event], point: ForkPoint, namespace: str
+) -> list[Event]:
+    """Returns what `taken_over` would have said of the steps that the forked run's log does not tell of any more.
+
+    The checkpoints are kept as long as the run: they say which step it was and how it ended, not what its error was,
+    what it published or wrote to streams.
+    """
+    known = {event.step_id for event in told} | {one.step_id for one in recorded if one.step_name in _WITHOUT_EVENT}
+    return [_of_checkpoint(one, namespace) for one in recorded if one.step_id in point.taken_over - known]
+
+
+def _of_checkpoint(one: Recorded, namespace: str) -> Event:
+    at, step = one.completed_ms, (one.step_id, one.step_name)
+    if one.child_workflow_id and one.step_name != _GET_RESULT and not one.failed:
+        child = RunKey.of_workflow(one.child_workflow_id, namespace)
+        return Event(EventKind.CHILD_STARTED, at, {"child_run_id": child.run_id}, *step)
+    kind = EventKind.STEP_FAILED if one.failed else EventKind.STEP_SUCCEEDED
+    return Event(kind, at, {"duration_ms": one.duration_ms}, *step, 1)

@@ -81,11 +81,11 @@ def derive_state(
         ValueError: DBOS has a status that this version does not know.
     """
     match status:
-        case "DELAYED":
-            return RunState.SCHEDULED if execution == 0 else RunState.SLEEPING
+        case "DELAYED" if execution == 0:
+            return RunState.SCHEDULED
         case "ENQUEUED":
             return RunState.QUEUED
-        case "PENDING":
+        case "PENDING" | "DELAYED":  # parked: it waits for what it waited for in memory
             if open_approvals or (waiting_for or "").startswith(WAITING_SIGNAL):
                 return RunState.AWAITING_INPUT
             return RunState.SLEEPING if waiting_for == WAITING_SLEEP else RunState.RUNNING

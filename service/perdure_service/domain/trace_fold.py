@@ -6,13 +6,13 @@ the executor that did the work, and by whoever read the log after its death) is 
 
 `ExecutionFold` knows one execution, as its executor sees it; `RunFold` the whole run, by way of the first. The tree:
 
-    run › wait (scheduled, queued, recovery)
+    run › wait (scheduled, queued, recovery, parked)
         › execution › step › attempt
                     › wait (sleep, signal)
                     › approval
                     › run of a child (whose `traceparent` names this execution)
 
-What an executor's death cut off ends at the recovery, with the error type `ExecutionLost`; what the end of its run cut
+An execution ends when its run is parked, and the one that goes on is another. What an executor's death cut off ends at the recovery, with the error type `ExecutionLost`; what the end of its run cut
 off, with the state that the run ended in. An approval outlives the execution that asked it. Of an attempt whose
 beginning did not reach the log before a crash (events wait up to 100 ms) nothing is known.
 """
@@ -124,6 +124,8 @@ class ExecutionFold:
         if state.terminal:
             cut_off = RUN_ENDED if state is RunState.SUCCEEDED else state.value
             return self._end(event.time_ms, *_outcome(event), cut_off)
+        if event.data.get("parked"):
+            return self._end(event.time_ms, "unset", "", "")
         if state in (RunState.QUEUED, RunState.SCHEDULED) or event.execution > self.number:
             return self._end(event.time_ms, "error", telemetry.ERROR_CUT_OFF, telemetry.ERROR_CUT_OFF)
         closed = self._end_wait(event.time_ms)
@@ -265,6 +267,10 @@ class RunFold:
             self.cut_ms = event.time_ms
         closed = self._in_execution(event)
         begins = state is RunState.RUNNING and event.execution > self._number
+        if event.data.get("parked"):
+            self.cut_ms = event.time_ms
+            self._wait = self._waiting(event, telemetry.WAIT_PARKED)
+            return closed
         if begins or waits or state.terminal:
             closed += self._end_wait(event.time_ms)
         if begins:

@@ -21,19 +21,18 @@ import sqlalchemy as sa
 from dbos import DBOS
 from dbos._context import EnterDBOSStepCtx, get_local_dbos_context, snapshot_step_context
 from dbos._serialization import DBOSPortableJSON
-from dbos._utils import LoopAwareEvent
 
 from perdure_service.domain.approvals import ApprovalResult, ApprovalState, TimeoutOutcome
 from perdure_service.domain.authoring import ApprovalTimeout, OutputStream, SignalTimeout
 from perdure_service.domain.events import APPROVAL_STEP, MAX_TEXT_CHARS, Event, EventKind, text_pieces
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import values
-from perdure_service.durable.executions import Execution, StepProgress, now_ms
+from perdure_service.durable.executions import Execution, StepProgress, Wait, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.retries import repeated
 from perdure_service.durable.steps import CurrentStep, current_step
 from perdure_service.durable.system_database import PerdureSystemDatabase
-from perdure_service.store import approvals, runs
+from perdure_service.store import approvals, parked, runs
 from perdure_service.store.dbos_tables import NOTIFICATIONS
 
 FOREVER_S = 10 * 365 * 86_400.0
@@ -166,7 +165,7 @@ class BoundRun:
             timeout_s=None if timeout is None else timeout.total_seconds(),
             on_timeout=outcome,
         )
-        with EnterDBOSStepCtx({"name": APPROVAL_STEP}, context):
+        with self._execution.working(), EnterDBOSStepCtx({"name": APPROVAL_STEP}, context):
             recorded = await asyncio.to_thread(self._recorded, question)
             if recorded is None:
                 self._db.limit.check_text("the approval's payload", question.payload_json)
@@ -186,8 +185,8 @@ class BoundRun:
     async def _ask_and_wait(self, question: approvals.Question) -> dict[str, Any]:
         workflow_id, step_id = question.key.workflow_id, question.step_id
         payload, components = self._db._waiter(workflow_id, approval_topic(step_id))
-        woken = LoopAwareEvent()
-        self._db.notifications_map.add(payload, woken, components)
+        wait = Wait((f"{parked.APPROVAL}{step_id}",))
+        self._db.notifications_map.add(payload, wait.event, components)
         started_ms = now_ms()
         self._execution.steps[step_id] = StepProgress(APPROVAL_STEP)
         try:
@@ -197,12 +196,11 @@ class BoundRun:
                 if isinstance(remaining_s, dict):
                     return remaining_s
                 wait_s = RECHECK_S if remaining_s is None else min(RECHECK_S, max(0.02, remaining_s))
-                deadline = time.monotonic() + wait_s
-                while not woken.is_set() and time.monotonic() < deadline:
-                    await woken.wait_async(timeout=deadline - time.monotonic())
-                woken.clear()
+                wait.deadline = None if remaining_s is None else time.monotonic() + remaining_s
+                await self._db.nap_async(self._execution, wait, wait_s)
+                wait.event.clear()
         finally:
-            self._db.notifications_map.pop(payload, woken)
+            self._db.notifications_map.pop(payload, wait.event)
 
     def _ask(self, question: approvals.Question) -> None:
         """Asks, unless an earlier execution has; one owner-fenced transaction."""

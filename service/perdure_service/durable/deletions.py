@@ -20,7 +20,7 @@ plans anew.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
 import sqlalchemy as sa
@@ -51,8 +51,12 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 log = structlog.get_logger()
 
 
-class _Changed(Exception):
+class Changed(Exception):
     """What may be deleted is not what was planned."""
+
+
+Plan = Callable[[sa.Connection, Sequence[str]], Families]
+"""Returns the families of some runs, and which of them must be left alone."""
 
 
 class _Call:
@@ -90,7 +94,7 @@ class _Call:
         for _ in range(PLANS):
             try:
                 delete_families(self._runtime, batch)
-            except _Changed:
+            except Changed:
                 batch = self._plan(roots)
                 self.held |= batch.held
                 if not batch.deletable:
@@ -158,11 +162,16 @@ def _by_filter(runtime: Runtime, call: _Call, command: DeleteCommand) -> Deleted
             return call.result(more=bool(call.members))
 
 
-def delete_families(runtime: Runtime, batch: Families) -> None:
+def delete_families(runtime: Runtime, batch: Families, plan: Plan = deletions.families) -> None:
     """Deletes families in one transaction.
 
+    Args:
+        runtime: The engine.
+        batch: What was planned.
+        plan: How: it is planned again under the locks.
+
     Raises:
-        _Changed: They are not as they were planned; nothing was deleted.
+        Changed: They are not as they were planned; nothing was deleted.
     """
     database, workflow_ids, roots = runtime.database, batch.workflow_ids, list(batch.deletable)
 
@@ -170,8 +179,8 @@ def delete_families(runtime: Runtime, batch: Families) -> None:
         locked = deletions.lock(conn, workflow_ids)
         if operation.repeated and not locked:
             return  # deleted by an attempt whose reply was lost
-        if deletions.families(conn, roots).workflow_ids != workflow_ids:
-            raise _Changed
+        if plan(conn, roots).workflow_ids != workflow_ids:
+            raise Changed
 
     with database.bounded():
         database.delete_checked(workflow_ids, check)

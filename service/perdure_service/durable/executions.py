@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from dbos._utils import LoopAwareEvent
+
 from perdure_service.domain.budgets import UNLIMITED, Budget
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
 from perdure_service.domain.runs import Failure, RunKey, RunState
@@ -44,6 +46,35 @@ class StepProgress:
     wrote_output: bool = False
     preview: str = ""
     error: BaseException | None = None
+
+
+SETTLE_S = 0.05
+"""How long nothing of an execution may have moved before it is parked: between two calls its code is on its way."""
+
+
+class Parked(BaseException):
+    """Raised into the code of an execution whose run was parked; no failure, so `except Exception` lets it pass."""
+
+    def __init__(self, execution: Execution) -> None:
+        super().__init__(f"{execution.key.workflow_id} waits outside of memory")
+        self.execution = execution
+
+
+@dataclass(eq=False, slots=True)
+class Wait:
+    """A durable wait of an execution.
+
+    Attributes:
+        marks: What ends it, as `store.parked` spells it.
+        deadline: When it ends by itself, on the monotonic clock; None when it does not.
+        at_once: Whether its end is known, so that waiting a while first tells nothing.
+        event: Set when it may be over, and when the execution is.
+    """
+
+    marks: tuple[str, ...]
+    deadline: float | None = None
+    at_once: bool = False
+    event: LoopAwareEvent = field(default_factory=LoopAwareEvent)
 
 
 @dataclass(eq=False)
@@ -94,6 +125,21 @@ class Execution:
     """Whether its code has come to an operation that is recorded."""
     diverged: Failure | None = None
     """Why it must not go on: its replay left the recording. See `replay`."""
+    parked: bool = False
+    """Whether it is dead because its run waits outside of memory; its code ends with `Parked`."""
+    busy: int = 0
+    """Calls in progress that do not rest in a durable wait: while there are any, the run is not parked."""
+    waits: set[Wait] = field(default_factory=set)
+    """The durable waits in which its code rests."""
+    touched: float = field(default_factory=time.monotonic)
+    """When its code last began or ended a call, on the monotonic clock."""
+    told: dict[str, Any] = field(default_factory=dict)
+    """What the last change of its state said of the wait."""
+    inline: bool = True
+    """Whether it runs within the task or thread of the execution that called it, as far as is known."""
+    parent: Execution | None = None
+    """The execution here that started it."""
+    _holds_parent: bool = False
     _replayed_notes: list[Event] = field(default_factory=list)
     _buffer: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -152,12 +198,107 @@ class Execution:
         """Returns the event that the run's state changes, and remembers the new state."""
         event = self.event(EventKind.STATE_CHANGED, {"from": self.state.value, "to": to.value, **data})
         self.state = to
+        self.told = {name: data[name] for name in ("reason", "waiting_for", "until_ms") if name in data}
         return event
+
+    # ---- parking: see `durable.parking` ------------------------------------------------------------------------------
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Surrounds a call of the run's code, from before its first to after its last use of the database.
+
+        Raises:
+            Parked: The run was parked.
+        """
+        self._work()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.busy -= 1
+                self.touched = time.monotonic()
+
+    @contextmanager
+    def resting(self, wait: Wait) -> Iterator[None]:
+        """Surrounds the part of such a call that only waits.
+
+        Raises:
+            Parked: The run was parked meanwhile.
+        """
+        with self._lock:
+            self.busy -= 1
+            self.waits.add(wait)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.busy += 1
+                self.waits.discard(wait)
+        if self.parked:
+            raise Parked(self)
+
+    def _work(self) -> None:
+        with self._lock:
+            if self.parked:
+                raise Parked(self)
+            self.busy += 1
+            self.touched = time.monotonic()
+
+    def touch(self) -> None:
+        """Is told that its code moves."""
+        self.touched = time.monotonic()
+
+    def begin_under(self, parent: Execution | None) -> None:
+        """Keeps the execution that started this one from being parked until this one is known to stand by itself."""
+        if parent is None or self.parent is not None:
+            return
+        self.parent = parent
+        with parent._lock:
+            parent.busy += 1
+        self._holds_parent = True
+
+    def leave_parent(self) -> None:
+        """Is called when it runs on its own, or is over."""
+        with self._lock:
+            held, self._holds_parent = self._holds_parent, False
+        if held and self.parent is not None:
+            with self.parent._lock:
+                self.parent.busy -= 1
+                self.parent.touched = time.monotonic()
+
+    def parkable_in(self, park_after_s: float) -> float | None:
+        """Returns in how many seconds it may be parked if nothing moves until then; None while it may not."""
+        with self._lock:
+            return self._parkable_in(park_after_s)
+
+    def park(self, park_after_s: float) -> list[Wait]:
+        """Ends it for good, if it may be parked; returns the waits on which its run is to be parked, else none.
+
+        From here on nothing of it begins: what it was about to do is refused, and done by the execution after it.
+        """
+        with self._lock:
+            due_s = self._parkable_in(park_after_s)
+            if due_s is None or due_s > 0:
+                return []
+            self.parked, self.dead = True, "its run is parked"
+            return list(self.waits)
+
+    def _parkable_in(self, park_after_s: float) -> float | None:
+        if self.dead or self.busy or self.bodies or not self.waits or self.diverged is not None:
+            return None
+        now = time.monotonic()
+        soon = now + max(park_after_s, SETTLE_S)
+        if any(wait.deadline is not None and wait.deadline <= soon for wait in self.waits):
+            return None
+        quiet_s = SETTLE_S if all(wait.at_once for wait in self.waits) else max(park_after_s, SETTLE_S)
+        return max(0.0, self.touched + quiet_s - now)
 
     @contextmanager
     def body(self) -> Iterator[None]:
         """Counts a step body in progress; blocking steps of one run may be in several threads."""
         with self._lock:
+            if self.parked:
+                raise Parked(self)
             self.bodies += 1
         try:
             yield
@@ -240,6 +381,7 @@ class Executions:
         with self._lock:
             self._by_key.pop(key, None)
             self._dead.pop(key, None)
+        execution.leave_parent()
 
     def kill(self, execution: Execution, reason: str) -> None:
         """Marks an execution dead: its next DBOS call raises; if it only waits, it is ended now.
@@ -252,19 +394,31 @@ class Executions:
         execution.dead = reason
         execution.take()
         self.wake_waits(execution.key.workflow_id)
-        loop, task = execution.loop, execution.task
-        if loop is not None and task is not None:
-
-            def cancel_if_waiting() -> None:
-                # On the loop's own thread, where `bodies` of an asynchronous step cannot change beneath us.
-                if execution.bodies == 0 and not task.done():
-                    task.cancel()
-
-            loop.call_soon_threadsafe(cancel_if_waiting)
+        self.end_waits(execution)
         key = (execution.key.workflow_id, execution.owner_xid)
         with self._lock:
             if self._by_key.pop(key, None) is not None:
                 self._dead[key] = execution
+        execution.leave_parent()
+
+    @staticmethod
+    def end_waits(execution: Execution) -> None:
+        """Ends what only waits in an execution that is dead."""
+        for wait in list(execution.waits):
+            wait.event.set()
+        loop, task = execution.loop, execution.task
+        if loop is None or task is None:
+            return
+
+        def cancel_if_waiting() -> None:
+            # On the loop's own thread, where `bodies` of an asynchronous step cannot change beneath us.
+            if execution.bodies == 0 and not task.done():
+                task.cancel()
+
+        if execution.parked:  # the wait that parked it is about to end it; what else its code awaits is not waited for
+            loop.call_soon_threadsafe(loop.call_later, SETTLE_S, cancel_if_waiting)
+        else:
+            loop.call_soon_threadsafe(cancel_if_waiting)
 
     def retire_all(self) -> None:
         """Lets every execution finish the step bodies it is in, and begin nothing more."""

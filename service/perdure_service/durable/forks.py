@@ -20,7 +20,7 @@ transaction, or of the whole call, finds the run: by its id, or by its request w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from dbos._sys_db_postgres import PostgresSystemDatabase
 from perdure_service.agents import catalogue
 from perdure_service.domain.agents import check_input
 from perdure_service.domain.events import Event, EventKind
-from perdure_service.domain.forks import ForkPoint, fork_point, taken_over
+from perdure_service.domain.forks import ForkPoint, Recorded, fork_point, from_checkpoints, taken_over
 from perdure_service.domain.runs import Run, RunKey, RunStart, RunState, check_client_run_id, input_sha256, new_run_id
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
@@ -203,7 +203,7 @@ def _decide(runtime: Runtime, origin: Run, command: ForkCommand) -> _Plan:
         forked_from_workflow_id=workflow_id,
         forked_from_step=point.from_step_id,
     )
-    told = [] if command.validate_only else _told(runtime, workflow_id, point)
+    told = [] if command.validate_only else _told(runtime, origin.key, recorded, point)
     return _Plan(origin.key, facts, point, code, start, told)
 
 
@@ -232,18 +232,20 @@ def _code(runtime: Runtime, origin: Run, facts: Origin, command: ForkCommand) ->
     return _Code(version, agent.workflow_name, agent.input_argument or None, digest, inputs)
 
 
-def _told(runtime: Runtime, workflow_id: str, point: ForkPoint) -> list[Event]:
-    """Returns what the forked run's log says of the steps that are taken over."""
+def _told(runtime: Runtime, key: RunKey, recorded: Sequence[Recorded], point: ForkPoint) -> list[Event]:
+    """Returns what the forked run's log says of the steps that are taken over, or their checkpoints where it is cut."""
     told: list[Event] = []
     after = 0
+    cut = False
     while point.taken_over and (
         events := retrying(
-            runtime.engine, "events.read", partial(event_log.read, workflow_id=workflow_id, after_sequence=after)
+            runtime.engine, "events.read", partial(event_log.read, workflow_id=key.workflow_id, after_sequence=after)
         )
     ):
+        cut |= events[0].sequence != after + 1
         told += taken_over(events, point)
         after = events[-1].sequence
-    return told
+    return [*(from_checkpoints(recorded, told, point, key.namespace) if cut else ()), *told]
 
 
 # ---- writing ---------------------------------------------------------------------------------------------------------

@@ -74,6 +74,8 @@ class Ledger:
 
     def __init__(self, spans: Spans) -> None:
         self._spans = spans
+        self.nudge: Callable[[Sequence[str]], None] = lambda _workflow_ids: None
+        """Told of the parents of runs that have ended; set by the runtime."""
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
@@ -432,6 +434,8 @@ class Ledger:
         events.append(terminal)
 
         def after() -> None:
+            if row["parent_workflow_id"] is not None:
+                self.nudge([row["parent_workflow_id"]])
             with metering.telling(ended.key.workflow_id):
                 metering.run_ended(row["agent"], state, row["created_at"], at)
                 if execution:  # the trace of a run that is ended from outside is written from its log

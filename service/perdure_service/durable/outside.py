@@ -19,7 +19,7 @@ from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.runtime import Runtime
 from perdure_service.errors import ApprovalClosed, ApprovalNotFound, RunFinished, RunNotFound
-from perdure_service.store import approvals, runs
+from perdure_service.store import approvals, parked, runs
 from perdure_service.store.dbos_tables import NOTIFICATIONS, STATUS
 
 _SEND = sa.text(
@@ -80,6 +80,8 @@ def signal(runtime: Runtime, key: RunKey, *, name: str, payload: Any, request_id
         data = {"name": name, "payload_bytes": len(message.encode()), "sender": sender}
         _, number = runs.waits_for(conn, key.workflow_id)
         operation.add(key.workflow_id, Event(EventKind.SIGNAL_RECEIVED, now_ms(), data, execution=number))
+        if parked.is_parked_for(conn, key.workflow_id, parked.SIGNAL + name):
+            runtime.database.release(conn, [key.workflow_id], operation, f"signal {name} came")
 
     operation.finish = finish
     with runtime.database.bounded():
@@ -119,6 +121,10 @@ def decide(runtime: Runtime, approval: Approval, decision: Decision) -> Approval
         }
         waiting_for, number = runs.waits_for(conn, workflow_id)
         operation.add(workflow_id, Event(EventKind.APPROVAL_DECIDED, now_ms(), data, step_id, APPROVAL_STEP, 0, number))
+        if parked.is_parked_for(conn, workflow_id, f"{parked.APPROVAL}{step_id}") and runtime.database.release(
+            conn, [workflow_id], operation, "its approval was decided"
+        ):
+            return
         if waiting_for == WAITING_APPROVAL and approvals.count_open(conn, workflow_id) == 0:
             # The state follows the open approvals, so whoever closes the last one tells of it, not who owns the run.
             moved = {"from": RunState.AWAITING_INPUT.value, "to": RunState.RUNNING.value}

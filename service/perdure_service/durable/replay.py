@@ -24,7 +24,7 @@ from dbos._error import DBOSUnexpectedStepError, DBOSWorkflowCancelledError, DBO
 from dbos._sys_db import SystemDatabase
 
 from perdure_service.domain.runs import NON_DETERMINISTIC, Failure
-from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.executions import Execution, Executions, Parked
 from perdure_service.durable.retries import repeated
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.values import MESSAGE_CHARS
@@ -77,12 +77,15 @@ def refuse_diverged(execution: Execution) -> None:
         raise ReplayDiverged(execution.diverged.message)
 
 
-def install(executions: Executions, database: Callable[[], SystemDatabase]) -> None:
+def install(
+    executions: Executions, database: Callable[[], SystemDatabase], result_of_parked: Callable[[Execution], Any]
+) -> None:
     """Makes every workflow function end as its replay says.
 
     Args:
         executions: Where to find the execution that ends.
         database: Returns the system database, once there is one.
+        result_of_parked: Returns what stands for the result of an execution that was parked within its parent's code.
     """
 
     def get_wf_invoke_func(dbos: Any, status: Any, *rest: Any) -> Callable[[Callable[[], Any]], Any]:
@@ -96,6 +99,15 @@ def install(executions: Executions, database: Callable[[], SystemDatabase]) -> N
             return _judged(execution, function, database())
 
         def observed(function: Callable[[], Any]) -> Any:
+            try:
+                return persisted(function)
+            except Parked as parked:
+                if parked.execution.key.workflow_id != workflow_id or not parked.execution.inline:
+                    raise
+                executions.remove(parked.execution)
+                return result_of_parked(parked.execution)
+
+        def persisted(function: Callable[[], Any]) -> Any:
             if inspect.iscoroutinefunction(function):
                 # An asynchronous workflow that blocking code started; DBOS would see no coroutine function in `judged`.
                 return persist(lambda: judged(lambda: dbos._background_event_loop.submit_coroutine(function())))
@@ -112,9 +124,13 @@ def _judged(execution: Execution, function: Callable[[], Any], database: SystemD
     try:
         result = function()
     except (DBOSWorkflowConflictIDError, DBOSWorkflowCancelledError):
+        if execution.parked:
+            raise Parked(execution) from None
         raise  # it lost its run, and says nothing about it
     except BaseException as error:  # noqa: BLE001 - raised again below
         cause = error
+    if execution.parked:
+        raise Parked(execution) from cause  # however its code took it
     if execution.diverged is None and (cause is None or isinstance(cause, Exception)):
         _look_for_more(execution, database, cause)
     if execution.diverged is not None:

@@ -1,7 +1,8 @@
 """Puts the trace of a run together from the database: its spans, and those of the runs that it has started.
 
 It is bounded: `MAX_SPANS` spans, `MAX_RUNS` runs and `MAX_EVENTS` events are looked at, and an answer that would need
-more says that it is truncated. Runs and executions are always there, so every span has its parent.
+more says that it is truncated; so does one of a run whose log is no longer kept from its beginning. Runs and executions
+are always there, so every span has its parent.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class _Gathering:
         ended: dict[int, TraceSpan] = {}
         after = 0
         while events := await self._page(row["workflow_id"], after):
+            self.truncated |= events[0].sequence != after + 1
             after = events[-1].sequence
             for event in events:
                 for span in fold.apply(event):

@@ -25,8 +25,8 @@ from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
-from perdure_service.durable import metering, replay, retries, steps, system_database
-from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable import metering, parking, replay, retries, steps, system_database
+from perdure_service.durable.executions import Execution, Executions, Parked
 from perdure_service.durable.leases import Lease, lease_statement_timeout
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
@@ -34,9 +34,11 @@ from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
+from perdure_service.durable.suspicion import Suspicion
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
 from perdure_service.durable.trace_writer import TraceWriter
 from perdure_service.durable.transactions import QUEUE
+from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
 from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
@@ -78,6 +80,8 @@ class Runtime:
         lost: Callable[[], None],
         owns_database: bool = False,
         max_output_bytes: int = 2**20,
+        park_after: timedelta = timedelta(seconds=5),
+        suspicion: bool = False,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
@@ -108,10 +112,21 @@ class Runtime:
             owns_database=owns_database,
             gone=self.spans.executors_gone,
         )
+        self._suspicion = Suspicion(
+            engine,
+            executor_id,
+            renew_s=lease_ttl.total_seconds() / 3,  # as the lease does
+            take_back=self.lease.take_back,
+            gone=self.spans.executors_gone,
+        )
+        self._suspects = suspicion and not owns_database
         METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
         self._limit = OutputLimit(max_output_bytes)
+        self._park_after = park_after
+        self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
+        self.ledger.nudge = self._waker.nudge
 
     @property
     def database(self) -> PerdureSystemDatabase:
@@ -140,7 +155,10 @@ class Runtime:
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
         _observe_workflows(self.executions)
-        replay.install(self.executions, lambda: self.database)
+        replay.install(
+            self.executions, lambda: self.database, lambda child: self.database.result_of_parked_child(child)
+        )
+        parking.install(lambda: self.database)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
             config={
@@ -163,6 +181,9 @@ class Runtime:
         DBOS.launch()
         self._register_queue()
         self._owners.start()
+        self._waker.start()
+        if self._suspects:
+            self._suspicion.start()
         return taken_back
 
     def _register_queue(self) -> None:
@@ -193,7 +214,9 @@ class Runtime:
         deadline = time.monotonic() + timeout.total_seconds()
         while any(one.bodies or one.has_events for one in self.executions) and time.monotonic() < deadline:
             time.sleep(STOP_POLL_S)
+        self._suspicion.stop()
         self._owners.stop()
+        self._waker.stop()
         self._writer.stop()
         self.executions.kill_all("this executor stops")
         with suppress(Exception):
@@ -204,7 +227,9 @@ class Runtime:
 
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
+        self._suspicion.stop()
         self._owners.stop()
+        self._waker.stop()
         self._writer.stop()
         self._traces.stop()
         self.lease.forget()
@@ -217,8 +242,10 @@ class Runtime:
             ledger=self.ledger,
             registered=_registered_names,
             limit=self._limit,
+            park_after_s=self._park_after.total_seconds(),
             **arguments,
         )
+        database.nudge = self._waker.nudge
         if self._database is None:
             self._database = database
         return database
@@ -334,9 +361,11 @@ def _observe_workflows(executions: Executions) -> None:
         execution = executions.find(status["workflow_uuid"], ctx.owner_xid)
         if execution is not None:
             execution.task, execution.loop = asyncio.current_task(), asyncio.get_running_loop()
-            _bind_log(execution)
+            _stands_alone(execution)
         try:
             return await _plain_execute_async(dbos, status, func, ctx, args, kwargs)
+        except Parked as parked:
+            raise DBOSWorkflowCancelledError(str(parked)) from None  # whoever waits for this task turns to the row
         except asyncio.CancelledError:
             if execution is None or not execution.dead:
                 raise
@@ -349,9 +378,11 @@ def _observe_workflows(executions: Executions) -> None:
     def execute_thread(dbos: Any, status: Any, func: Any, ctx: Any, *rest: Any) -> Any:
         execution = executions.find(status["workflow_uuid"], ctx.owner_xid)
         if execution is not None:
-            _bind_log(execution)
+            _stands_alone(execution)
         try:
             return _plain_execute_thread(dbos, status, func, ctx, *rest)
+        except Parked as parked:
+            raise DBOSWorkflowCancelledError(str(parked)) from None
         finally:
             structlog.contextvars.clear_contextvars()
             if execution is not None:
@@ -361,7 +392,10 @@ def _observe_workflows(executions: Executions) -> None:
     substitute(_core, "_execute_workflow_wthread", execute_thread)
 
 
-def _bind_log(execution: Execution) -> None:
+def _stands_alone(execution: Execution) -> None:
+    """Notes that an execution has a task or thread of its own, whose logs are about it."""
+    execution.inline = False
+    execution.leave_parent()
     structlog.contextvars.bind_contextvars(
         run_id=execution.key.run_id, execution=execution.number, trace_id=execution.trace_id
     )

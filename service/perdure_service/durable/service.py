@@ -51,6 +51,7 @@ from perdure_service.durable.requests import (
 )
 from perdure_service.durable.run_trace import trace_of
 from perdure_service.durable.runtime import Runtime
+from perdure_service.durable.view import refuse_truncated
 from perdure_service.durable.watching import Watching
 from perdure_service.errors import (
     AgentNotFound,
@@ -319,7 +320,11 @@ class RunService:
     async def list_events(
         self, namespace: str, run_id: str, kinds: frozenset[EventKind], *, page_size: int, page_token: str
     ) -> Page[Event]:
-        """Returns a page of a run's log."""
+        """Returns a page of a run's log, the first one from the earliest event that is kept.
+
+        Raises:
+            CursorOutOfRange: What follows the page before is no longer kept.
+        """
         run = await self.get(namespace, run_id, full=False)
         filter_key = ["events", run.key.workflow_id, sorted(kinds)]
         after = runs.decode_token(page_token, filter_key, int)[0] if page_token else 0
@@ -331,6 +336,8 @@ class RunService:
                 "events.read", partial(event_log.read, workflow_id=run.key.workflow_id, after_sequence=after)
             )
             more = bool(events)
+            if after and events and events[0].sequence != after + 1:
+                await refuse_truncated(self._read, run.key, after)
             for event in events:
                 after = event.sequence
                 if not kinds or event.kind in kinds:
@@ -343,11 +350,15 @@ class RunService:
         return Page(page, token)
 
     async def list_steps(self, namespace: str, run_id: str, *, page_size: int, page_token: str) -> Page[Step]:
-        """Returns a page of a run's steps."""
+        """Returns a page of a run's steps.
+
+        Raises:
+            CursorOutOfRange: They are no longer known, as the beginning of the log is no longer kept.
+        """
         run = await self.get(namespace, run_id, full=False)
         filter_key = ["steps", run.key.workflow_id]
         skip = runs.decode_token(page_token, filter_key, int)[0] if page_token else 0
-        steps = fold_steps(await self._all_events(run.key.workflow_id))
+        steps = fold_steps(await self._all_events(run.key))
         page: list[Step] = []
         chars = 0
         for step in steps[skip : skip + page_size]:
@@ -358,13 +369,19 @@ class RunService:
         end = skip + len(page)
         return Page(page, runs.encode_token([end], filter_key) if end < len(steps) else "")
 
-    async def _all_events(self, workflow_id: str) -> Sequence[Event]:
-        """Returns all events of a run but its streamed text."""
+    async def _all_events(self, key: RunKey) -> Sequence[Event]:
+        """Returns all events of a run but its streamed text.
+
+        Raises:
+            CursorOutOfRange: Not all are kept.
+        """
         found: list[Event] = []
         after = 0
         while events := await self._read(
-            "events.read", partial(event_log.read, workflow_id=workflow_id, after_sequence=after)
+            "events.read", partial(event_log.read, workflow_id=key.workflow_id, after_sequence=after)
         ):
+            if events[0].sequence != after + 1:
+                await refuse_truncated(self._read, key, after, "its steps are not known any more, its result is")
             after = events[-1].sequence
             # The text of steps may be long, and says nothing of them; an entry of DBOS's streams is a step of its own.
             found.extend(e for e in events if e.kind is not EventKind.OUTPUT_DELTA or e.step_name == STREAM_STEP)

@@ -21,7 +21,7 @@ from perdure_service.durable import metering
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.transactions import QUEUE, Claim, TransactionalDatabase
-from perdure_service.store import deletions, runs
+from perdure_service.store import deletions, parked, runs
 
 SWEEP_LIMIT = 200
 """Rows that one sweep changes; the next one follows within a second."""
@@ -233,6 +233,55 @@ class StatusDatabase(TransactionalDatabase):
                     self.executions.remove(execution)
                 raise
 
+    # ---- parked runs ---------------------------------------------------------------------------------------------
+
+    def release(
+        self,
+        conn: sa.Connection,
+        workflow_ids: Sequence[str],
+        operation: Operation,
+        reason: str,
+        states: dict[str, tuple[RunState, int]] | None = None,
+    ) -> list[str]:
+        """Puts parked runs, whose locks the caller holds, back into their queues, with their events; returns them.
+
+        Args:
+            conn: The operation's transaction.
+            workflow_ids: Runs that were seen, under the lock, to be parked for what has come.
+            operation: Takes the events.
+            reason: What has come, for people.
+            states: The state that the log of each tells of, and its execution; None to look them up.
+        """
+        if not workflow_ids:
+            return []
+        before = runs.logged_states(conn, workflow_ids) if states is None else states
+        released = parked.release(conn, workflow_ids)
+        for workflow_id in released:
+            state, number = before[workflow_id]
+            data = {"from": state.value, "to": RunState.QUEUED.value, "reason": reason}
+            operation.add(workflow_id, Event(EventKind.STATE_CHANGED, now_ms(), data, execution=number))
+        if released:
+            operation.after(self.poke)
+        return released
+
+    def wake(self, workflow_ids: Sequence[str]) -> list[str]:
+        """Puts those of the runs back into their queues that are parked and for which something has come.
+
+        The rows are locked by a statement of their own, first: so either this sees the mark of a run that is just
+        being parked, or who parks it sees what has come.
+        """
+        operation = Operation(None)
+
+        def finish(conn: sa.Connection) -> None:
+            self._lock(conn, sorted(set(workflow_ids)))
+            come = parked.has_come(conn, workflow_ids)
+            operation.facts["woken"] = self.release(conn, come, operation, "what it waited for is there")
+
+        operation.finish = finish
+        self.run_operation(operation)
+        woken: list[str] = operation.facts["woken"]
+        return woken
+
     # ---- sweeps, on the database's clock -------------------------------------------------------------------------
 
     def transition_delayed_workflows(self) -> None:
@@ -256,6 +305,9 @@ class StatusDatabase(TransactionalDatabase):
                 "status": "ENQUEUED",
                 "deduplication_id": sa.case((ws.c.is_debounced.is_(True), None), else_=ws.c.deduplication_id),
             }
+            waited = parked.parked_of(conn, ids)
+            self.release(conn, waited, operation, "its wait is over")
+            ids = [workflow_id for workflow_id in ids if workflow_id not in waited]
             conn.execute(sa.update(ws).where(ws.c.workflow_uuid.in_(ids), ws.c.status == "DELAYED").values(**released))
             for workflow_id in ids:
                 data = {"from": RunState.SCHEDULED.value, "to": RunState.QUEUED.value, "reason": "its time has come"}

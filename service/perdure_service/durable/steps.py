@@ -34,8 +34,9 @@ from perdure_service.domain.budgets import BudgetExceeded
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.trace_fold import next_attempt_ms
 from perdure_service.durable import values
-from perdure_service.durable.executions import Execution, Executions, StepProgress, now_ms
+from perdure_service.durable.executions import Execution, Executions, Parked, StepProgress, now_ms
 from perdure_service.durable.leases import Lease
+from perdure_service.durable.parking import while_working
 from perdure_service.durable.spans import Spans
 from perdure_service.durable.substitutes import substitute
 
@@ -88,6 +89,8 @@ class StepObserver:
     def attempt(self) -> Iterator[StepProgress]:
         """Surrounds a body: refuses to begin in a dead execution or beyond the budget, and tells of the beginning."""
         execution, step_id = self._execution, self._step_id
+        if execution.parked:
+            raise Parked(execution)
         if not execution.may_go_on:
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
         execution.budget.check(steps=self._place, tokens=execution.tokens)
@@ -209,6 +212,8 @@ def install(executions: Executions, spans: Spans, lease: Lease) -> None:
         )
         if retries:
             options["should_retry"] = _observed_verdict(func, options.get("should_retry"), observer)
-        return _dbos_invoke_step(dbos, step_ctx, _observed_body(func, observer), args, kwargs, **options)
+        body = _observed_body(func, observer)
+        # From before its check until after its checkpoint: in between its run is not parked.
+        return while_working(execution, lambda: _dbos_invoke_step(dbos, step_ctx, body, args, kwargs, **options))
 
     substitute(_core, "invoke_step", observed_invoke_step)

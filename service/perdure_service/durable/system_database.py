@@ -32,7 +32,7 @@ from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, R
 from perdure_service.durable import metering, replay, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
-from perdure_service.durable.status_changes import StatusDatabase
+from perdure_service.durable.parking import WaitingDatabase
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.transactions import QUEUE
 
@@ -44,7 +44,7 @@ class RequestRepeated(Exception):
     """A start with a server-made id repeats a request that has its run already."""
 
 
-class PerdureSystemDatabase(StatusDatabase):
+class PerdureSystemDatabase(WaitingDatabase):
     """See the module. Created by DBOS through `install`."""
 
     # ---- starts ------------------------------------------------------------------------------------------------------
@@ -127,7 +127,8 @@ class PerdureSystemDatabase(StatusDatabase):
             )
             if record.events:
                 execution.begun_ns = record.events[0].time_ms * 1_000_000
-            self.executions.add(execution)
+            # Until it is known to run on its own, it may be a part of its parent's code.
+            self.executions.add(execution).begin_under(facts.get("parent"))
             if operation is not None:
                 operation.undo(lambda: self.executions.remove(execution))
                 operation.after(lambda: metering.begun([execution]))
@@ -140,7 +141,7 @@ class PerdureSystemDatabase(StatusDatabase):
         parent = self.executions.find(parent_workflow_id, parent_owner)
         if parent is not None:
             self.refuse_dead(parent)
-        operation = Operation(parent)
+        operation = Operation(parent, parent=parent)
 
         def finish(_conn: sa.Connection) -> None:
             if parent is None:
@@ -180,6 +181,7 @@ class PerdureSystemDatabase(StatusDatabase):
         execution = self._execution_here()
         if execution is not None and execution.key.workflow_id == workflow_id:
             self.refuse_dead(execution)
+            execution.touch()
             self._move_on(execution)
         try:
             return super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
@@ -288,6 +290,8 @@ class PerdureSystemDatabase(StatusDatabase):
             self.refuse_dead(execution, retiring_too=False)
         with self.operations.open(Operation(execution)):
             super().send_bulk(*arguments, **rest)
+        messages = arguments[0] if arguments else rest["messages"]
+        self.nudge([message.destination_id for message in messages])
 
     def patch(self, *, workflow_id: str, function_id: int, patch_name: str) -> bool:
         with self._own(workflow_id):
@@ -315,7 +319,7 @@ class PerdureSystemDatabase(StatusDatabase):
     def recv_setup(self, workflow_uuid: str, function_id: int, *arguments: Any, **rest: Any) -> Any:
         setup = super().recv_setup(workflow_uuid, function_id, *arguments, **rest)
         execution = self._execution_here()
-        if not setup[0] and execution is not None:
+        if not setup[0] and execution is not None and not setup[1].is_set():
             topic = arguments[1] if len(arguments) > 1 else rest.get("topic")
             waiting = f"{WAITING_SIGNAL}:{topic or ''}"
             execution.note(

@@ -62,6 +62,10 @@ class TransactionalDatabase(PostgresSystemDatabase):
         self._plain_begin = self.engine.begin
         self.stopping = False
         """Whether this executor takes no more runs."""
+        self.poke: Callable[[], None] = lambda: None
+        """Makes this process look into its queues now; set by the runtime."""
+        self.nudge: Callable[[Sequence[str]], None] = lambda _workflow_ids: None
+        """Told of runs for which something was committed that they may be parked for; set by the runtime."""
         # Every transaction of DBOS's goes through this one method of its engine.
         self.engine.begin = self._begin_operation  # type: ignore[method-assign]
         executions.wake_waits = self._wake_waits
@@ -138,6 +142,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
             execution = self.executions.find(workflow_id, current_owner_xid(workflow_id))
         if execution is not None:
             self.refuse_dead(execution, retiring_too=False)
+            execution.touch()
             self._move_on(execution)
         return self.operations.open(Operation(execution, **hooks))
 

@@ -127,6 +127,13 @@ class View:
         """Whether every run of the view has ended and is complete: nothing follows."""
         return not self._members
 
+    @property
+    def way_out(self) -> str:
+        """What is left to a watcher who wants what is no longer kept."""
+        if self._include_children:
+            return "watch from now on, or the runs one by one"
+        return "watch again after {last_removed}"
+
     def begin(self, root: Head, position: int, children: Sequence[tuple[Head, int]] = ()) -> bool:
         """Places the view; returns whether it has caught up with what was known of its runs.
 
@@ -297,7 +304,7 @@ class View:
         workflow_id, position = member.key.workflow_id, member.position
         events = await self._read("events.read", lambda conn: event_log.read(conn, workflow_id, position))
         if events and events[0].sequence != position + 1:
-            await refuse_truncated(self._read, member.key, position)
+            await refuse_truncated(self._read, member.key, position, self.way_out)
             log.error("watch.hole", workflow_id=workflow_id, after=position, found=events[0].sequence)
             raise LookupError(f"{workflow_id} has no event {position + 1}")
         return events
@@ -348,11 +355,20 @@ class View:
         return frozenset(found)
 
 
-async def refuse_truncated(read: Read, key: RunKey, position: int) -> None:
-    """Raises CursorOutOfRange when what follows a position in a run's log is no longer kept."""
+async def refuse_truncated(read: Read, key: RunKey, position: int, way_out: str = "go on after {last_removed}") -> None:
+    """Raises CursorOutOfRange when what follows a position in a run's log is no longer kept.
+
+    Args:
+        read: Reads the database.
+        key: The run.
+        position: The last event that was delivered of it.
+        way_out: What the message tells the caller to do; `{last_removed}` is the last event that is gone.
+    """
     earliest = await read("events.earliest", partial(event_log.earliest_sequence, workflow_id=key.workflow_id))
     if position + 1 < earliest:
         raise CursorOutOfRange(
-            f"events of {key.run_id} before {earliest} are no longer kept; watch again after {earliest - 1}",
+            f"events of {key.run_id} before {earliest} are no longer kept; "
+            + way_out.format(last_removed=earliest - 1),
             earliest_sequence=str(earliest),
+            run_id=key.run_id,
         )

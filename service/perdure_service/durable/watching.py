@@ -61,7 +61,7 @@ class Watching:
                 position = snapshot.last_sequence
             position = position or 0
             if not from_now:
-                await self._check(snapshot, position, "after_sequence" if cursor is None else "cursor")
+                await self._check(snapshot, position, "after_sequence" if cursor is None else "cursor", view.way_out)
 
             def batch(key: RunKey, events: Sequence[Event], **flags: Any) -> WatchBatch:
                 return WatchBatch(key, list(of_kinds(events, kinds)), view.cursor, end_of_run=view.over, **flags)
@@ -79,7 +79,7 @@ class Watching:
         finally:
             view.close()
 
-    async def _check(self, snapshot: Run, position: int, field: str) -> None:
+    async def _check(self, snapshot: Run, position: int, field: str, way_out: str) -> None:
         """Refuses a position in the watched run that is from the future, or of what is no longer kept.
 
         Raises:
@@ -90,7 +90,7 @@ class Watching:
             raise InvalidArgument(field, "must not be negative")
         if position > snapshot.last_sequence:
             raise InvalidArgument(field, f"is from the future: the run has {snapshot.last_sequence} events")
-        await refuse_truncated(self._read, snapshot.key, position)
+        await refuse_truncated(self._read, snapshot.key, position, way_out)
 
     async def _children(self, root: RunKey, place: Cursor) -> list[tuple[Head, int]]:
         """Returns the members below the root that a cursor tells of; those that were deleted are over.

@@ -12,6 +12,9 @@ INPUT = f"{SCHEMA}.workflow_input"
 OUTPUTS = f"{SCHEMA}.operation_outputs"
 NOTIFICATIONS = f"{SCHEMA}.notifications"
 
+NULL_TOPIC = "__null__topic__"
+"""The topic of a message that was sent without one."""
+
 APPLICATION = "perdure"
 """DBOS's application name: what every executor of the product shares."""
 

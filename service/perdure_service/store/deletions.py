@@ -31,7 +31,7 @@ _FAMILIES = f"""
 
 _MEMBERS = sa.text(f"""
     WITH RECURSIVE {_FAMILIES}
-    SELECT f.root, f.workflow_id, r.run_id, r.created_at
+    SELECT f.root, f.workflow_id, r.run_id, r.created_at, r.namespace, r.ended_at
     FROM families AS f LEFT JOIN perdure.run AS r ON r.workflow_id = f.workflow_id
 """)
 
@@ -57,11 +57,19 @@ _NEEDED = sa.text(f"""
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A run of a family. A child that a foreign client made may have no run of ours; it is named by its own id."""
+    """A run of a family. A child that a foreign client made may have no run of ours; it is named by its own id.
+
+    Attributes:
+        created_at: None when it has no run of ours.
+        namespace: None likewise.
+        ended_at: When its log was closed; None also while it is open.
+    """
 
     workflow_id: str
     run_id: str
     created_at: datetime | None
+    namespace: str | None
+    ended_at: datetime | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,8 @@ def families(conn: sa.Connection, roots: Sequence[str]) -> Families:
     held = {row[0] for row in conn.execute(_HELD, values)}
     found: dict[str, list[Member]] = {}
     for row in conn.execute(_MEMBERS, {"roots": list(roots)}):
-        member = Member(row.workflow_id, row.run_id or row.workflow_id, row.created_at)
+        run_id = row.run_id or row.workflow_id
+        member = Member(row.workflow_id, run_id, row.created_at, row.namespace, row.ended_at)
         found.setdefault(row.root, []).append(member)
     ids = sorted({member.workflow_id for family in found.values() for member in family})
     needed = {row[0] for row in conn.execute(_NEEDED, {"ids": ids, "terminal": values["terminal"]})}

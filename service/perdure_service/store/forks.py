@@ -46,14 +46,24 @@ def recorded(conn: sa.Connection, workflow_id: str) -> list[Recorded]:
     """Returns the checkpoints of a run in the order of their numbers, without what they hold."""
     rows = conn.execute(
         sa.text(
-            "SELECT o.function_id, o.function_name, o.error IS NOT NULL AS failed, o.child_workflow_id, c.status "
+            "SELECT o.function_id, o.function_name, o.error IS NOT NULL AS failed, o.child_workflow_id, c.status, "
+            "coalesce(o.completed_at_epoch_ms, o.started_at_epoch_ms, 0) AS completed_ms, "
+            "coalesce(o.completed_at_epoch_ms - o.started_at_epoch_ms, 0) AS duration_ms "
             f"FROM {OUTPUTS} AS o LEFT JOIN {STATUS} AS c ON c.workflow_uuid = o.child_workflow_id "
             "WHERE o.workflow_uuid = :id ORDER BY o.function_id"
         ),
         {"id": workflow_id},
     )
     return [
-        Recorded(row.function_id, row.function_name, row.failed, row.child_workflow_id or "", row.status or "")
+        Recorded(
+            row.function_id,
+            row.function_name,
+            row.failed,
+            row.child_workflow_id or "",
+            row.status or "",
+            row.completed_ms,
+            max(0, row.duration_ms),
+        )
         for row in rows
     ]
 

@@ -211,16 +211,15 @@ def _chars(row: sa.RowMapping) -> int:
 _OPEN_APPROVAL = (
     "EXISTS (SELECT 1 FROM perdure.approval AS a WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING')"
 )
+_HAS_BEGUN = "(s.status = 'PENDING' OR (s.status = 'DELAYED' AND r.execution > 0))"
 # derive_state in SQL, one condition a state; a test compares the two over every combination.
 _STATE_SQL: dict[RunState, str] = {
     RunState.SCHEDULED: "(s.status = 'DELAYED' AND r.execution = 0)",
     RunState.QUEUED: "s.status = 'ENQUEUED'",
-    RunState.RUNNING: f"(s.status = 'PENDING' AND coalesce(r.waiting_for, '') <> 'sleep' "
+    RunState.RUNNING: f"({_HAS_BEGUN} AND coalesce(r.waiting_for, '') <> 'sleep' "
     f"AND coalesce(r.waiting_for, '') NOT LIKE 'signal%' AND NOT {_OPEN_APPROVAL})",
-    RunState.AWAITING_INPUT: "(s.status = 'PENDING' AND "
-    f"(coalesce(r.waiting_for, '') LIKE 'signal%' OR {_OPEN_APPROVAL}))",
-    RunState.SLEEPING: f"((s.status = 'PENDING' AND r.waiting_for = 'sleep' AND NOT {_OPEN_APPROVAL}) "
-    "OR (s.status = 'DELAYED' AND r.execution > 0))",
+    RunState.AWAITING_INPUT: f"({_HAS_BEGUN} AND (coalesce(r.waiting_for, '') LIKE 'signal%' OR {_OPEN_APPROVAL}))",
+    RunState.SLEEPING: f"({_HAS_BEGUN} AND r.waiting_for = 'sleep' AND NOT {_OPEN_APPROVAL})",
     RunState.SUCCEEDED: "s.status = 'SUCCESS'",
     RunState.FAILED: "s.status IN ('ERROR', 'MAX_RECOVERY_ATTEMPTS_EXCEEDED')",
     RunState.CANCELLED: "(s.status = 'CANCELLED' AND coalesce(r.end_reason, '') <> :deadline_passed)",
@@ -290,7 +289,7 @@ def begin_executions(
     rows = conn.execute(
         sa.text("""
             UPDATE perdure.run SET execution = execution + 1, executor_id = :executor_id, ended_at = NULL,
-                begun_at = coalesce(begun_at, now()), waiting_for = NULL, end_reason = NULL
+                begun_at = coalesce(begun_at, now()), waiting_for = NULL, end_reason = NULL, parked_for = NULL
             WHERE workflow_id = ANY(:workflow_ids)
             RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent,
                 created_at, begun_at, input_tokens + output_tokens AS tokens
@@ -313,10 +312,10 @@ def end(
         conn.execute(
             sa.text("""
             UPDATE perdure.run SET ended_at = now(), end_reason = :end_reason, failure = :failure, output = :output,
-                waiting_for = NULL
+                waiting_for = NULL, parked_for = NULL
             WHERE workflow_id = :workflow_id AND ended_at IS NULL
             RETURNING workflow_id, namespace, run_id, agent, agent_version, execution, trace_id, traceparent,
-                created_at, executor_id, begun_at, forked_from_workflow_id
+                created_at, executor_id, begun_at, forked_from_workflow_id, parent_workflow_id
         """),
             {
                 "workflow_id": workflow_id,

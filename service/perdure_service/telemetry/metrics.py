@@ -105,6 +105,12 @@ POOL = Metric(
 POOL_MAX = Metric(
     "db.client.connection.max", "up-down counter", "{connection}", (POOL_NAME,), "Connections that it may have"
 )
+RETENTION_RUNS = Metric(
+    "perdure.retention.runs", "counter", "{run}", (), "Runs that this server deleted because they had grown old"
+)
+RETENTION_LOGS = Metric(
+    "perdure.retention.logs", "counter", "{run}", (), "Runs whose logs this server cut because they had grown old"
+)
 RPC_DURATION = Metric(
     "rpc.server.call.duration", "histogram", "s", (RPC_SYSTEM, RPC_METHOD, RPC_STATUS),
     "How long calls took; a stream, until it ended",
@@ -113,7 +119,7 @@ RPC_DURATION = Metric(
 
 METRICS = (
     RUNS, QUEUE_AGE, EXECUTIONS, START_LATENCY, RUN_DURATION, STEP_DURATION, STEP_ATTEMPTS, WATCHERS, EVENT_LAG,
-    DB_RETRIES, POOL, POOL_MAX, RPC_DURATION,
+    DB_RETRIES, POOL, POOL_MAX, RETENTION_RUNS, RETENTION_LOGS, RPC_DURATION,
 )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ WAIT_QUEUED = "queued"
 WAIT_SCHEDULED = "scheduled"
 WAIT_RECOVERY = "recovery"
 """From the last sign of life of an executor that is gone until its run was given back."""
+WAIT_PARKED = "parked"
+"""From the parking of a run, which ends its execution, until it was put back into its queue."""
 WAIT_SLEEP = "sleep"
 WAIT_SIGNAL = "signal"
 

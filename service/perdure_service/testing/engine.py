@@ -52,6 +52,7 @@ class Engine:
             lost=lambda: None,
             # The database is this engine's alone, so what a dead one left is taken back at once.
             owns_database=True,
+            park_after=settings.park_after,
         )
         self.mortal = MortalRuntime(runtime, lambda: _tell(loop, die))
         self._tailer = Tailer(

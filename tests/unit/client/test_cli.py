@@ -204,6 +204,33 @@ async def test_plain_lines_end_with_the_output_and_the_trace(server: ScriptedSer
     ]  # fmt: skip
 
 
+def truncated(earliest: int, run_id: str = "r") -> Fail:
+    metadata = {"earliest_sequence": str(earliest), "run_id": run_id}
+    return Fail(grpc.StatusCode.OUT_OF_RANGE, "EVENTS_TRUNCATED", "gone", metadata=metadata)
+
+
+async def test_a_log_without_its_beginning_is_shown_from_where_it_begins_now(
+    server: ScriptedServer, perdure: Invoke
+) -> None:
+    server.script(WATCH_RUN, [truncated(3)], [batch([3], end=True)])
+    result = await perdure("watch", "r")
+    assert result.exit_code == 0
+    assert [event["sequence"] for event in objects(result)] == [3]
+    assert server.asked(WATCH_RUN)[1].after_sequence == 2
+    assert result.stderr == "the events before 3 are no longer kept; here is what there is\n"
+
+
+@pytest.mark.parametrize("how", [("--after", "1"), ("--children",)], ids=" ".join)
+async def test_what_was_asked_for_and_is_no_longer_kept_is_an_error_with_the_ways_out(
+    server: ScriptedServer, perdure: Invoke, how: tuple[str, ...]
+) -> None:
+    server.script(WATCH_RUN, [truncated(3)])
+    result = await perdure("watch", "r", *how)
+    assert result.exit_code != 0
+    assert (result.stdout, len(server.asked(WATCH_RUN))) == ("", 1)
+    assert "`perdure watch RUN` what is left of its events" in result.stderr
+
+
 def child_started(sequence: int, child: str, run_id: str = "r") -> run_event_pb2.RunEvent:
     started = run_event_pb2.ChildStarted(child_run_id=child)
     return run_event_pb2.RunEvent(

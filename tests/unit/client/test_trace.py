@@ -195,7 +195,7 @@ async def test_the_command_draws_also_into_a_pipe_and_gives_json_when_asked(serv
     result = await perdure("r", "--no-children")
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[2].startswith("a  r ")
-    assert "the last ones are not shown" in result.stderr
+    assert "Spans are missing" in result.stderr
     result = await perdure("r", "-o", "json")
     value = json.loads(result.stdout)
     assert value["truncated"]

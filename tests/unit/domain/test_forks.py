@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from perdure_service.domain.events import STREAM_STEP, Event, EventKind, fold_steps
-from perdure_service.domain.forks import ForkPoint, Recorded, fork_point, taken_over
+from perdure_service.domain.forks import ForkPoint, Recorded, fork_point, from_checkpoints, taken_over
 from perdure_service.errors import InvalidArgument
 
 
@@ -100,3 +100,26 @@ def test_the_log_of_a_fork_tells_of_the_steps_and_not_of_how_they_came_about() -
     steps = fold_steps(told)
     assert [(step.step_id, step.state.value, step.start_ms) for step in steps][:1] == [(1, "SUCCEEDED", 601)]
     assert {step.state.value for step in steps} == {"SUCCEEDED"}
+
+
+def test_what_a_cut_log_does_not_tell_of_the_steps_is_told_by_their_checkpoints() -> None:
+    recorded = [
+        Recorded(1, "plan", False, completed_ms=1_000, duration_ms=20),
+        Recorded(2, "DBOS.sleep", False, completed_ms=2_000),
+        Recorded(3, "reader@1", False, "default.r.r-3", "SUCCESS", 3_000),
+        Recorded(4, "DBOS.getResult", False, "default.r.r-3", "SUCCESS", 4_000),
+        Recorded(5, "try", True, completed_ms=5_000),
+        Recorded(6, "known", False, completed_ms=6_000),
+        Recorded(7, "not taken over", False),
+    ]
+    known = Event(EventKind.STEP_SUCCEEDED, 6_000, {"preview": "kept"}, 6, "known", 1)
+    point = ForkPoint(7, frozenset(range(1, 7)), ())
+    told = from_checkpoints(recorded, [known], point, "default")
+    assert [(event.kind, event.step_id, event.step_name, event.time_ms) for event in told] == [
+        (EventKind.STEP_SUCCEEDED, 1, "plan", 1_000),
+        (EventKind.CHILD_STARTED, 3, "reader@1", 3_000),
+        (EventKind.STEP_SUCCEEDED, 4, "DBOS.getResult", 4_000),
+        (EventKind.STEP_FAILED, 5, "try", 5_000),
+    ]
+    assert (told[0].data["duration_ms"], told[1].data["child_run_id"]) == (20, "r.3")
+    assert {event.execution for event in told} == {0}

@@ -17,7 +17,7 @@ from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import RunKey, RunState
 from perdure_service.durable import view as view_module
 from perdure_service.durable.view import View
-from perdure_service.errors import RunNotFound, ViewTooLarge
+from perdure_service.errors import CursorOutOfRange, RunNotFound, ViewTooLarge
 from perdure_service.store.event_log import News
 from perdure_service.store.run_heads import Head
 from perdure_service.store.tailer import Tailer
@@ -61,6 +61,10 @@ class Family:
     def delete(self, key: RunKey) -> None:
         del self.packs[key.workflow_id], self.parents[key.workflow_id]
 
+    def cut(self, key: RunKey) -> None:
+        """Keeps the last pack of a log only."""
+        del self.packs[key.workflow_id][:-1]
+
     def last(self, workflow_id: str) -> int:
         packs = self.packs[workflow_id]
         return packs[-1][-1].sequence if packs else 0
@@ -74,6 +78,9 @@ class Family:
         self.reads += 1
         rest = [e for pack in self.packs.get(workflow_id, []) for e in pack if e.sequence > after_sequence]
         return rest[:64]
+
+    def earliest(self, _conn: object, workflow_id: str) -> int:
+        return self.packs[workflow_id][0][0].sequence
 
     def heads(self, _conn: object, _namespace: str, workflow_ids: Sequence[str]) -> dict[str, Head]:
         return {
@@ -98,6 +105,7 @@ class Family:
 async def family(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Family]:
     family = Family()
     monkeypatch.setattr(view_module.event_log, "read", family.read)
+    monkeypatch.setattr(view_module.event_log, "earliest_sequence", family.earliest)
     monkeypatch.setattr(view_module.run_heads, "heads", family.heads)
     family.tailer = Tailer(family.news, family.missing, poll_s=0.02)
     family.tailer.start()
@@ -246,3 +254,45 @@ async def test_a_deleted_child_ends_and_a_deleted_root_is_not_found(family: Fami
     with pytest.raises(RunNotFound):
         await view.next(scaled(5))
     view.close()
+
+
+async def seen_until_cut(view: View) -> tuple[list[tuple[str, int]], CursorOutOfRange]:
+    """Reads a view until it is refused; returns what it had by then, and the error."""
+    seen: list[tuple[str, int]] = []
+    while True:
+        try:
+            piece = await view.next(scaled(5))
+        except CursorOutOfRange as error:
+            return seen, error
+        assert piece is not None, "it should be refused"
+        seen += [(piece.key.run_id, event.sequence) for event in piece.events]
+
+
+async def test_a_log_that_is_cut_under_a_reader_is_told_with_where_it_begins_now(family: Family) -> None:
+    for _ in range(200):
+        family.commit(ROOT, hint=False)
+    family.end(ROOT)
+    view = begin(family)
+    first = await view.next(scaled(5))
+    assert first is not None
+    family.cut(ROOT)
+    seen, error = await seen_until_cut(view)
+    view.close()
+    sequences = [event.sequence for event in first.events] + [sequence for _, sequence in seen]
+    assert sequences == list(range(1, len(sequences) + 1)), "what came before was whole"
+    assert len(sequences) < 201
+    assert error.metadata == {"earliest_sequence": "202", "run_id": "root"}
+
+
+async def test_a_childs_log_that_is_cut_is_told_as_the_childs(family: Family) -> None:
+    child = family.child(ROOT)
+    family.commit(child)
+    family.end(child)
+    family.end(ROOT)
+    family.cut(child)
+    view = begin(family)
+    seen, error = await seen_until_cut(view)
+    view.close()
+    assert seen == [("root", 1), ("root", 2)], "nothing of the child, and of its parent only what comes before it"
+    assert error.metadata == {"earliest_sequence": "3", "run_id": child.run_id}
+    assert "one by one" in error.message

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 
 from perdure_client._client import Client
-from perdure_client._errors import PerdureError, ViewTooLarge
+from perdure_client._errors import CursorOutOfRange, PerdureError, ViewTooLarge
 from perdure_client._events import RunEvent, StateChanged, WatchUpdate
 from perdure_client._family_view import FamilyView
 from perdure_client._run_view import RunView
@@ -98,10 +98,34 @@ def follow(
         children: Whether to show its children until the last one has ended. None: the live view shows them while the
             run itself goes on, if there are not too many for one watch.
 
+    A log of which the beginning is no longer kept is shown from the earliest event that is.
+
     Raises:
         Detached: The user has seen enough.
         PerdureError: The watch failed for good.
     """
+    try:
+        return _follow(client, run_id, after, style, console, command_prefix, children)
+    except CursorOutOfRange as error:
+        if after or children or not error.earliest_sequence:
+            raise  # what was asked for by name is not replaced by something else
+        if error.metadata.get("run_id", run_id) == run_id:
+            say(f"the events before {error.earliest_sequence} are no longer kept; here is what there is")
+            after = error.earliest_sequence - 1
+        else:
+            say(f"{one_line(error.message)}; here it goes on without children")
+    return _follow(client, run_id, after, style, console, command_prefix, children=False)
+
+
+def _follow(
+    client: Client,
+    run_id: str,
+    after: int,
+    style: Style,
+    console: Console,
+    command_prefix: str,
+    children: bool | None,
+) -> RunState:
     match style:
         case Style.LIVE:
             return _follow_live(client, run_id, after, console, command_prefix, children)

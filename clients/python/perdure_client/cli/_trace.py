@@ -99,7 +99,7 @@ def show(client: Client, run: str, found: RunTrace, screen: Console) -> None:
     for line in drawn(found, width, now=datetime.now(UTC), signs=signs, messages=_messages(client, run, found)):
         _print(screen, line)
     if found.truncated:
-        say("There are more spans; the last ones are not shown.")
+        say("Spans are missing: there are more than are shown, or the run's events are no longer all kept.")
 
 
 def _print(screen: Console, line: Text) -> None:

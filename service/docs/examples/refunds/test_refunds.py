@@ -25,7 +25,7 @@ def model() -> ScriptedModel:
 @pytest.fixture(scope="module")
 def harness(model: ScriptedModel) -> Iterator[BlockingHarness]:
     # One engine and one database for the whole module: a test is then a few hundredths of a second.
-    with BlockingHarness(["refunds"], model=model) as harness:
+    with BlockingHarness(["refunds", "payroll"], model=model) as harness:
         yield harness
 
 
@@ -90,3 +90,10 @@ def test_a_model_that_fails_is_asked_again_and_then_given_up(harness: BlockingHa
     assert failed.value.failure.retryable
     assert failed.value.failure.step_name == "refunds.write_letter"
     assert failed.value.failure.cause.startswith("InternalServerError")
+
+
+def test_a_crash_between_payment_and_checkpoint_pays_everyone_once(harness: BlockingHarness) -> None:
+    harness.crash_after_step("payroll", 2, before=True)
+    run = harness.start("payroll", {"people": 3, "seconds": 0})
+    assert run.result() == {"people": 3, "total": 3000.0}
+    assert (bank.requests(), bank.payments()) == (4, 3)

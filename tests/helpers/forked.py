@@ -1,0 +1,103 @@
+"""Servers as processes that are forked from one which has imported everything already: a start takes a part of a second.
+
+The process that is forked from has imported the product and has no threads; the agents, and all that reads the
+environment, are imported by the server itself. What a server does after that is what `perdure-server` does.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tests.helpers.waiting import scaled
+
+PRELOADED = (
+    "perdure_service.__main__",
+    "perdure_service.app",
+    "perdure_service.agents.research",
+    "perdure_service.agents.notes",
+    "perdure_service.agents.assistant",
+    "perdure_service.agents.briefing",
+)
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(list(PRELOADED))
+_running: set[ForkedServer] = set()
+
+
+class ForkedServer:
+    """A running `perdure-server`, with the part of `subprocess.Popen` that tests use."""
+
+    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> None:
+        self._process = _context.Process(target=_serve, args=(list(arguments), dict(environment), folder, log))
+        self._process.start()
+        pid = self._process.pid
+        assert pid is not None
+        self.pid = pid
+        _running.add(self)
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit status, negative for a signal; None while it runs."""
+        return self.poll()
+
+    def poll(self) -> int | None:
+        """Returns its exit status, None while it runs."""
+        status = self._process.exitcode
+        if status is not None:
+            _running.discard(self)
+        return status
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Waits for its end; returns its exit status.
+
+        Raises:
+            subprocess.TimeoutExpired: It still runs after `timeout` seconds.
+        """
+        self._process.join(timeout)
+        status = self.poll()
+        if status is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired("perdure-server", timeout)
+        return status
+
+    def send_signal(self, number: int) -> None:
+        """Sends a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL, also to one that is stopped."""
+        self.send_signal(signal.SIGKILL)
+
+
+@atexit.register
+def _end_all() -> None:
+    # multiprocessing would wait for them at the end of this process.
+    for server in list(_running):
+        server.kill()
+        server.wait(scaled(10))
+
+
+def _serve(arguments: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
+    """Becomes `perdure-server` with these arguments; does not return."""
+    with log.open("ab", buffering=0) as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    from perdure_service.__main__ import main
+
+    main(arguments)

@@ -1,0 +1,63 @@
+"""Runs benchmarks: `python -m tests.load [NAME …] [--json FILE] [--write]`, and each one's own options."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from perdure_service.store import embedded
+
+from tests.helpers.databases import DatabaseServer, given_server
+from tests.load import frame, recovery
+
+BENCHMARKS = {one.name: one for one in (recovery.BENCHMARK,)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs what was asked for and prints the tables."""
+    parser = argparse.ArgumentParser(prog="python -m tests.load", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)}; all without one")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every value there")
+    parser.add_argument("--write", action="store_true", help=f"put the tables into {frame.DOCUMENT.name}")
+    for benchmark in BENCHMARKS.values():
+        benchmark.add_options(parser)
+    options = parser.parse_args(arguments)
+    if unknown := set(options.names) - set(BENCHMARKS):
+        parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    results = {}
+    with database_server() as server:
+        for name in options.names or BENCHMARKS:
+            say(f"== {name}")
+            results[name] = BENCHMARKS[name].run(options, server, say)
+            print(f"\n{frame.table(results[name])}\n", flush=True)
+    frame.write_results(results, options.json, frame.DOCUMENT if options.write else None)
+
+
+def say(text: str) -> None:
+    """Says how far it has come."""
+    print(text, flush=True)
+
+
+@contextmanager
+def database_server() -> Iterator[DatabaseServer]:
+    """Returns the server that the environment names (PERDURE_TEST_DATABASE_URL), else an embedded PostgreSQL."""
+    if (server := given_server()) is not None:
+        try:
+            yield server
+        finally:
+            server.drop_all()
+        return
+    data_dir = Path(tempfile.mkdtemp(prefix="perdure-bench-"))
+    try:
+        with embedded.start(data_dir) as postgres:
+            yield DatabaseServer(postgres.url("postgres"), cockroach=False)
+    finally:
+        shutil.rmtree(data_dir, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
