@@ -15,7 +15,7 @@ from dbos._error import DBOSWorkflowConflictIDError
 from dbos._sys_db_postgres import PostgresSystemDatabase
 
 from perdure_service.domain.runs import RunState
-from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.executions import Execution, Executions, Parked
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
@@ -148,12 +148,14 @@ class TransactionalDatabase(PostgresSystemDatabase):
 
     @staticmethod
     def refuse_dead(execution: Execution, *, retiring_too: bool = True) -> None:
-        """Raises in an execution that must not go on; DBOS then waits for the owner's outcome.
+        """Raises in an execution that must not go on; DBOS then waits for the owner's outcome, if it was not parked.
 
         Args:
             execution: On whose behalf this thread works.
             retiring_too: Whether one that may only finish what it has begun is refused, too.
         """
+        if execution.parked:
+            raise Parked(execution)
         refuse_diverged(execution)
         if execution.dead or (retiring_too and execution.retiring):
             raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
