@@ -86,7 +86,7 @@ class Broken:
 
 @pytest.fixture(scope="module")
 def broken(url: str) -> Iterator[Broken]:
-    yield from _serve_behind_a_proxy(url, PERDURE_LEASE_TTL=str(TTL_S))
+    yield from _serve_behind_a_proxy(url, PERDURE_LEASE_TTL=str(TTL_S), PERDURE_PARK_AFTER="3600")
 
 
 def _serve_behind_a_proxy(url: str, **environment: str) -> Iterator[Broken]:
@@ -138,7 +138,9 @@ def test_the_reply_to_a_commit_is_lost_and_nothing_is_lost_or_done_twice(broken:
 def test_every_reply_is_lost_once_with_the_other_driver(url: str, database_server: DatabaseServer) -> None:
     """psycopg2 gives no SQLSTATE with a lost connection. One run, in which every kind of commit is hit."""
     form = "cockroachdb+psycopg2"
-    for broken in _serve_behind_a_proxy(url_in_form(url, form), PERDURE_LEASE_TTL=str(TTL_S)):
+    for broken in _serve_behind_a_proxy(
+        url_in_form(url, form), PERDURE_LEASE_TTL=str(TTL_S), PERDURE_PARK_AFTER="3600"
+    ):
         orders = {what: broken.proxy.lose_replies(pattern) for what, pattern in (IN_A_RUN | FROM_OUTSIDE).items()}
         run_id = _run_everything(broken)
         _judge_everything(broken, run_id)

@@ -16,6 +16,8 @@ from tests.helpers.server import ServerProcess, create_effects_table, sql
 from tests.helpers.waiting import eventually, scaled
 
 TTL_S = scaled(1.5)
+SETTINGS = {"PERDURE_LEASE_TTL": str(TTL_S), "PERDURE_PARK_AFTER": "3600"}
+"""What waits stays in memory, so that there is something to take from a zombie."""
 TABLES = {
     "dbos.workflow_status": "workflow_uuid",
     "dbos.operation_outputs": "workflow_uuid",
@@ -36,7 +38,7 @@ def url(database_url: str) -> str:
 def living(url: str) -> Iterator[Rpc]:
     """The server that lives on."""
     with (
-        ServerProcess(url, "tests.helpers.trouble_agents", command="serve", PERDURE_LEASE_TTL=str(TTL_S)) as server,
+        ServerProcess(url, "tests.helpers.trouble_agents", command="serve", **SETTINGS) as server,
         Rpc(server.address) as rpc,
     ):
         yield rpc
@@ -65,7 +67,7 @@ def _is_frozen(pid: int) -> bool:
 @pytest.mark.parametrize("where", ["body", "commit", "outside"])
 def test_a_zombie_writes_nothing_and_ends(url: str, living: Rpc, where: str) -> None:
     """It is frozen in a step's body, right before a COMMIT with the run's row locked, or whatever it does; all wait."""
-    environment = {"PERDURE_LEASE_TTL": str(TTL_S), "PERDURE_TROUBLE_FREEZE": where}
+    environment = {**SETTINGS, "PERDURE_TROUBLE_FREEZE": where}
     with ServerProcess(url, "tests.helpers.trouble_agents", command="serve", **environment) as zombie:
         assert zombie._process is not None
         pid = zombie._process.pid
