@@ -339,10 +339,11 @@ def _continues(last: Event, event: Event) -> bool:
 
 
 class Executions:
-    """The set of live executions of this process. Thread-safe."""
+    """The set of live executions of this process, and the dead ones whose code still runs. Thread-safe."""
 
     def __init__(self, wake_writer: Callable[[Execution], None] | None = None) -> None:
         self._by_key: dict[tuple[str, str], Execution] = {}
+        self._dead: dict[tuple[str, str], Execution] = {}
         self._lock = threading.Lock()
         self._wake_writer = wake_writer
         self.wake_waits: Callable[[str], None] = lambda _workflow_id: None
@@ -363,10 +364,11 @@ class Executions:
         return known
 
     def find(self, workflow_id: str, owner_xid: str | None) -> Execution | None:
-        """Returns the execution of a run under an ownership token."""
+        """Returns the execution of a run under an ownership token; also a dead one whose code has not ended yet."""
         if owner_xid is None:
             return None
-        return self._by_key.get((workflow_id, owner_xid))
+        key = (workflow_id, owner_xid)
+        return self._by_key.get(key) or self._dead.get(key)
 
     def of(self, workflow_id: str) -> list[Execution]:
         """Returns the executions of a run."""
@@ -375,19 +377,29 @@ class Executions:
 
     def remove(self, execution: Execution) -> None:
         """Forgets an execution that has ended."""
+        key = (execution.key.workflow_id, execution.owner_xid)
         with self._lock:
-            self._by_key.pop((execution.key.workflow_id, execution.owner_xid), None)
+            self._by_key.pop(key, None)
+            self._dead.pop(key, None)
         execution.leave_parent()
 
     def kill(self, execution: Execution, reason: str) -> None:
-        """Marks an execution dead: its next DBOS call raises; if it only waits, it is ended now."""
+        """Marks an execution dead: its next DBOS call raises; if it only waits, it is ended now.
+
+        It frees its slot at once, and is remembered until its code has ended: what code that catches everything still
+        tries must find that it is dead.
+        """
         if execution.dead:
             return
         execution.dead = reason
         execution.take()
         self.wake_waits(execution.key.workflow_id)
         self.end_waits(execution)
-        self.remove(execution)
+        key = (execution.key.workflow_id, execution.owner_xid)
+        with self._lock:
+            if self._by_key.pop(key, None) is not None:
+                self._dead[key] = execution
+        execution.leave_parent()
 
     @staticmethod
     def end_waits(execution: Execution) -> None:

@@ -37,6 +37,7 @@ from perdure_service.domain.runs import Run, RunKey, RunStart, RunState, check_c
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.requests import ForkCommand
+from perdure_service.durable.retries import repeated
 from perdure_service.durable.runtime import Runtime, portable_inputs
 from perdure_service.durable.transactions import QUEUE
 from perdure_service.errors import (
@@ -116,7 +117,9 @@ def fork(runtime: Runtime, find: Find, command: ForkCommand) -> tuple[Run | RunS
         return plan.start, False
     try:
         with runtime.database.bounded():
-            _write(runtime, plan, unique_request_id=None if command.new_run_id else command.request_id)
+            # DBOS repeats no fork. When the first attempt was committed after all, the next one finds the fork.
+            write = repeated(sys_db=runtime.database)(_write)
+            write(runtime, plan, unique_request_id=None if command.new_run_id else command.request_id)
     except (_ForkExists, sa.exc.IntegrityError) as error:
         found = _existing(runtime, command)
         if found is None:

@@ -98,7 +98,8 @@ class OwnerWatch:
         running = retrying(
             self._engine, "owners.search", lambda conn: executors.find_running(conn, self._executor_id, GRACE_S)
         )
-        missing = {row for row in running if self._executions.find(*row) is None}
+        alive = {(one.key.workflow_id, one.owner_xid) for one in self._executions}
+        missing = {row for row in running if row not in alive}
         lost = sorted(missing & self._missing, key=str)
         self._missing = missing
         if not lost:

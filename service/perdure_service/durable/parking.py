@@ -32,13 +32,11 @@ import sqlalchemy as sa
 import structlog
 from dbos import DBOS, _core, _dbos
 from dbos._context import get_local_dbos_context, snapshot_step_context
-from dbos._error import DBOSWorkflowConflictIDError
 from dbos._outcome import DeferredResult, NoResult
 
 from perdure_service.domain.events import EventKind
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
-from perdure_service.durable import replay
-from perdure_service.durable.executions import Execution, Parked, Wait
+from perdure_service.durable.executions import Execution, Wait
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.substitutes import substitute
@@ -63,15 +61,6 @@ class WaitingDatabase(StatusDatabase):
         super().__init__(**arguments)
         self._park_after_s = park_after_s
         self._look_s = min(MOST_LOOK_S, max(LEAST_LOOK_S, park_after_s / 4))
-
-    @staticmethod
-    def refuse_dead(execution: Execution) -> None:
-        """Raises in an execution that must not go on; DBOS then waits for the owner's outcome, if it was not parked."""
-        if execution.parked:
-            raise Parked(execution)
-        replay.refuse_diverged(execution)
-        if not execution.may_go_on:
-            raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
 
     # ---- parking -----------------------------------------------------------------------------------------------------
 

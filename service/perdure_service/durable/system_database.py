@@ -139,6 +139,8 @@ class PerdureSystemDatabase(WaitingDatabase):
     ) -> tuple[Any, bool]:
         parent_owner = rest.get("parent_owner_xid") or current_owner_xid(parent_workflow_id)
         parent = self.executions.find(parent_workflow_id, parent_owner)
+        if parent is not None:
+            self.refuse_dead(parent)
         operation = Operation(parent, parent=parent)
 
         def finish(_conn: sa.Connection) -> None:
@@ -283,7 +285,10 @@ class PerdureSystemDatabase(WaitingDatabase):
     # one would not know what the first had committed.
 
     def send_bulk(self, *arguments: Any, **rest: Any) -> None:
-        with self.operations.open(Operation(self._execution_here())):
+        execution = self._execution_here()
+        if execution is not None:
+            self.refuse_dead(execution, retiring_too=False)
+        with self.operations.open(Operation(execution)):
             super().send_bulk(*arguments, **rest)
         messages = arguments[0] if arguments else rest["messages"]
         self.nudge([message.destination_id for message in messages])
@@ -357,6 +362,8 @@ class PerdureSystemDatabase(WaitingDatabase):
             )
         function_id = own.function_id if ctx is not None else own.function_id + 1
         execution = self.executions.find(own.workflow_id, own.owner_xid)
+        if execution is not None:
+            self.refuse_dead(execution, retiring_too=False)
         operation = Operation(execution)
 
         def begin(conn: sa.Connection) -> None:
@@ -402,6 +409,10 @@ class PerdureSystemDatabase(WaitingDatabase):
         if owner_xid is None:
             owner_xid = current_owner_xid(workflow_id)
         execution = self.executions.find(workflow_id, owner_xid)
+        if execution is not None and execution.dead:
+            # Its code may have caught what refused its calls: how it ends says nothing about the run.
+            self.executions.remove(execution)
+            return False
         if execution is not None:
             execution.passed(recorded=False)
         operation = Operation(execution)

@@ -11,10 +11,11 @@ from typing import Any
 
 import sqlalchemy as sa
 from dbos._context import current_owner_xid, get_local_dbos_context
+from dbos._error import DBOSWorkflowConflictIDError
 from dbos._sys_db_postgres import PostgresSystemDatabase
 
 from perdure_service.domain.runs import RunState
-from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.executions import Execution, Executions, Parked
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
@@ -140,10 +141,24 @@ class TransactionalDatabase(PostgresSystemDatabase):
         if execution is not None and execution.key.workflow_id != workflow_id:
             execution = self.executions.find(workflow_id, current_owner_xid(workflow_id))
         if execution is not None:
-            refuse_diverged(execution)
+            self.refuse_dead(execution, retiring_too=False)
             execution.touch()
             self._move_on(execution)
         return self.operations.open(Operation(execution, **hooks))
+
+    @staticmethod
+    def refuse_dead(execution: Execution, *, retiring_too: bool = True) -> None:
+        """Raises in an execution that must not go on; DBOS then waits for the owner's outcome, if it was not parked.
+
+        Args:
+            execution: On whose behalf this thread works.
+            retiring_too: Whether one that may only finish what it has begun is refused, too.
+        """
+        if execution.parked:
+            raise Parked(execution)
+        refuse_diverged(execution)
+        if execution.dead or (retiring_too and execution.retiring):
+            raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
 
     def run_operation(self, operation: Operation) -> None:
         """Runs an operation whose hooks are all its transaction does, repeated as DBOS repeats its own."""
