@@ -11,7 +11,7 @@ from tests.load import recovery
 from tests.load.__main__ import BENCHMARKS
 from tests.load.frame import table
 
-SMALL = ["--kills", "1", "--pairs", "1", "--runs", "2", "--ttl", "2", "--herd", "5", "--herds", "1"]
+SMALL = ["--kills", "1", "--pairs", "1", "--runs", "2", "--ttl", "1", "--herd", "5", "--herds", "1"]
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
