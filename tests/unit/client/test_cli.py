@@ -414,6 +414,15 @@ async def test_steps_and_events(server: ScriptedServer, perdure: Invoke) -> None
     assert len((await perdure("events", "r", "-o", "table")).stdout.splitlines()) == 2
 
 
+async def test_events_of_a_log_without_its_beginning_say_so(server: ScriptedServer, perdure: Invoke) -> None:
+    server.script(LIST_RUN_EVENTS, *[runs.ListRunEventsResponse(events=[log_event(5)])] * 3)
+    result = await perdure("events", "r")
+    assert [event["sequence"] for event in objects(result)] == [5]
+    assert result.stderr == "the events before 5 are no longer kept\n"
+    for choice in (("--kind", "log"), ("--after", "4")):
+        assert (await perdure("events", "r", *choice)).stderr == ""
+
+
 async def test_signal_and_cancel(server: ScriptedServer, perdure: Invoke) -> None:
     server.script(SIGNAL_RUN, runs.SignalRunResponse(created=True))
     server.script(CANCEL_RUN, runs.CancelRunResponse(run=run_message(state="CANCELLED")))

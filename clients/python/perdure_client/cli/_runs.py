@@ -244,7 +244,11 @@ def events(
     """
     formatted = EventLines(session_of(context).prefix)
     form = chosen(output)
+    first = True
     for event in session_of(context).client.events(run, kinds=kind or ()):
+        if first and not kind and event.sequence > max(1, after + 1):
+            say(f"the events before {event.sequence} are no longer kept")
+        first = False
         if event.sequence <= after:
             continue
         if form is not Output.TABLE:
