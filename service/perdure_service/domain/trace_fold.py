@@ -12,10 +12,10 @@ the executor that did the work, and by whoever read the log after its death) is 
                     › approval
                     › run of a child (whose `traceparent` names this execution)
 
-An execution ends when its run is parked, and the one that goes on is another. What an executor's death cut off ends at
-the recovery, with the error type `ExecutionLost`; what its run's end cut off, with the state in which the run ended.
-An approval outlives the execution that asked it. Of an attempt whose beginning did not reach the log before a crash
-(events wait up to 100 ms) nothing is known.
+An execution ends when its run is parked or handed over, and the one that goes on is another. What an executor's death
+cut off ends at the recovery, with the error type `ExecutionLost`; what its run's end cut off, with the state in which
+the run ended. An approval outlives the execution that asked it. Of an attempt whose beginning did not reach the log
+before a crash (events wait up to 100 ms) nothing is known.
 """
 
 from __future__ import annotations
@@ -127,6 +127,8 @@ class ExecutionFold:
             return self._end(event.time_ms, *_outcome(event), cut_off)
         if event.data.get("parked"):
             return self._end(event.time_ms, "unset", "", "")
+        if event.data.get("handed_over"):
+            return self._end(event.time_ms, "unset", "", telemetry.ERROR_CUT_OFF)
         if state in (RunState.QUEUED, RunState.SCHEDULED) or event.execution > self.number:
             return self._end(event.time_ms, "error", telemetry.ERROR_CUT_OFF, telemetry.ERROR_CUT_OFF)
         closed = self._end_wait(event.time_ms)
