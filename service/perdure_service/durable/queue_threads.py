@@ -61,10 +61,9 @@ class Bells:
         self._longest_s = max(poll_s * 1.05, MAX_BACKOFF_S)  # DBOS waits a twentieth longer or shorter each time
 
     def ring(self, queue: str) -> None:
-        """Makes this process look into a queue now; nothing for one that it does not serve."""
-        bell = self._bells.get(queue)
-        if bell is not None:
-            bell.set()
+        """Makes this process look into a queue now, or as soon as its thread has begun."""
+        with self._lock:
+            self._bells.setdefault(queue, threading.Event()).set()
 
     def ring_all(self) -> None:
         """Makes this process look into each of its queues now."""
