@@ -18,6 +18,7 @@ import structlog
 from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
+from perdure_service.domain.queues import Queues
 from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
@@ -162,6 +163,8 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     models.prepare(settings.model)
     if not agents:
         raise ConfigurationError("there are no agents to serve: name modules with --agents, or install some")
+    queues = Queues.of_settings(settings.queues)
+    queues.check_agents({agent.spec.workflow_name: agent.spec.queue for agent in agents})
 
     service: RunService | None = None
 
@@ -189,6 +192,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         park_after=settings.park_after,
         suspicion=settings.suspicion,
         max_recoveries=settings.max_recoveries,
+        queues=queues,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(

@@ -28,6 +28,7 @@ from perdure_client._types import (
     Deletion,
     ExecutorInfo,
     JsonValue,
+    QueueInfo,
     Run,
     RunState,
     RunTrace,
@@ -124,6 +125,8 @@ class AsyncClient:
         deadline: datetime | timedelta | None = None,
         conflict_policy: ConflictPolicy = ConflictPolicy.USE_EXISTING,
         validate_only: bool = False,
+        queue: str = "",
+        priority: int = 0,
     ) -> StartedRun:
         """Starts an agent, and returns when the start is committed: from then on the run survives every crash.
 
@@ -140,6 +143,8 @@ class AsyncClient:
             deadline: End the run as EXPIRED at this time (timezone-aware), or this long from now by your clock.
             conflict_policy: What to do when the run_id exists.
             validate_only: Check everything and start nothing; the returned run has not been created.
+            queue: The queue whose limits count for the run; empty means the agent's own, or else the default queue.
+            priority: Which runs of a queue come first when they wait: the lower the sooner, from 0 to 2^31-1.
 
         Returns:
             The run; its `created` says whether this call made it.
@@ -164,6 +169,8 @@ class AsyncClient:
                 deadline=deadline,
                 conflict_policy=conflict_policy,
                 validate_only=validate_only,
+                queue=queue,
+                priority=priority,
             )
         )
 
@@ -178,6 +185,8 @@ class AsyncClient:
         context_id: str = "",
         deadline: datetime | timedelta | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the caller's patience, not the run's deadline
+        queue: str = "",
+        priority: int = 0,
     ) -> JsonValue:
         """Starts an agent, waits for its end, and returns its output.
 
@@ -190,6 +199,8 @@ class AsyncClient:
             context_id: As in `start`.
             deadline: As in `start`.
             timeout: Seconds to wait for the end; None for as long as it takes. The run goes on afterwards.
+            queue: As in `start`.
+            priority: As in `start`.
 
         Returns:
             The output, as parsed JSON.
@@ -207,6 +218,8 @@ class AsyncClient:
             labels=labels,
             context_id=context_id,
             deadline=deadline,
+            queue=queue,
+            priority=priority,
         )
         return await self._core.run(request, timeout_s=timeout)
 
@@ -585,6 +598,17 @@ class AsyncClient:
             Unimplemented: This is not the admin address.
         """
         return iterate(self._core.list_executors(include_gone=include_gone))
+
+    def queues(self) -> AsyncIterator[QueueInfo]:
+        """Iterates over the queues of the server's database, by name.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address.
+        """
+        return iterate(self._core.list_queues())
 
     async def close(self) -> None:
         """Ends all calls and the connections. Runs go on."""

@@ -30,6 +30,7 @@ from perdure_client._types import (
     Failure,
     JsonValue,
     Progress,
+    QueueInfo,
     Run,
     RunState,
     RunTrace,
@@ -117,6 +118,8 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "caller": message.caller,
         "forked_from_run_id": message.forked_from_run_id,
         "forked_from_step_id": message.forked_from_step_id,
+        "queue": message.queue,
+        "priority": message.priority,
     }
 
 
@@ -216,6 +219,20 @@ def executor_from(message: operator_service_pb2.Executor) -> ExecutorInfo:
     )
 
 
+def queue_from(message: operator_service_pb2.Queue) -> QueueInfo:
+    """Returns a queue."""
+    return QueueInfo(
+        queue=message.queue,
+        worker_concurrency=message.worker_concurrency,
+        global_concurrency=message.global_concurrency,
+        rate_limit=message.rate_limit,
+        rate_period=_duration(message.rate_period) if message.HasField("rate_period") else None,
+        queued=message.queued,
+        running=message.running,
+        oldest_queued_time=_time(message, "oldest_queued_time"),
+    )
+
+
 def agent_from(message: agent_catalog_service_pb2.Agent) -> AgentInfo:
     """Returns an agent."""
     return AgentInfo(
@@ -227,6 +244,8 @@ def agent_from(message: agent_catalog_service_pb2.Agent) -> AgentInfo:
         current=message.current,
         max_steps=message.max_steps,
         max_tokens=message.max_tokens,
+        queue=message.queue,
+        max_running=message.max_running,
     )
 
 

@@ -24,6 +24,7 @@ from perdure_client._types import (
     Deletion,
     ExecutorInfo,
     JsonValue,
+    QueueInfo,
     Run,
     RunTrace,
     StartedRun,
@@ -292,6 +293,17 @@ class Core:
             request.page_token = token
             page = await self.call(_transport.LIST_EXECUTORS, request)
             return [_convert.executor_from(executor) for executor in page.executors], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_queues(self) -> Pages[QueueInfo]:
+        """Lists queues by name."""
+        request = operator_service_pb2.ListQueuesRequest(page_size=_PAGE_SIZE)
+
+        async def fetch(token: str) -> tuple[Sequence[QueueInfo], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_QUEUES, request)
+            return [_convert.queue_from(queue) for queue in page.queues], page.next_page_token
 
         return Pages(fetch)
 

@@ -51,6 +51,7 @@ DECIDE_APPROVAL = _method("ApprovalService", approvals.DecideApprovalRequest, ap
 WATCH_APPROVALS = _method("ApprovalService", approvals.WatchApprovalsRequest, approvals.WatchApprovalsResponse)
 LIST_AGENTS = _method("AgentCatalogService", catalog.ListAgentsRequest, catalog.ListAgentsResponse)
 GET_AGENT = _method("AgentCatalogService", catalog.GetAgentRequest, catalog.GetAgentResponse)
+LIST_QUEUES = _method("OperatorService", operators.ListQueuesRequest, operators.ListQueuesResponse)
 LIST_EXECUTORS = _method("OperatorService", operators.ListExecutorsRequest, operators.ListExecutorsResponse)
 
 

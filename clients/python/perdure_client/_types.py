@@ -208,6 +208,8 @@ class Run:
         caller: Who started it, or whose run started it; empty where nobody knows.
         forked_from_run_id: The run that it was forked from; empty for none.
         forked_from_step_id: The first step that it ran itself, when it was forked; else 0.
+        queue: The queue whose limits count for it.
+        priority: Its place among the waiting runs of the queue: the lower the sooner.
     """
 
     namespace: str
@@ -237,6 +239,8 @@ class Run:
     caller: str = ""
     forked_from_run_id: str = ""
     forked_from_step_id: int = 0
+    queue: str = ""
+    priority: int = 0
 
     @property
     def done(self) -> bool:
@@ -468,6 +472,8 @@ class AgentInfo:
         current: Whether `start` takes this version when it is given none.
         max_steps: How many steps a run of it may begin; 0 for no limit.
         max_tokens: How many tokens the model calls of a run may use; 0 for no limit.
+        queue: The queue of its runs when a start names none; empty means the default queue.
+        max_running: How many runs of it one executor runs at once; 0 for no limit but the executor's own.
     """
 
     agent: str
@@ -478,6 +484,8 @@ class AgentInfo:
     current: bool = False
     max_steps: int = 0
     max_tokens: int = 0
+    queue: str = ""
+    max_running: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -503,3 +511,28 @@ class ExecutorInfo:
     max_running: int = 0
     start_time: datetime | None = None
     expire_time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueInfo:
+    """A queue: limits that runs share over the whole fleet. 0 means no limit.
+
+    Attributes:
+        queue: Its name.
+        worker_concurrency: How many of its runs one executor runs at once.
+        global_concurrency: How many of its runs the whole fleet runs at once.
+        rate_limit: How many of its runs begin in each `rate_period`, over the whole fleet.
+        rate_period: The period of `rate_limit`; None without one.
+        queued: Runs of it that wait for a slot now.
+        running: Runs of it that are running now.
+        oldest_queued_time: When the run that waits longest began to; None when none waits.
+    """
+
+    queue: str
+    worker_concurrency: int = 0
+    global_concurrency: int = 0
+    rate_limit: int = 0
+    rate_period: timedelta | None = None
+    queued: int = 0
+    running: int = 0
+    oldest_queued_time: datetime | None = None

@@ -13,6 +13,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.errors import InvalidArgument
 
 DEFAULT_NAMESPACE = "default"
@@ -207,6 +208,8 @@ class RunStart:
     deadline_at: datetime | None = None
     forked_from_workflow_id: str | None = None
     forked_from_step: int = 0
+    queue: str = DEFAULT_QUEUE
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +287,8 @@ class Run:
     caller: str = ""
     forked_from_run_id: str = ""
     forked_from_step_id: int = 0
+    queue: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,13 +33,13 @@ from perdure_service.agents import catalogue
 from perdure_service.domain.agents import check_input
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.forks import ForkPoint, Recorded, fork_point, from_checkpoints, taken_over
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import Run, RunKey, RunStart, RunState, check_client_run_id, input_sha256, new_run_id
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.requests import ForkCommand
 from perdure_service.durable.retries import repeated
 from perdure_service.durable.runtime import Runtime, portable_inputs
-from perdure_service.durable.transactions import QUEUE
 from perdure_service.errors import (
     Contention,
     InvalidArgument,
@@ -202,6 +202,8 @@ def _decide(runtime: Runtime, origin: Run, command: ForkCommand) -> _Plan:
         deadline_at=command.deadline_at,
         forked_from_workflow_id=workflow_id,
         forked_from_step=point.from_step_id,
+        queue=origin.queue or DEFAULT_QUEUE,
+        priority=origin.priority,
     )
     told = [] if command.validate_only else _told(runtime, origin.key, recorded, point)
     return _Plan(origin.key, facts, point, code, start, told)
@@ -279,6 +281,7 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
             workflow_name=plan.code.workflow_name,
             deadline_at=plan.start.deadline_at,
             inputs=plan.code.inputs,
+            priority=plan.start.priority,
         )
         inserted = runs.insert(
             conn,
@@ -300,8 +303,9 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
         )
 
     operation.begin, operation.finish = begin, finish
+    operation.done = lambda: database.placement.queued(plan.start.queue)
     with database.operations.open(operation):
         PostgresSystemDatabase.fork_workflow(
             database, [origin_id], [key.workflow_id], [plan.point.from_step_id],
-            application_version=None, queue_name=QUEUE,
+            application_version=None, queue_name=plan.start.queue,
         )  # fmt: skip

@@ -28,6 +28,7 @@ from perdure_service.domain.events import (
     half_written,
     text_pieces,
 )
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import (
     TERMINAL_STATUSES,
     Failure,
@@ -218,17 +219,18 @@ class Ledger:
         self, conn: sa.Connection, workflow_ids: Sequence[str], owner_xid: str, executor_id: str, add: AddEvents
     ) -> list[Execution]:
         """Logs a claim: counts an execution of each run that `owner_xid` has just taken, and returns them."""
-        scheduled_ms = {
-            row[0]: row[1] or 0
+        statuses = {
+            row.workflow_uuid: row
             for row in conn.execute(
                 sa.text(
-                    f"SELECT workflow_uuid, delay_until_epoch_ms FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
-                    "AND owner_xid = :owner AND status = 'PENDING' ORDER BY workflow_uuid"
+                    f"SELECT workflow_uuid, delay_until_epoch_ms, queue_name FROM {STATUS} "
+                    "WHERE workflow_uuid = ANY(:ids) AND owner_xid = :owner AND status = 'PENDING' "
+                    "ORDER BY workflow_uuid"
                 ),
                 {"ids": list(workflow_ids), "owner": owner_xid},
             )
         }
-        taken = list(scheduled_ms)
+        taken = list(statuses)
         if not taken:
             return []
         self.adopt(conn, taken, add)
@@ -243,7 +245,8 @@ class Ledger:
                 trace_id=row["trace_id"],
                 sampled=_sampled(row["traceparent"]),
                 waited_s=row["begun_at"].timestamp()
-                - max(row["created_at"].timestamp(), scheduled_ms[workflow_id] / 1000),
+                - max(row["created_at"].timestamp(), (statuses[workflow_id].delay_until_epoch_ms or 0) / 1000),
+                queue=statuses[workflow_id].queue_name or DEFAULT_QUEUE,
                 state=RunState.QUEUED,
                 replaying=row["execution"] > 1,
                 budget=budget_of(row["agent"], row["agent_version"]),

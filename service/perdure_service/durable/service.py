@@ -27,6 +27,7 @@ from perdure_service.domain.events import (
     fold_steps,
 )
 from perdure_service.domain.executors import Executor
+from perdure_service.domain.queues import Queue
 from perdure_service.domain.quotas import StartQuota
 from perdure_service.domain.runs import (
     SIGNAL_NAME,
@@ -66,7 +67,7 @@ from perdure_service.errors import (
 )
 from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
-from perdure_service.store import event_log, executors, runs
+from perdure_service.store import event_log, executors, queues, runs
 from perdure_service.store.engine import waits_for_a_connection
 from perdure_service.store.runs import MAX_PAGE_CHARS
 from perdure_service.store.sqlstates import retrying
@@ -249,6 +250,8 @@ class RunService:
             start_at=command.start_at,
             delay_s=command.delay_s,
             deadline_at=command.deadline_at,
+            queue=self._runtime.queues.of_start(command.queue, agent.spec.queue),
+            priority=command.priority,
         )
         return start, agent, arguments
 
@@ -544,6 +547,13 @@ class RunService:
         )
         return Page(found, token)
 
+    async def list_queues(self, *, page_size: int, page_token: str) -> Page[Queue]:
+        """Returns a page of the queues, by name."""
+        found, token = await self._read(
+            "queues.list", lambda conn: queues.list_page(conn, page_size=page_size, page_token=page_token)
+        )
+        return Page(found, token)
+
 
 def _not_created(start: RunStart) -> Run:
     """Returns what `validate_only` shows: the run as it would be."""
@@ -575,6 +585,8 @@ def _not_created(start: RunStart) -> Run:
         if start.forked_from_workflow_id
         else "",
         forked_from_step_id=start.forked_from_step,
+        queue=start.queue,
+        priority=start.priority,
     )
 
 

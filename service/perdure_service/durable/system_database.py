@@ -18,14 +18,15 @@ appends, so its snapshot is newer than the lock. Reads of the log's end always c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import sqlalchemy as sa
 from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._error import DBOSUnexpectedStepError, DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
 from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase, WorkflowStatusInternal
 
-from perdure_service.agents.catalogue import budget_of
+from perdure_service.agents.catalogue import budget_of, queue_of
 from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
@@ -34,7 +35,7 @@ from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.parking import WaitingDatabase
 from perdure_service.durable.substitutes import substitute
-from perdure_service.durable.transactions import QUEUE
+from perdure_service.durable.transactions import QUEUE, agent_of
 
 GET_RESULT = "DBOS.getResult"
 """What DBOS records when a run takes the result of a child."""
@@ -83,16 +84,38 @@ class PerdureSystemDatabase(WaitingDatabase):
     def _insert_workflow_status(
         self, status: WorkflowStatusInternal, conn: Any, *, creator_xid: str | None, reuse_policy: Any = None
     ) -> tuple[Any, bool]:
-        operation = self.operations.current
-        workflow_id = status["workflow_uuid"]
+        agent = agent_of(status["name"])
         if status["queue_name"] is None:
             # A run that is given back must come to executors that have its agent, not to the unlimited internal queue.
-            status["queue_name"] = QUEUE
+            status["queue_name"] = queue_of(*agent)
+        operation = self.operations.current
+        facts = operation.facts if operation else {}
+        if "start" in facts or status["status"] != "PENDING":
+            return self._insert_placed(status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy)
+        # Once for all attempts: what the first one has counted as running must not stand in the second one's way.
+        decided = f"here:{status['workflow_uuid']}"
+        child = self.placement.child(status["queue_name"] or QUEUE, agent)
+        with nullcontext(facts[decided]) if decided in facts else child as here:
+            facts[decided] = here
+            row = status if here else cast(WorkflowStatusInternal, {**status, "status": "ENQUEUED"})
+            written, created = self._insert_placed(row, conn, creator_xid=creator_xid, reuse_policy=reuse_policy)
+        # What is queued, a claim will run: DBOS waits for its result.
+        return written, created and written == "PENDING"
+
+    def _insert_placed(
+        self, status: WorkflowStatusInternal, conn: Any, *, creator_xid: str | None, reuse_policy: Any
+    ) -> tuple[Any, bool]:
+        """Writes a run of which it is decided whether it begins here."""
+        operation = self.operations.current
+        workflow_id = status["workflow_uuid"]
         written, created = super()._insert_workflow_status(
             status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy
         )
         facts = operation.facts if operation else {}
         start: RunStart | None = facts.get("start")
+        queue = status["queue_name"] or QUEUE
+        if created and written == "ENQUEUED" and operation is not None:
+            operation.after(lambda: self.placement.queued(queue))
         runs_here = created and written == "PENDING" and status["status"] == "PENDING"
         record = self.ledger.record_start(
             conn,
@@ -122,6 +145,7 @@ class PerdureSystemDatabase(WaitingDatabase):
                 agent_version=record.agent_version,
                 number=1,
                 trace_id=record.trace_id,
+                queue=queue,
                 sampled=record.sampled,
                 budget=budget_of(record.agent, record.agent_version),
             )

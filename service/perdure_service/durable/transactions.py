@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,29 +13,32 @@ from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._error import DBOSWorkflowConflictIDError
 from dbos._sys_db_postgres import PostgresSystemDatabase
 
+from perdure_service.agents.catalogue import by_workflow
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import RunState
-from perdure_service.durable.executions import Execution, Executions, Parked
+from perdure_service.durable.executions import AgentKey, Execution, Executions, Parked
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
+from perdure_service.durable.placement import Placement
 from perdure_service.durable.replay import refuse_diverged
 from perdure_service.durable.retries import repeated
 from perdure_service.store.dbos_tables import STATUS
 
-QUEUE = "perdure"
-"""The queue of every agent: each executor takes from it what it has registered, up to its slots."""
-
+QUEUE = DEFAULT_QUEUE
+"""The queue of runs that have none of their own: each executor takes from it what it has registered."""
 
 CALLER_PATIENCE_S = 5.0
 """How long a caller's write goes on while the database is away; then the caller is told to repeat it."""
 
 
-@dataclass
-class Claim:
-    """A claim under way: its ownership token, and the rows it may take."""
-
-    owner_xid: str
-    workflow_ids: set[str] = field(default_factory=set)
+def agent_of(workflow_name: str) -> AgentKey:
+    """Returns the agent, or what counts as one, that a workflow of this name in DBOS is."""
+    declared = by_workflow(workflow_name)
+    if declared is not None:
+        return declared.spec.name, declared.spec.version
+    name, _, version = workflow_name.partition("@")
+    return name, version
 
 
 class TransactionalDatabase(PostgresSystemDatabase):
@@ -48,6 +50,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         executions: Executions,
         operations: Operations,
         ledger: Ledger,
+        placement: Placement,
         registered: Callable[[], list[str]],
         limit: OutputLimit,
         **arguments: Any,
@@ -57,6 +60,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         self.executions = executions
         self.operations = operations
         self.ledger = ledger
+        self.placement = placement
         self._registered = registered
         self.limit = limit
         self._plain_begin = self.engine.begin

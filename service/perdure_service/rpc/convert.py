@@ -41,6 +41,8 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         caller=fields.text(run.caller),
         forked_from_run_id=fields.text(run.forked_from_run_id),
         forked_from_step_id=fields.int32(run.forked_from_step_id),
+        queue=fields.text(run.queue),
+        priority=fields.int32(run.priority),
     )
     if full:
         message.input_json = fields.text(run.input_json)
@@ -99,6 +101,8 @@ def agent(spec: AgentSpec) -> agent_catalog_service_pb2.Agent:
         current=spec.current,
         max_steps=fields.int64(spec.budget.max_steps),
         max_tokens=fields.int64(spec.budget.max_tokens),
+        queue=fields.text(spec.queue),
+        max_running=fields.int32(spec.max_running),
     )
 
 

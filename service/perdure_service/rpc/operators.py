@@ -8,6 +8,7 @@ from perdure.v1 import operator_service_pb2 as pb
 from perdure.v1.operator_service_pb2_grpc import OperatorServiceServicer
 
 from perdure_service.domain.executors import Executor, ExecutorState
+from perdure_service.domain.queues import Queue
 from perdure_service.durable.service import RunService
 from perdure_service.rpc import fields
 from perdure_service.rpc.interceptors import RpcContext
@@ -33,6 +34,15 @@ class Operators(OperatorServiceServicer):
         )
         return pb.ListExecutorsResponse(executors=map(_executor, page.items), next_page_token=page.next_token)
 
+    async def ListQueues(self, request: pb.ListQueuesRequest, context: RpcContext) -> pb.ListQueuesResponse:
+        """Returns a page of queues."""
+        found = Violations()
+        page_size = found.page_size(request.page_size)
+        page_token = found.token("page_token", request.page_token)
+        found.raise_any()
+        page = await self._service.list_queues(page_size=page_size, page_token=page_token)
+        return pb.ListQueuesResponse(queues=map(_queue, page.items), next_page_token=page.next_token)
+
 
 def _executor(value: Executor) -> pb.Executor:
     return pb.Executor(
@@ -44,4 +54,18 @@ def _executor(value: Executor) -> pb.Executor:
         max_running=fields.int32(value.max_running),
         start_time=fields.timestamp(value.start_time),
         expire_time=fields.timestamp(value.expire_time),
+    )
+
+
+def _queue(value: Queue) -> pb.Queue:
+    limits = value.limits
+    return pb.Queue(
+        queue=fields.text(limits.name),
+        worker_concurrency=fields.int32(limits.worker_concurrency),
+        global_concurrency=fields.int32(limits.global_concurrency),
+        rate_limit=fields.int32(limits.rate_limit),
+        rate_period=fields.duration_of_ms(limits.rate_period_s * 1000) if limits.rate_limit else None,
+        queued=fields.int64(value.queued),
+        running=fields.int64(value.running),
+        oldest_queued_time=fields.timestamp(value.oldest_queued_time),
     )

@@ -10,6 +10,7 @@ from typing import Any
 from perdure.v1 import agent_run_service_pb2 as pb
 
 from perdure_service.domain.events import EventKind
+from perdure_service.domain.queues import MAX_PRIORITY
 from perdure_service.domain.runs import DEFAULT_NAMESPACE, SIGNAL_NAME, TERMINAL_STATES
 from perdure_service.durable.service import DeleteCommand, ForkCommand, RunFilter, StartCommand
 from perdure_service.errors import InvalidArgument
@@ -123,6 +124,8 @@ def start_command(
     deadline_at = _deadline(found, request, now)
     if deadline_at is not None and start_at is not None and now < deadline_at <= start_at:
         found.add("deadline_time", "must be after start_time")
+    if request.priority < 0:
+        found.add("priority", f"must be from 0 to {MAX_PRIORITY}; the lower the sooner")
     command = StartCommand(
         namespace=namespace_of(found, request.namespace),
         agent=found.name("agent", request.agent, required=True),
@@ -139,6 +142,8 @@ def start_command(
         context_id=found.name("context_id", request.context_id),
         validate_only=request.validate_only,
         trace_parent=trace_parent,
+        queue=found.name("queue", request.queue),
+        priority=request.priority,
     )
     found.raise_any()
     return replace(command, run_input=_read_input(request, max_input_bytes))

@@ -47,7 +47,7 @@ _COLUMNS = """
     r.caller, r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at,
     r.execution, r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure,
     r.input_tokens, r.output_tokens, r.forked_from_workflow_id, r.forked_from_step,
-    s.status, s.workflow_deadline_epoch_ms,
+    s.status, s.workflow_deadline_epoch_ms, s.queue_name, s.priority,
     (SELECT count(*) FROM perdure.approval AS a
      WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
     (SELECT e.first_sequence + e.event_count - 1 FROM perdure.run_event AS e
@@ -370,6 +370,8 @@ def _run(row: sa.RowMapping) -> Run:
         caller=row["caller"],
         forked_from_run_id="" if origin is None else RunKey.of_workflow(origin).run_id,
         forked_from_step_id=row["forked_from_step"],
+        queue=row["queue_name"] or "",
+        priority=row["priority"],
     )
 
 

@@ -32,6 +32,7 @@ from perdure_client._transport import (
     LIST_AGENTS,
     LIST_APPROVALS,
     LIST_EXECUTORS,
+    LIST_QUEUES,
     LIST_RUN_EVENTS,
     LIST_RUNS,
     LIST_STEPS,
@@ -68,6 +69,7 @@ COMMANDS = [
     "reject",
     "agents",
     "executors",
+    "queues",
 ]
 
 
@@ -621,6 +623,20 @@ async def test_executors_are_listed_from_the_admin_address(
     assert re.search(r"host-1 +ALIVE +3/10 +1 ", result.stdout), result.output
     assert not server.asked(LIST_EXECUTORS)[1].include_gone
     assert (await perdure(*elsewhere, "executors")).exit_code == 3
+
+
+async def test_queues_are_listed_with_their_limits(server: ScriptedServer, perdure: Invoke) -> None:
+    wide = operators.Queue(queue="perdure", running=7)
+    mail = operators.Queue(queue="mail", global_concurrency=4, rate_limit=10, queued=2, running=4, worker_concurrency=3)
+    mail.rate_period.FromTimedelta(timedelta(minutes=1))
+    mail.oldest_queued_time.FromDatetime(datetime.now(UTC) - timedelta(minutes=5))
+    answer = operators.ListQueuesResponse(queues=[mail, wide])
+    server.script(LIST_QUEUES, answer, answer)
+    first, second = objects(await perdure("queues", "-o", "json", "--admin-address", server.address))
+    assert (first["queue"], first["global_concurrency"], first["queued"]) == ("mail", 4, 2)
+    assert (second["rate_period"], second["oldest_queued_time"]) == (None, None)
+    result = await perdure("queues", "-o", "table", "--admin-address", server.address)
+    assert re.search(r"mail +2 +4 +5m.* ago +3 +4 +10/", result.stdout), result.output
 
 
 async def test_a_server_without_an_admin_port_is_told_from_one_that_is_not_there(
