@@ -159,6 +159,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         lost=lost,
         owns_database=dev,
         max_output_bytes=settings.max_output_bytes,
+        payload_threshold_bytes=settings.payload_threshold_bytes,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(

@@ -168,7 +168,7 @@ class BoundRun:
         with EnterDBOSStepCtx({"name": APPROVAL_STEP}, context):
             recorded = await asyncio.to_thread(self._recorded, question)
             if recorded is None:
-                self._db.limit.check_text("the approval's payload", question.payload_json)
+                self._db.limit.check_row("the approval's payload", question.payload_json)
                 recorded = await self._ask_and_wait(question)
         result = ApprovalResult(**{**recorded, "state": ApprovalState(recorded["state"])})
         if result.state is ApprovalState.EXPIRED and outcome is TimeoutOutcome.FAIL_RUN:

@@ -32,6 +32,7 @@ from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
 from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
+from perdure_service.durable.payloads import Payloads
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
@@ -41,6 +42,7 @@ from perdure_service.durable.writer import EventWriter
 from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach
+from perdure_service.store.objects import Objects
 from perdure_service.telemetry import METERS, RunTracer
 from perdure_service.telemetry import metrics as m
 
@@ -78,6 +80,8 @@ class Runtime:
         lost: Callable[[], None],
         owns_database: bool = False,
         max_output_bytes: int = 2**20,
+        payload_threshold_bytes: int = 2**16,
+        objects: Objects | None = None,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
@@ -110,6 +114,7 @@ class Runtime:
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
         self._limit = OutputLimit(max_output_bytes)
+        self.payloads = Payloads(engine, payload_threshold_bytes, objects)
 
     @property
     def database(self) -> PerdureSystemDatabase:
@@ -136,6 +141,7 @@ class Runtime:
         system_database.install(self._build)
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
+        self.payloads.install()
         _observe_workflows(self.executions)
         replay.install(self.executions, lambda: self.database)
         url = self.engine.url.render_as_string(hide_password=False)
@@ -190,6 +196,7 @@ class Runtime:
         deadline = time.monotonic() + timeout.total_seconds()
         while any(one.bodies or one.has_events for one in self.executions) and time.monotonic() < deadline:
             time.sleep(STOP_POLL_S)
+        self.payloads.close()
         self._owners.stop()
         self._writer.stop()
         self.executions.kill_all("this executor stops")
@@ -200,6 +207,7 @@ class Runtime:
 
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
+        self.payloads.close()
         self._owners.stop()
         self._writer.stop()
         self._traces.stop()
@@ -212,6 +220,7 @@ class Runtime:
             ledger=self.ledger,
             registered=_registered_names,
             limit=self._limit,
+            payloads=self.payloads,
             **arguments,
         )
         if self._database is None:

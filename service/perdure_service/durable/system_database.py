@@ -32,6 +32,7 @@ from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, R
 from perdure_service.durable import metering, replay, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
+from perdure_service.durable.payloads import Stowed
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.transactions import QUEUE
@@ -67,7 +68,10 @@ class PerdureSystemDatabase(StatusDatabase):
             RequestRepeated: The request has its run already, under another id.
             DBOSConflictingWorkflowError: The id is another agent's.
         """
-        operation = Operation(None, start=start, input_argument=input_argument, unique_request_id=unique_request_id)
+        stowed = self.payloads.stow(status["inputs"], patient=False)
+        operation = Operation(
+            None, start=start, input_argument=input_argument, unique_request_id=unique_request_id, inputs=stowed
+        )
         with self.operations.open(operation):
             written, created = self.init_workflow(status, creator_xid=creator_xid)
         mine = created and written == "PENDING"
@@ -88,10 +92,19 @@ class PerdureSystemDatabase(StatusDatabase):
         if status["queue_name"] is None:
             # A run that is given back must come to executors that have its agent, not to the unlimited internal queue.
             status["queue_name"] = QUEUE
-        written, created = super()._insert_workflow_status(
-            status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy
-        )
         facts = operation.facts if operation else {}
+        inputs = status["inputs"]
+        stowed: Stowed | None = facts["inputs"] if "inputs" in facts else self.payloads.stow(inputs)
+        if stowed is not None:
+            status["inputs"] = stowed.pointer.text
+        try:
+            written, created = super()._insert_workflow_status(
+                status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy
+            )
+        finally:
+            status["inputs"] = inputs  # whoever runs it here reads them from this
+        if created:
+            self.payloads.write(conn, workflow_id, stowed)
         start: RunStart | None = facts.get("start")
         runs_here = created and written == "PENDING" and status["status"] == "PENDING"
         record = self.ledger.record_start(
@@ -138,7 +151,7 @@ class PerdureSystemDatabase(StatusDatabase):
     ) -> tuple[Any, bool]:
         parent_owner = rest.get("parent_owner_xid") or current_owner_xid(parent_workflow_id)
         parent = self.executions.find(parent_workflow_id, parent_owner)
-        operation = Operation(parent)
+        operation = Operation(parent, inputs=self.payloads.stow(status["inputs"]))
 
         def finish(_conn: sa.Connection) -> None:
             if parent is None:
@@ -159,16 +172,18 @@ class PerdureSystemDatabase(StatusDatabase):
     def init_workflows(self, statuses: list[WorkflowStatusInternal]) -> set[str]:
         operation = Operation(None)
         by_id = {status["workflow_uuid"]: status for status in statuses}
+        stowed = {key: self.payloads.stow(status["inputs"]) for key, status in by_id.items()}
 
         def finish(conn: sa.Connection) -> None:
             for workflow_id in self._lock(conn, sorted(by_id)):
                 record = self.ledger.record_start(conn, status=dict(by_id[workflow_id]))
                 if record is not None:
                     operation.add(workflow_id, *record.events)
+                    self.payloads.write(conn, workflow_id, stowed[workflow_id])
 
         operation.finish = finish
         with self.operations.open(operation):
-            return super().init_workflows(statuses)
+            return super().init_workflows([_pointing(one, stowed[one["workflow_uuid"]]) for one in statuses])
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -180,10 +195,13 @@ class PerdureSystemDatabase(StatusDatabase):
             self.refuse_dead(execution)
             self._move_on(execution)
         try:
-            return super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
+            found = super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
         except DBOSWorkflowCancelledError:
             self.close_ended([workflow_id])
             raise
+        if found is not None:
+            found["output"] = self.payloads.followed(found["output"])
+        return found
 
     def _check_operation_execution_txn(
         self, workflow_id: str, function_id: int, function_name: str, conn: Any
@@ -209,7 +227,14 @@ class PerdureSystemDatabase(StatusDatabase):
         if execution is not None and result["function_id"] in execution.refused:
             return  # recorded below: what is raised there, DBOS records once more when the step is asynchronous
         refused = self.limit.refuse_result(result, self.serializer)
-        with self._own(result["workflow_uuid"], events=getattr(self._local, "sleep_events", None)):
+        stowed = self.payloads.stow(result["output"])
+        if stowed is not None:
+            result = {**result, "output": stowed.pointer.text}
+        with self._own(
+            result["workflow_uuid"],
+            events=getattr(self._local, "sleep_events", None),
+            finish=None if stowed is None else lambda conn: self.payloads.write(conn, result["workflow_uuid"], stowed),
+        ):
             super().record_operation_result(result, **rest)
         if refused is not None:
             if execution is not None:
@@ -361,6 +386,7 @@ class PerdureSystemDatabase(StatusDatabase):
         function_id = own.function_id if ctx is not None else own.function_id + 1
         execution = self.executions.find(own.workflow_id, own.owner_xid)
         operation = Operation(execution)
+        stowed = self.payloads.stow(output)
 
         def begin(conn: sa.Connection) -> None:
             recorded = self.ledger.recorded_name(conn, own.workflow_id, function_id)
@@ -371,7 +397,9 @@ class PerdureSystemDatabase(StatusDatabase):
             if recorded is not None and execution is not None:
                 execution.followed = True
 
-        def finish(_conn: sa.Connection) -> None:
+        def finish(conn: sa.Connection) -> None:
+            if not operation.facts["replayed"]:
+                self.payloads.write(conn, own.workflow_id, stowed)
             if execution is not None and not operation.facts["replayed"]:
                 kind = EventKind.STEP_SUCCEEDED if error is None else EventKind.STEP_FAILED
                 data: dict[str, Any] = {"duration_ms": max(0, now_ms() - started_at_epoch_ms)}
@@ -383,9 +411,10 @@ class PerdureSystemDatabase(StatusDatabase):
                 )
 
         operation.begin, operation.finish = begin, finish
+        stored = output if stowed is None else stowed.pointer.text
         with self.operations.open(operation):
             super().record_get_result(
-                result_workflow_id, output, error, serialization, ctx, started_at_epoch_ms=started_at_epoch_ms
+                result_workflow_id, stored, error, serialization, ctx, started_at_epoch_ms=started_at_epoch_ms
             )
 
     # ---- the end -----------------------------------------------------------------------------------------------------
@@ -408,18 +437,24 @@ class PerdureSystemDatabase(StatusDatabase):
         if execution is not None:
             execution.passed(recorded=False)
         operation = Operation(execution)
+        stowed = self.payloads.stow(output)
+        shown, shown_stowed = (None, None) if stowed is None else self._stow_shown(workflow_id, output)
 
         def finish(conn: sa.Connection) -> None:
             for ended in self.ledger.ended(conn, [workflow_id]):
                 if ended.status == status:
-                    events, after = self.ledger.close_own(conn, ended, execution, output, error, self.serializer)
+                    events, after = self.ledger.close_own(
+                        conn, ended, execution, output, error, self.serializer, shown
+                    )
                     operation.add(workflow_id, *events)
                     operation.after(after)
+                    self._use(conn, workflow_id, stowed, shown_stowed)
 
         operation.finish = finish
+        stored = output if stowed is None else stowed.pointer.text
         with self.operations.open(operation):
             landed = super().update_workflow_outcome(
-                workflow_id, status, output=output, error=error, owner_xid=owner_xid
+                workflow_id, status, output=stored, error=error, owner_xid=owner_xid
             )
         if execution is not None:
             self.executions.remove(execution)
@@ -428,6 +463,19 @@ class PerdureSystemDatabase(StatusDatabase):
         if not landed:
             self.close_ended([workflow_id])
         return landed
+
+    def _stow_shown(self, workflow_id: str, output: str | None) -> tuple[str | None, Stowed | None]:
+        """Returns what the run's row shows of a large output, its JSON text or a pointer, and what that points to."""
+        with self._plain_begin() as conn:
+            serialization = self.ledger.serialization(conn, workflow_id)
+        text = values.output_json(output, serialization, self.serializer)
+        stowed = self.payloads.stow(text)
+        return (text if stowed is None else stowed.pointer.text), stowed
+
+    def _use(self, conn: sa.Connection, workflow_id: str, *stowed: Stowed | None) -> None:
+        """Makes a run use payloads, in order of their hashes, as everybody locks them."""
+        for one in sorted((one for one in stowed if one is not None), key=lambda one: one.pointer.sha256):
+            self.payloads.write(conn, workflow_id, one)
 
     # ---- what rides alone ----------------------------------------------------------------------------------------
 
@@ -444,6 +492,11 @@ class PerdureSystemDatabase(StatusDatabase):
             self.run_operation(operation)
         except DBOSWorkflowConflictIDError:
             self.executions.kill(execution, "it lost its run")
+
+
+def _pointing(status: WorkflowStatusInternal, stowed: Stowed | None) -> WorkflowStatusInternal:
+    """Returns a status as it is stored."""
+    return status if stowed is None else {**status, "inputs": stowed.pointer.text}
 
 
 def install(build: Callable[..., SystemDatabase]) -> None:

@@ -19,6 +19,7 @@ from perdure_service.durable.executions import Execution, Executions
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
+from perdure_service.durable.payloads import Payloads
 from perdure_service.durable.replay import refuse_diverged
 from perdure_service.store.dbos_tables import STATUS
 
@@ -49,6 +50,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         ledger: Ledger,
         registered: Callable[[], list[str]],
         limit: OutputLimit,
+        payloads: Payloads,
         **arguments: Any,
     ) -> None:
         self._local = threading.local()
@@ -58,6 +60,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         self.ledger = ledger
         self._registered = registered
         self.limit = limit
+        self.payloads = payloads
         self._plain_begin = self.engine.begin
         self.stopping = False
         """Whether this executor takes no more runs."""

@@ -45,6 +45,8 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
     if full:
         message.input_json = fields.text(run.input_json)
         message.output_json = fields.text(run.output_json)
+        message.input_bytes = fields.int64(run.input_bytes)
+        message.output_bytes = fields.int64(run.output_bytes)
     return message
 
 
