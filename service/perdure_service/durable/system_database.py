@@ -241,6 +241,16 @@ class PerdureSystemDatabase(StatusDatabase):
                 execution.refused.add(result["function_id"])
             raise refused
 
+    def record_with_payload(
+        self, result: OperationResultInternal, stowed: Stowed, events: Callable[[Execution], list[Event]]
+    ) -> None:
+        """Records an operation of the workflow's own code, with a payload and events in the same transaction."""
+        workflow_id = result["workflow_uuid"]
+        with self._own(
+            workflow_id, events=events, finish=lambda conn: self.payloads.write(conn, workflow_id, stowed)
+        ):
+            super().record_operation_result(result)
+
     def _record_operation_result_txn(
         self, result: OperationResultInternal, completed_at_epoch_ms: int, conn: Any, **rest: Any
     ) -> None:
