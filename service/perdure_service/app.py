@@ -193,6 +193,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         suspicion=settings.suspicion,
         max_recoveries=settings.max_recoveries,
         queues=queues,
+        payload_threshold_bytes=settings.payload_threshold_bytes,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(

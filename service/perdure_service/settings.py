@@ -364,10 +364,18 @@ class Settings(BaseSettings):
     )
     max_signal_bytes: int = Field(2**16, ge=64, description="The largest payload of a signal or an answer.")
     max_output_bytes: int = Field(
-        2**20,
+        64 * 2**20,
         ge=1024,
-        description="The largest output of a run, result of a step, payload of an approval, or published value, as "
-        "stored. CockroachDB asks for rows under 1 MiB.",
+        le=2**30,
+        description="The largest output of a run, result of a step, or artifact, as stored; what is asked, streamed or "
+        "published may be 1 MiB at most, and less if this is less.",
+    )
+    payload_threshold_bytes: int = Field(
+        2**16,
+        ge=1024,
+        le=2**19,
+        description="What is larger is stored apart from its row, once by its hash. CockroachDB asks for rows under "
+        "1 MiB.",
     )
     max_watches: int = Field(10_000, ge=1, description="Open WatchRun and WatchApprovals streams at once.")
     max_streams_per_caller: int = Field(

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from perdure_client import _requests
-from perdure_client._async_iterators import AsyncWatch, AsyncWatching, iterate
+from perdure_client._artifacts import read_all
+from perdure_client._async_iterators import AsyncWatch, AsyncWatching, iterate, iterate_bytes
 from perdure_client._config import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_RECONNECT_TIMEOUT_S,
@@ -363,6 +364,34 @@ class AsyncClient:
             RunNotFound: No such run in the namespace.
         """
         return await self._core.trace(run, children=children)
+
+    async def read_artifact(self, run: Run | str, name: str) -> bytes:
+        """Returns an artifact that a run's agent wrote; see `artifact` for one that is large.
+
+        Args:
+            run: The run, or its id.
+            name: The artifact's; of several of one name the last one is read.
+
+        Raises:
+            ArtifactNotFound: The run has none of this name.
+            RunNotFound: No such run in the namespace.
+        """
+        return await read_all(self._core.artifact(run, name))
+
+    def artifact(self, run: Run | str, name: str) -> AsyncIterator[bytes]:
+        """Iterates over an artifact's bytes in pieces; a broken stream goes on where it was.
+
+        When the iteration ends, all bytes came and their hash is right.
+
+        Args:
+            run: The run, or its id.
+            name: The artifact's; of several of one name the last one is read.
+
+        Raises:
+            ArtifactNotFound: The run has none of this name; in the first step of the iteration, as everything else.
+            RunNotFound: No such run in the namespace.
+        """
+        return iterate_bytes(self._core.artifact(run, name))
 
     async def signal(self, run: Run | str, name: str, payload: JsonValue = None) -> bool:
         """Sends a named input to a run. It is kept until the run asks for it.

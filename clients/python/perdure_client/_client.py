@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from perdure_client import _requests
+from perdure_client._artifacts import read_all
 from perdure_client._config import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_RECONNECT_TIMEOUT_S,
@@ -17,7 +18,7 @@ from perdure_client._config import (
 )
 from perdure_client._core import Core
 from perdure_client._events import EventKind, RunEvent
-from perdure_client._iterators import Watch, Watching, iterate
+from perdure_client._iterators import Watch, Watching, iterate, iterate_bytes
 from perdure_client._transport_sync import SyncTransport, run_blocking
 from perdure_client._types import (
     AgentInfo,
@@ -365,6 +366,34 @@ class Client:
             RunNotFound: No such run in the namespace.
         """
         return run_blocking(self._core.trace(run, children=children))
+
+    def read_artifact(self, run: Run | str, name: str) -> bytes:
+        """Returns an artifact that a run's agent wrote; see `artifact` for one that is large.
+
+        Args:
+            run: The run, or its id.
+            name: The artifact's; of several of one name the last one is read.
+
+        Raises:
+            ArtifactNotFound: The run has none of this name.
+            RunNotFound: No such run in the namespace.
+        """
+        return run_blocking(read_all(self._core.artifact(run, name)))
+
+    def artifact(self, run: Run | str, name: str) -> Iterator[bytes]:
+        """Iterates over an artifact's bytes in pieces; a broken stream goes on where it was.
+
+        When the iteration ends, all bytes came and their hash is right.
+
+        Args:
+            run: The run, or its id.
+            name: The artifact's; of several of one name the last one is read.
+
+        Raises:
+            ArtifactNotFound: The run has none of this name; in the first step of the iteration, as everything else.
+            RunNotFound: No such run in the namespace.
+        """
+        return iterate_bytes(self._core.artifact(run, name))
 
     def signal(self, run: Run | str, name: str, payload: JsonValue = None) -> bool:
         """Sends a named input to a run. It is kept until the run asks for it.

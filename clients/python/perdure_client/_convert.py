@@ -120,6 +120,8 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "forked_from_step_id": message.forked_from_step_id,
         "queue": message.queue,
         "priority": message.priority,
+        "input_bytes": message.input_bytes,
+        "output_bytes": message.output_bytes,
     }
 
 
@@ -351,6 +353,12 @@ def _forked(message: run_event_pb2.RunForked) -> events.RunForked:
     return events.RunForked(from_run_id=message.from_run_id, from_step_id=message.from_step_id)
 
 
+def _artifact(message: run_event_pb2.ArtifactWritten) -> events.ArtifactWritten:
+    return events.ArtifactWritten(
+        name=message.name, media_type=message.media_type, size_bytes=message.size_bytes, sha256=message.sha256
+    )
+
+
 _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "state_changed": _state_changed,
     "step_started": _step_started,
@@ -369,6 +377,7 @@ _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "log": _log,
     "usage": _usage,
     "forked": _forked,
+    "artifact": _artifact,
 }
 
 

@@ -177,6 +177,23 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactInfo:
+    """What is known of an artifact.
+
+    Attributes:
+        name: Its name; empty for an input or output.
+        media_type: Its media type, as `text/csv`.
+        size_bytes: How many bytes it has.
+        sha256: Their SHA-256 (hex).
+    """
+
+    name: str
+    media_type: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One durable execution of an agent. All times are timezone-aware (UTC), by the database's clock.
 
@@ -210,6 +227,8 @@ class Run:
         forked_from_step_id: The first step that it ran itself, when it was forked; else 0.
         queue: The queue whose limits count for it.
         priority: Its place among the waiting runs of the queue: the lower the sooner.
+        input_bytes: How many bytes the input has as JSON; 0 where it was not asked for.
+        output_bytes: The same of the output; 0 while there is none.
     """
 
     namespace: str
@@ -241,6 +260,8 @@ class Run:
     forked_from_step_id: int = 0
     queue: str = ""
     priority: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
 
     @property
     def done(self) -> bool:

@@ -48,7 +48,7 @@ from perdure_service.errors import (
     RunNotFound,
     VersionUnavailable,
 )
-from perdure_service.store import event_log, forks, runs
+from perdure_service.store import event_log, forks, payloads, runs
 from perdure_service.store.forks import Origin
 from perdure_service.store.sqlstates import retrying
 from perdure_service.telemetry import derive_trace_id, parse_traceparent
@@ -261,6 +261,10 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
     """
     database, key, origin_id = runtime.database, plan.start.key, plan.origin.workflow_id
     operation = Operation(None)
+    inputs = plan.code.inputs
+    stowed = database.payloads.stow(inputs[0], patient=False) if inputs else None
+    if inputs and stowed:
+        inputs = (stowed.pointer.text, inputs[1])
 
     def begin(conn: sa.Connection) -> None:
         needed = sorted({origin_id, *plan.point.awaited})
@@ -280,9 +284,11 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
             key.workflow_id,
             workflow_name=plan.code.workflow_name,
             deadline_at=plan.start.deadline_at,
-            inputs=plan.code.inputs,
+            inputs=inputs,
             priority=plan.start.priority,
         )
+        payloads.copy_uses(conn, {key.workflow_id: origin_id})
+        database.payloads.write(conn, key.workflow_id, stowed)
         inserted = runs.insert(
             conn,
             plan.start,

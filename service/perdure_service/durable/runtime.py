@@ -37,6 +37,7 @@ from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
 from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
+from perdure_service.durable.payloads import Payloads
 from perdure_service.durable.placement import Placement
 from perdure_service.durable.queue_threads import Bells
 from perdure_service.durable.reaper import Reaper
@@ -51,6 +52,7 @@ from perdure_service.store import queues as store_queues
 from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach, reserve_connection
+from perdure_service.store.objects import Objects
 from perdure_service.store.sqlstates import retrying
 from perdure_service.telemetry import METERS, RunTracer
 from perdure_service.telemetry import metrics as m
@@ -96,6 +98,8 @@ class Runtime:
         suspicion: bool = False,
         max_recoveries: int = 20,
         queues: Queues | None = None,
+        payload_threshold_bytes: int = 2**16,
+        objects: Objects | None = None,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
@@ -159,6 +163,7 @@ class Runtime:
         self._max_recoveries = max_recoveries
         self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
         self.ledger.nudge = self._waker.nudge
+        self.payloads = Payloads(engine, payload_threshold_bytes, objects)
 
     @property
     def database(self) -> PerdureSystemDatabase:
@@ -188,6 +193,7 @@ class Runtime:
         self._bells.install(self.executions)
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
+        self.payloads.install()
         _observe_workflows(self.executions)
         replay.install(
             self.executions, lambda: self.database, lambda child: self.database.result_of_parked_child(child)
@@ -267,6 +273,7 @@ class Runtime:
         self.lease.drain()
         self._drain.run(deadline)
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self.lease)
+        self.payloads.close()
         with suppress(Exception):
             self._reaper.take_back()  # what this executor never knew it had been given
         self._end_dbos()
@@ -294,6 +301,7 @@ class Runtime:
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self._traces)
+        self.payloads.close()
         self.lease.forget()
         self._lease_engine.dispose()
 
@@ -306,6 +314,7 @@ class Runtime:
             registered=_registered_names,
             limit=self._limit,
             park_after_s=self._park_after.total_seconds(),
+            payloads=self.payloads,
             **arguments,
         )
         database.nudge = self._waker.nudge

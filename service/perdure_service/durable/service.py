@@ -40,7 +40,8 @@ from perdure_service.domain.runs import (
     input_sha256,
     new_run_id,
 )
-from perdure_service.durable import deletions, forks, inbox, outside
+from perdure_service.durable import artifacts, deletions, forks, inbox, outside
+from perdure_service.durable.artifacts import Artifact, ArtifactChoice
 from perdure_service.durable.requests import (
     DeleteCommand,
     Deleted,
@@ -58,6 +59,7 @@ from perdure_service.errors import (
     AgentNotFound,
     ApprovalNotFound,
     InvalidArgument,
+    OffsetOutOfRange,
     Overloaded,
     QuotaExceeded,
     RunConflict,
@@ -264,9 +266,11 @@ class RunService:
     # ---- reads -------------------------------------------------------------------------------------------------------
 
     async def get(self, namespace: str, run_id: str, *, full: bool) -> Run:
-        """Returns a run."""
+        """Returns a run; an input or output that is too large for a message is left out."""
         self._check_namespace(namespace)
-        return await self._call(self._find, namespace, run_id, full)
+        if not full:
+            return await self._call(self._find, namespace, run_id)
+        return await self._call(lambda: artifacts.fit(self._runtime.payloads, self._find(namespace, run_id, True)))
 
     def _find(self, namespace: str, run_id: str, full: bool = False) -> Run:
         """Returns a run, closing its log if a foreign client ended it, and adopting it if one made it. Blocks."""
@@ -287,7 +291,29 @@ class RunService:
         if run.state.terminal and run.end_time is None:
             self._runtime.database.close_ended([run.key.workflow_id])
             run = retrying(self._engine, "runs.get", look) or run
-        return run
+        return artifacts.with_input(self._runtime.payloads, run) if full else run
+
+    async def read_artifact(
+        self, namespace: str, run_id: str, which: ArtifactChoice, offset: int
+    ) -> AsyncIterator[Artifact | bytes]:
+        """Yields what an artifact is, then its bytes from an offset, in pieces of at most 256 KiB."""
+        run = await self.get(namespace, run_id, full=False)
+        full = which.name is None
+        opened = await self._call(
+            lambda: artifacts.open_artifact(
+                self._runtime.payloads, self._engine, self._find(namespace, run_id, full) if full else run, which
+            )
+        )
+        if offset > opened.artifact.size_bytes:
+            raise OffsetOutOfRange(
+                f"the artifact has {opened.artifact.size_bytes} bytes", size_bytes=str(opened.artifact.size_bytes)
+            )
+        yield opened.artifact
+        pieces = opened.pieces(offset)
+        # As streams are bounded themselves, their reads are never refused.
+        while (data := await self._run(next, pieces, None)) is not None:
+            for start in range(0, len(data), artifacts.SENT_BYTES):
+                yield data[start : start + artifacts.SENT_BYTES]
 
     async def list(self, namespace: str, run_filter: RunFilter, *, page_size: int, page_token: str) -> Page[Run]:
         """Returns a page of runs, newest first. `page_size` is already bounded to 1..1,000."""

@@ -21,7 +21,7 @@ from perdure_service.durable.claims import ClaimDatabase
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.transactions import QUEUE
-from perdure_service.store import deletions, parked, runs
+from perdure_service.store import deletions, parked, payloads, runs
 
 SWEEP_LIMIT = 200
 """Rows that one sweep changes; the next one follows within a second."""
@@ -132,6 +132,7 @@ class StatusDatabase(ClaimDatabase):
 
         def finish(conn: sa.Connection) -> None:
             self.ledger.adopt(conn, forked_workflow_ids, operation.add)
+            payloads.copy_uses(conn, dict(zip(forked_workflow_ids, original_workflow_ids, strict=True)))
 
         operation.finish = finish
         queue_of = self._queues_of(original_workflow_ids)
@@ -173,7 +174,12 @@ class StatusDatabase(ClaimDatabase):
             check: Called first in the transaction; it locks the status rows, and may raise.
         """
         ids = sorted(workflow_ids)
-        operation = Operation(None, finish=partial(deletions.delete_ours, workflow_ids=ids))
+        unused: list[str] = []
+
+        def finish(conn: sa.Connection) -> None:
+            unused[:] = deletions.delete_ours(conn, ids)
+
+        operation = Operation(None, finish=finish, done=lambda: self.payloads.forget_objects(unused))
         operation.begin = partial(check, operation) if check else partial(deletions.lock, workflow_ids=ids)
         with self.operations.open(operation):
             super()._delete_workflows(ids)

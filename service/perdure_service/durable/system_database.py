@@ -34,6 +34,7 @@ from perdure_service.durable import metering, replay, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.parking import WaitingDatabase
+from perdure_service.durable.payloads import Stowed
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.transactions import QUEUE, agent_of
 
@@ -68,7 +69,10 @@ class PerdureSystemDatabase(WaitingDatabase):
             RequestRepeated: The request has its run already, under another id.
             DBOSConflictingWorkflowError: The id is another agent's.
         """
-        operation = Operation(None, start=start, input_argument=input_argument, unique_request_id=unique_request_id)
+        stowed = self.payloads.stow(status["inputs"], patient=False)
+        operation = Operation(
+            None, start=start, input_argument=input_argument, unique_request_id=unique_request_id, inputs=stowed
+        )
         with self.operations.open(operation):
             written, created = self.init_workflow(status, creator_xid=creator_xid)
         mine = created and written == "PENDING"
@@ -108,10 +112,19 @@ class PerdureSystemDatabase(WaitingDatabase):
         """Writes a run of which it is decided whether it begins here."""
         operation = self.operations.current
         workflow_id = status["workflow_uuid"]
-        written, created = super()._insert_workflow_status(
-            status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy
-        )
         facts = operation.facts if operation else {}
+        inputs = status["inputs"]
+        stowed: Stowed | None = facts["inputs"] if "inputs" in facts else self.payloads.stow(inputs)
+        if stowed is not None:
+            status["inputs"] = stowed.pointer.text
+        try:
+            written, created = super()._insert_workflow_status(
+                status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy
+            )
+        finally:
+            status["inputs"] = inputs  # whoever runs it here reads them from this
+        if created:
+            self.payloads.write(conn, workflow_id, stowed)
         start: RunStart | None = facts.get("start")
         queue = status["queue_name"] or QUEUE
         if created and written == "ENQUEUED" and operation is not None:
@@ -165,7 +178,7 @@ class PerdureSystemDatabase(WaitingDatabase):
         parent = self.executions.find(parent_workflow_id, parent_owner)
         if parent is not None:
             self.refuse_dead(parent)
-        operation = Operation(parent, parent=parent)
+        operation = Operation(parent, parent=parent, inputs=self.payloads.stow(status["inputs"]))
 
         def finish(_conn: sa.Connection) -> None:
             if parent is None:
@@ -186,16 +199,18 @@ class PerdureSystemDatabase(WaitingDatabase):
     def init_workflows(self, statuses: list[WorkflowStatusInternal]) -> set[str]:
         operation = Operation(None)
         by_id = {status["workflow_uuid"]: status for status in statuses}
+        stowed = {key: self.payloads.stow(status["inputs"]) for key, status in by_id.items()}
 
         def finish(conn: sa.Connection) -> None:
             for workflow_id in self._lock(conn, sorted(by_id)):
                 record = self.ledger.record_start(conn, status=dict(by_id[workflow_id]))
                 if record is not None:
                     operation.add(workflow_id, *record.events)
+                    self.payloads.write(conn, workflow_id, stowed[workflow_id])
 
         operation.finish = finish
         with self.operations.open(operation):
-            return super().init_workflows(statuses)
+            return super().init_workflows([_pointing(one, stowed[one["workflow_uuid"]]) for one in statuses])
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -208,10 +223,13 @@ class PerdureSystemDatabase(WaitingDatabase):
             execution.touch()
             self._move_on(execution)
         try:
-            return super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
+            found = super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
         except DBOSWorkflowCancelledError:
             self.close_ended([workflow_id])
             raise
+        if found is not None:
+            found["output"] = self.payloads.followed(found["output"])
+        return found
 
     def _check_operation_execution_txn(
         self, workflow_id: str, function_id: int, function_name: str, conn: Any
@@ -230,12 +248,29 @@ class PerdureSystemDatabase(WaitingDatabase):
         if execution is not None and result["function_id"] in execution.refused:
             return  # recorded below: what is raised there, DBOS records once more when the step is asynchronous
         refused = self.limit.refuse_result(result, self.serializer)
-        with self._own(result["workflow_uuid"], events=getattr(self._local, "sleep_events", None)):
+        stowed = self.payloads.stow(result["output"])
+        if stowed is not None:
+            result = {**result, "output": stowed.pointer.text}
+        with self._own(
+            result["workflow_uuid"],
+            events=getattr(self._local, "sleep_events", None),
+            finish=None if stowed is None else lambda conn: self.payloads.write(conn, result["workflow_uuid"], stowed),
+        ):
             super().record_operation_result(result, **rest)
         if refused is not None:
             if execution is not None:
                 execution.refused.add(result["function_id"])
             raise refused
+
+    def record_with_payload(
+        self, result: OperationResultInternal, stowed: Stowed, events: Callable[[Execution], list[Event]]
+    ) -> None:
+        """Records an operation of the workflow's own code, with a payload and events in the same transaction."""
+        workflow_id = result["workflow_uuid"]
+        with self._own(
+            workflow_id, events=events, finish=lambda conn: self.payloads.write(conn, workflow_id, stowed)
+        ):
+            super().record_operation_result(result)
 
     def _record_operation_result_txn(
         self, result: OperationResultInternal, completed_at_epoch_ms: int, conn: Any, **rest: Any
@@ -389,6 +424,7 @@ class PerdureSystemDatabase(WaitingDatabase):
         if execution is not None:
             self.refuse_dead(execution, retiring_too=False)
         operation = Operation(execution)
+        stowed = self.payloads.stow(output)
 
         def begin(conn: sa.Connection) -> None:
             recorded = self.ledger.recorded_name(conn, own.workflow_id, function_id)
@@ -399,7 +435,9 @@ class PerdureSystemDatabase(WaitingDatabase):
             if recorded is not None and execution is not None:
                 execution.followed = True
 
-        def finish(_conn: sa.Connection) -> None:
+        def finish(conn: sa.Connection) -> None:
+            if not operation.facts["replayed"]:
+                self.payloads.write(conn, own.workflow_id, stowed)
             if execution is not None and not operation.facts["replayed"]:
                 kind = EventKind.STEP_SUCCEEDED if error is None else EventKind.STEP_FAILED
                 data: dict[str, Any] = {"duration_ms": max(0, now_ms() - started_at_epoch_ms)}
@@ -411,9 +449,10 @@ class PerdureSystemDatabase(WaitingDatabase):
                 )
 
         operation.begin, operation.finish = begin, finish
+        stored = output if stowed is None else stowed.pointer.text
         with self.operations.open(operation):
             super().record_get_result(
-                result_workflow_id, output, error, serialization, ctx, started_at_epoch_ms=started_at_epoch_ms
+                result_workflow_id, stored, error, serialization, ctx, started_at_epoch_ms=started_at_epoch_ms
             )
 
     # ---- the end -----------------------------------------------------------------------------------------------------
@@ -440,18 +479,24 @@ class PerdureSystemDatabase(WaitingDatabase):
         if execution is not None:
             execution.passed(recorded=False)
         operation = Operation(execution)
+        stowed = self.payloads.stow(output)
+        shown, shown_stowed = (None, None) if stowed is None else self._stow_shown(workflow_id, output)
 
         def finish(conn: sa.Connection) -> None:
             for ended in self.ledger.ended(conn, [workflow_id]):
                 if ended.status == status:
-                    events, after = self.ledger.close_own(conn, ended, execution, output, error, self.serializer)
+                    events, after = self.ledger.close_own(
+                        conn, ended, execution, output, error, self.serializer, shown
+                    )
                     operation.add(workflow_id, *events)
                     operation.after(after)
+                    self._use(conn, workflow_id, stowed, shown_stowed)
 
         operation.finish = finish
+        stored = output if stowed is None else stowed.pointer.text
         with self.operations.open(operation):
             landed = super().update_workflow_outcome(
-                workflow_id, status, output=output, error=error, owner_xid=owner_xid
+                workflow_id, status, output=stored, error=error, owner_xid=owner_xid
             )
         if execution is not None:
             self.executions.remove(execution)
@@ -460,6 +505,19 @@ class PerdureSystemDatabase(WaitingDatabase):
         if not landed:
             self.close_ended([workflow_id])
         return landed
+
+    def _stow_shown(self, workflow_id: str, output: str | None) -> tuple[str | None, Stowed | None]:
+        """Returns what the run's row shows of a large output, its JSON text or a pointer, and what that points to."""
+        with self._plain_begin() as conn:
+            serialization = self.ledger.serialization(conn, workflow_id)
+        text = values.output_json(output, serialization, self.serializer)
+        stowed = self.payloads.stow(text)
+        return (text if stowed is None else stowed.pointer.text), stowed
+
+    def _use(self, conn: sa.Connection, workflow_id: str, *stowed: Stowed | None) -> None:
+        """Makes a run use payloads, in order of their hashes, as everybody locks them."""
+        for one in sorted((one for one in stowed if one is not None), key=lambda one: one.pointer.sha256):
+            self.payloads.write(conn, workflow_id, one)
 
     # ---- what rides alone ----------------------------------------------------------------------------------------
 
@@ -476,6 +534,11 @@ class PerdureSystemDatabase(WaitingDatabase):
             self.run_operation(operation)
         except DBOSWorkflowConflictIDError:
             self.executions.kill(execution, "it lost its run")
+
+
+def _pointing(status: WorkflowStatusInternal, stowed: Stowed | None) -> WorkflowStatusInternal:
+    """Returns a status as it is stored."""
+    return status if stowed is None else {**status, "inputs": stowed.pointer.text}
 
 
 def install(build: Callable[..., SystemDatabase]) -> None:

@@ -20,6 +20,7 @@ from perdure_service.durable.executions import AgentKey, Execution, Executions, 
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
+from perdure_service.durable.payloads import Payloads
 from perdure_service.durable.placement import Placement
 from perdure_service.durable.replay import refuse_diverged
 from perdure_service.durable.retries import repeated
@@ -53,6 +54,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         placement: Placement,
         registered: Callable[[], list[str]],
         limit: OutputLimit,
+        payloads: Payloads,
         **arguments: Any,
     ) -> None:
         self._local = threading.local()
@@ -63,6 +65,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         self.placement = placement
         self._registered = registered
         self.limit = limit
+        self.payloads = payloads
         self._plain_begin = self.engine.begin
         self.stopping = False
         """Whether this executor takes no more runs."""

@@ -45,6 +45,7 @@ ACCESS: Mapping[str, Access] = MappingProxyType(
         _RUNS + "ForkRun": Access(Role.OPERATOR, changes=True),
         _RUNS + "DeleteRuns": Access(Role.ADMIN, changes=True),
         _RUNS + "GetRunTrace": Access(Role.VIEWER),
+        _RUNS + "ReadArtifact": Access(Role.VIEWER),
         _APPROVALS + "ListApprovals": Access(Role.VIEWER),
         _APPROVALS + "GetApproval": Access(Role.VIEWER),
         _APPROVALS + "DecideApproval": Access(Role.APPROVER, changes=True),

@@ -10,6 +10,7 @@ from perdure_service.domain.agents import AgentSpec
 from perdure_service.domain.approvals import Approval
 from perdure_service.domain.events import Step
 from perdure_service.domain.runs import Progress, Run, Usage
+from perdure_service.durable.artifacts import Artifact
 from perdure_service.rpc import enums, fields
 
 
@@ -47,6 +48,8 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
     if full:
         message.input_json = fields.text(run.input_json)
         message.output_json = fields.text(run.output_json)
+        message.input_bytes = fields.int64(run.input_bytes)
+        message.output_bytes = fields.int64(run.output_bytes)
     return message
 
 
@@ -87,6 +90,20 @@ def approval(value: Approval) -> approval_pb2.Approval:
         comment=fields.text(value.comment),
         answer_json=fields.text(value.answer_json),
         revision=fields.int64(value.revision),
+    )
+
+
+def artifact_part(part: Artifact | bytes) -> agent_run_service_pb2.ReadArtifactResponse:
+    """Returns what an artifact is, or some of its bytes, as a message."""
+    if isinstance(part, bytes):
+        return agent_run_service_pb2.ReadArtifactResponse(data=part)
+    return agent_run_service_pb2.ReadArtifactResponse(
+        artifact=agent_run_service_pb2.ArtifactInfo(
+            name=fields.text(part.name),
+            media_type=fields.text(part.media_type),
+            size_bytes=fields.int64(part.size_bytes),
+            sha256=part.sha256,
+        )
     )
 
 
