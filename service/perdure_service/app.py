@@ -7,8 +7,10 @@ import os
 import signal
 import socket
 import threading
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import sqlalchemy as sa
@@ -37,6 +39,9 @@ from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry
 
 log = structlog.get_logger()
+
+LATE = timedelta(seconds=5)
+"""What closing connections and flushing telemetry may take beyond the time for draining."""
 
 Report = Callable[[str], None]
 
@@ -87,6 +92,21 @@ def load_documents(engine: sa.Engine, settings: Settings, folder: Path, report: 
     return not result.failed
 
 
+def _end_at_the_latest(after: timedelta, exit_status: int) -> None:
+    """Ends this process when its own end takes too long: what hangs is not waited for, and what is lost is a farewell.
+
+    Its runs are handed over long before; if even that was impossible, its lease expires.
+    """
+
+    def end() -> None:
+        log.error("server.stop_cut_short", after_s=after.total_seconds())
+        os._exit(exit_status)
+
+    timer = threading.Timer(after.total_seconds(), end)
+    timer.daemon = True
+    timer.start()
+
+
 async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
 
@@ -112,6 +132,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
             os._exit(130)
         status = exit_status
         log.info("server.stopping", reason=reason)
+        _end_at_the_latest(settings.drain_timeout + LATE, exit_status)
         stopping.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):

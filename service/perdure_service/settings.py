@@ -285,9 +285,9 @@ class Settings(BaseSettings):
         description="How often to look for news of watched runs that no hint announced.",
     )
     lease_ttl: timedelta = Field(
-        timedelta(seconds=15),
+        timedelta(seconds=8),
         ge=timedelta(seconds=1),
-        description="How long after its last renewal an executor counts as alive.",
+        description="How long after its last renewal an executor counts as alive. It renews every quarter of it.",
     )
     park_after: timedelta = Field(
         timedelta(seconds=5),

@@ -20,7 +20,7 @@ def lease() -> Lease:
     nothing: Any = None
     return Lease(
         nothing, "me", application_version="1", address="", max_running=1, ttl=timedelta(seconds=1),
-        executions=Executions(), ledger=nothing, hint=lambda ids: None, lost=lambda: None, owns_database=False,
+        executions=Executions(), lost=lambda: None,
     )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ class ExecutorState(StrEnum):
     """Whether an executor is alive; names as in the API without their prefix."""
 
     ALIVE = "ALIVE"
+    DRAINING = "DRAINING"
     EXPIRED = "EXPIRED"
     GONE = "GONE"
 

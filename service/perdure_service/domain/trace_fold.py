@@ -12,8 +12,9 @@ the executor that did the work, and by whoever read the log after its death) is 
                     › approval
                     › run of a child (whose `traceparent` names this execution)
 
-An execution ends when its run is parked, and the one that goes on is another. What an executor's death cut off ends at the recovery, with the error type `ExecutionLost`; what the end of its run cut
-off, with the state that the run ended in. An approval outlives the execution that asked it. Of an attempt whose
+An execution ends when its run is parked or handed over, and the one that goes on is another. What an executor's death
+cut off ends at the recovery, with the error type `ExecutionLost`; what the end of its run cut off, with the state that
+the run ended in. An approval outlives the execution that asked it. Of an attempt whose
 beginning did not reach the log before a crash (events wait up to 100 ms) nothing is known.
 """
 
@@ -126,6 +127,8 @@ class ExecutionFold:
             return self._end(event.time_ms, *_outcome(event), cut_off)
         if event.data.get("parked"):
             return self._end(event.time_ms, "unset", "", "")
+        if event.data.get("handed_over"):
+            return self._end(event.time_ms, "unset", "", telemetry.ERROR_CUT_OFF)
         if state in (RunState.QUEUED, RunState.SCHEDULED) or event.execution > self.number:
             return self._end(event.time_ms, "error", telemetry.ERROR_CUT_OFF, telemetry.ERROR_CUT_OFF)
         closed = self._end_wait(event.time_ms)

@@ -1,12 +1,11 @@
-"""This executor's claim to be alive, and taking back the runs of executors that no longer are.
+"""This executor's claim to be alive.
 
-Only being *tombstoned* ends a claim: the reaper sets the tombstone by compare-and-set, and a renewal that comes late to
-a row without one succeeds, so a database pause of minutes costs nothing. Past its time to live an executor starts no
-step body and waits (`gate`); tombstoned, it marks its executions dead and ends.
+Only being *tombstoned* ends a claim: the reaper (`durable.reaper`) sets the tombstone by compare-and-set, and a renewal
+that comes late to a row without one succeeds, so a database pause of minutes costs nothing. Past its time to live an
+executor starts no step body and waits (`gate`); tombstoned, it marks its executions dead and ends.
 
-Who looks after the dead: each executor, at its start and then every third of the time to live, but not before one time
-to live has passed since its own first renewal (after an outage everyone looks dead). `dev` owns its database, so what
-another process left is taken back at once.
+The lease is renewed every quarter of its time to live by a thread that does nothing else, on a connection of its own:
+neither a long take-back nor a pool whose connections are all in use makes this executor look dead.
 """
 
 from __future__ import annotations
@@ -16,15 +15,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 
 import sqlalchemy as sa
 import structlog
 
-from perdure_service.durable.executions import Executions, now_ms
-from perdure_service.durable.ledger import Ledger
-from perdure_service.durable.transactions import QUEUE
+from perdure_service.durable.executions import Executions
 from perdure_service.store import executors
 from perdure_service.store.sqlstates import retrying
 
@@ -33,16 +30,23 @@ log = structlog.get_logger()
 GATE_POLL_S = 0.1
 """How often a step that may not begin looks whether it may."""
 
-MAX_BATCHES = 1_000
-"""Batches that one take-back works through; the rest waits for the next."""
+NOTE = timedelta(seconds=2)
+"""How long telling that this executor drains, or is over, may take: its end waits for neither."""
 
+RENEWALS_PER_TTL = 4
+"""Three may fail before the lease runs out."""
 
 SHORTEST_STATEMENT_TIMEOUT = timedelta(seconds=1)
 
 
+def renewal_interval_s(ttl: timedelta) -> float:
+    """Returns how often a lease is renewed, in seconds."""
+    return ttl.total_seconds() / RENEWALS_PER_TTL
+
+
 def lease_statement_timeout(ttl: timedelta) -> timedelta:
     """Returns how long a statement about leases may take: so short that a renewal that hangs is tried once more."""
-    return max(ttl / 4, SHORTEST_STATEMENT_TIMEOUT)
+    return max(ttl / RENEWALS_PER_TTL, SHORTEST_STATEMENT_TIMEOUT)
 
 
 def new_executor_id() -> str:
@@ -63,27 +67,19 @@ class Lease:
         max_running: int,
         ttl: timedelta,
         executions: Executions,
-        ledger: Ledger,
-        hint: Callable[[Sequence[str]], None],
         lost: Callable[[], None],
-        owns_database: bool,
-        gone: Callable[[Sequence[str]], None] = lambda _executor_ids: None,
     ) -> None:
         """Creates the lease; `start` takes it.
 
         Args:
-            engine: The database.
+            engine: The database, by a connection of the lease's own.
             executor_id: This process's id, new at every start.
             application_version: The version whose runs it can continue.
             address: Where it can be reached.
             max_running: How many runs it takes.
             ttl: How long it counts as alive after a renewal.
             executions: What it runs.
-            ledger: Writes the logs of runs that are given back.
-            hint: Told of runs that have news.
             lost: Called once when this executor was declared gone; it must end the process.
-            owns_database: Whether no other executor can be alive (`dev`).
-            gone: Told of executors that this one has declared gone.
         """
         self._engine = engine
         self._executor_id = executor_id
@@ -92,23 +88,14 @@ class Lease:
         self._max_running = max_running
         self._ttl = ttl
         self._executions = executions
-        self._ledger = ledger
-        self._hint = hint
         self._lost = lost
-        self._owns_database = owns_database
-        self._gone = gone
-        self._declared_gone: set[str] = set()
         self._valid_until = 0.0
-        self._first_success = 0.0
+        self._alive_since = 0.0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
-    def start(self) -> int:
-        """Takes the lease, gives back the runs of executors without one, and begins to renew.
-
-        Returns:
-            How many runs were given back.
-        """
+    def start(self) -> None:
+        """Takes the lease and begins to renew it."""
 
         def register(conn: sa.Connection) -> None:
             executors.register(
@@ -119,24 +106,25 @@ class Lease:
                 max_running=self._max_running,
                 ttl=self._ttl,
             )
-            if self._owns_database:
-                self._declared_gone.update(executors.tombstone_others(conn, self._executor_id))
 
         before = time.monotonic()
         retrying(self._engine, "lease.register", register)
-        self._valid_until = before + self._ttl.total_seconds()
-        self._first_success = before
-        requeued = self.take_back()
+        self._succeeded(before)
         self._thread.start()
-        return requeued
+
+    def drain(self) -> None:
+        """Tells that this executor takes no more runs; nothing depends on it but what operators see."""
+        try:
+            retrying(self._engine, "lease.drain", lambda conn: executors.drain(conn, self._executor_id), budget=NOTE)
+        except Exception as error:  # noqa: BLE001 - logged; it is for people
+            log.warning("lease.drain_not_told", error=type(error).__name__)
 
     def stop(self) -> None:
-        """Ends the lease and gives back what is left of this executor's runs, so that others go on at once."""
+        """Ends the lease, so that whatever this executor still has is free for others at once."""
         self.forget()
         try:
-            retrying(self._engine, "lease.remove", lambda conn: executors.remove(conn, self._executor_id))
-            self.take_back()
-        except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
+            retrying(self._engine, "lease.remove", lambda conn: executors.remove(conn, self._executor_id), budget=NOTE)
+        except Exception as error:  # noqa: BLE001 - logged; it expires
             log.warning("lease.stop_failed", error=type(error).__name__)
 
     def forget(self) -> None:
@@ -160,34 +148,18 @@ class Lease:
         while not self.open:  # noqa: ASYNC110 - renewed by another thread; seldom waited for
             await asyncio.sleep(GATE_POLL_S)
 
-    def _requeue(self, conn: sa.Connection) -> list[executors.Requeued]:
-        """Declares the expired gone and gives back what they had, in one transaction."""
-        self._declared_gone.update(executors.tombstone_expired(conn, self._executor_id))
-        return executors.requeue_orphans(conn, QUEUE, now_ms(), self._ledger.adopt)
+    def held_for(self, duration: timedelta) -> bool:
+        """Returns whether the lease has been renewed without a lapse for so long, and holds."""
+        return self.open and time.monotonic() - self._alive_since >= duration.total_seconds()
 
-    def take_back(self) -> int:
-        """Gives back the runs of executors that are gone, with their events; returns how many."""
-        count = 0
-        for _ in range(MAX_BATCHES):
-            batch = retrying(
-                self._engine,
-                "lease.requeue_orphans",
-                self._requeue,
-            )
-            count += len(batch)
-            self._hint([one.workflow_id for one in batch])
-            for one in batch:
-                log.info("run.taken_back", workflow_id=one.workflow_id, from_executor_id=one.from_executor_id)
-            if len(batch) < executors.BATCH:
-                break
-        if self._declared_gone:
-            self._gone(sorted(self._declared_gone))
-            self._declared_gone.clear()
-        return count
+    def _succeeded(self, before: float) -> None:
+        """Is told that a renewal sent at `before` succeeded."""
+        if before >= self._valid_until:
+            self._alive_since = before  # the first one, or the first after an outage
+        self._valid_until = before + self._ttl.total_seconds()
 
     def _run(self) -> None:
-        interval = self._ttl.total_seconds() / 3
-        while not self._stop.wait(interval):
+        while not self._stop.wait(renewal_interval_s(self._ttl)):
             before = time.monotonic()
             try:
                 alive = retrying(
@@ -201,9 +173,4 @@ class Lease:
                 self._executions.kill_all("this executor was declared gone")
                 self._lost()
                 return
-            self._valid_until = before + self._ttl.total_seconds()
-            if before - self._first_success >= self._ttl.total_seconds():
-                try:
-                    self.take_back()
-                except Exception as error:  # noqa: BLE001 - logged; the next renewal tries again
-                    log.warning("lease.take_back_failed", error=type(error).__name__)
+            self._succeeded(before)

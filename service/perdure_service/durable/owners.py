@@ -106,7 +106,9 @@ class OwnerWatch:
         given_back = retrying(
             self._engine,
             "owners.requeue_lost",
-            lambda conn: executors.requeue_lost(conn, lost, QUEUE, now_ms(), self._ledger.adopt),
+            lambda conn: executors.give_back_own(
+                conn, dict(lost), QUEUE, now_ms(), self._ledger.adopt, "its executor never began it"
+            ),
         )
         ids = [one.workflow_id for one in given_back]
         self._hint(ids)

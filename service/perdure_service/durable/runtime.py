@@ -7,9 +7,11 @@ code stops neither health nor streams nor renewal. DBOS is a process singleton, 
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -26,12 +28,14 @@ from perdure_service.domain.events import Pack
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import metering, parking, replay, retries, steps, system_database
+from perdure_service.durable.drain import Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
-from perdure_service.durable.leases import Lease, lease_statement_timeout
+from perdure_service.durable.leases import Lease, lease_statement_timeout, renewal_interval_s
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
 from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
+from perdure_service.durable.reaper import Reaper
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.suspicion import Suspicion
@@ -54,8 +58,11 @@ QUEUE_ATTEMPTS = 5
 OWNER_WATCH_S = 1.0
 """How often runs are looked for that were cancelled, or taken, by another server while they wait here."""
 
-STOP_POLL_S = 0.02
-"""How often a stopping executor looks whether its last step bodies are done."""
+STOP_RESERVE = timedelta(seconds=2)
+"""What is kept of the time that a stopping server has for what follows the last step body."""
+
+DESTROY_TIMEOUT_S = 3.0
+"""How long DBOS may take to end its threads; the process ends with them or without them."""
 
 LISTENER_POLL_S = 0.25
 """How often waits for signals are looked at where there is no LISTEN/NOTIFY (CockroachDB)."""
@@ -106,17 +113,24 @@ class Runtime:
             max_running=max_running,
             ttl=lease_ttl,
             executions=self.executions,
+            lost=lost,
+        )
+        self._reaper = Reaper(
+            engine,
+            executor_id,
+            lease=self.lease,
+            ttl=lease_ttl,
             ledger=self.ledger,
             hint=hint,
-            lost=lost,
-            owns_database=owns_database,
             gone=self.spans.executors_gone,
+            owns_database=owns_database,
         )
+        self._drain = Drain(engine, self.executions, self.ledger, hint)
         self._suspicion = Suspicion(
             engine,
             executor_id,
-            renew_s=lease_ttl.total_seconds() / 3,  # as the lease does
-            take_back=self.lease.take_back,
+            renew_s=renewal_interval_s(lease_ttl),
+            take_back=self._reaper.take_back,
             gone=self.spans.executors_gone,
         )
         self._suspects = suspicion and not owns_database
@@ -147,7 +161,8 @@ class Runtime:
         with suppress(RuntimeError):
             asyncio.get_running_loop()
             raise AssertionError("launch in a thread without an event loop")
-        taken_back = self.lease.start()
+        self.lease.start()
+        taken_back = self._reaper.start()
         self._writer.start()
         self._traces.start()
         system_database.install(self._build)
@@ -204,34 +219,43 @@ class Runtime:
                 time.sleep(0.2 * attempt)
 
     def stop(self, timeout: timedelta) -> None:
-        """Takes no more runs, lets step bodies in progress finish, and hands every run over. Blocks.
+        """Takes no more runs, and hands over those it has, each as soon as it may be; see `drain`. Blocks.
 
-        A body that finishes within `timeout` is recorded, as ever; nothing new begins. What has not ended then goes
-        back to the queue at once: another executor, or the next start of this one, continues it.
+        What has not ended goes back to the queue: another executor, or the next start of this one, continues it. It
+        returns within `timeout` and a few seconds, whatever a step or the database does.
         """
         self.database.stopping = True
-        self.executions.retire_all()
-        deadline = time.monotonic() + timeout.total_seconds()
-        while any(one.bodies or one.has_events for one in self.executions) and time.monotonic() < deadline:
-            time.sleep(STOP_POLL_S)
-        self._suspicion.stop()
-        self._owners.stop()
-        self._waker.stop()
-        self._writer.stop()
-        self.executions.kill_all("this executor stops")
+        deadline = time.monotonic() + max(timeout - STOP_RESERVE, timeout / 2).total_seconds()
+        self.lease.drain()
+        self._drain.run(deadline)
+        self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self.lease)
         with suppress(Exception):
-            DBOS.destroy(workflow_completion_timeout_sec=0)
-        self.lease.stop()
+            self._reaper.take_back()  # what this executor never knew it had been given
+        self._end_dbos()
         self._lease_engine.dispose()
         self._traces.stop()
 
+    @staticmethod
+    def _end_threads(*parts: Any) -> None:
+        """Stops parts of this runtime at the same time: each waits a little for its thread."""
+        with ThreadPoolExecutor(len(parts)) as pool:
+            list(pool.map(lambda part: part.stop(), parts))
+
+    @staticmethod
+    def _end_dbos() -> None:
+        """Ends DBOS's threads, as far as they end: one may hang in the code of an agent."""
+
+        def destroy() -> None:
+            with suppress(Exception):
+                DBOS.destroy(workflow_completion_timeout_sec=0)
+
+        thread = threading.Thread(target=destroy, name="dbos-destroy", daemon=True)
+        thread.start()
+        thread.join(timeout=DESTROY_TIMEOUT_S)
+
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
-        self._suspicion.stop()
-        self._owners.stop()
-        self._waker.stop()
-        self._writer.stop()
-        self._traces.stop()
+        self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self._traces)
         self.lease.forget()
         self._lease_engine.dispose()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -54,6 +54,14 @@ def renew(conn: sa.Connection, executor_id: str, ttl: timedelta) -> bool:
         {"executor_id": executor_id, "ttl_s": ttl.total_seconds()},
     )
     return renewed.rowcount == 1
+
+
+def drain(conn: sa.Connection, executor_id: str) -> None:
+    """Tells that an executor takes no more runs; its lease goes on."""
+    conn.execute(
+        sa.text("UPDATE perdure.executor SET draining = true WHERE executor_id = :executor_id"),
+        {"executor_id": executor_id},
+    )
 
 
 def remove(conn: sa.Connection, executor_id: str) -> None:
@@ -128,7 +136,7 @@ def requeue_orphans(
         """),
         {"application": APPLICATION, "limit": BATCH},
     ).fetchall()
-    return _give_back(conn, found, queue, now_ms, adopt, "its executor is gone")
+    return _give_back(conn, found, queue, now_ms, adopt, "its executor is gone", crashed=True)
 
 
 def find_running(conn: sa.Connection, executor_id: str, older_than_s: float) -> list[tuple[str, str | None]]:
@@ -149,33 +157,37 @@ def find_running(conn: sa.Connection, executor_id: str, older_than_s: float) -> 
     return [(row[0], row[1]) for row in rows]
 
 
-def requeue_lost(
+def give_back_own(
     conn: sa.Connection,
-    lost: Sequence[tuple[str, str | None]],
+    tokens_by_id: Mapping[str, str | None],
     queue: str,
     now_ms: int,
     adopt: Callable[[sa.Connection, Sequence[str]], object],
+    reason: str,
 ) -> list[Requeued]:
-    """Gives back runs that their executor does not execute: the reply to its claim, or to its start, never came.
+    """Gives back runs of the executor that calls: those it stops to execute, or was given and never executed.
+
+    None of this is a crash: the attempt that the claim counted is taken off again.
 
     Args:
         conn: A transaction of that executor.
-        lost: Workflow ids and the tokens under which they were found; what has another one by now is left alone.
+        tokens_by_id: Workflow ids, and the tokens under which they were executed, or found; what has another one by
+            now is left alone. At most `BATCH` are given back, and none that somebody else holds.
         queue: As of `requeue_orphans`.
         now_ms: As of `requeue_orphans`.
         adopt: As of `requeue_orphans`.
+        reason: Why, for people.
     """
-    tokens = dict(lost)
     found = conn.execute(
         sa.text(f"""
             SELECT s.workflow_uuid, s.executor_id, now() AS seen, now() AS now, s.owner_xid
             FROM {STATUS} AS s WHERE s.status = 'PENDING' AND s.workflow_uuid = ANY(:ids)
             ORDER BY s.workflow_uuid LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
         """),
-        {"ids": sorted(tokens), "limit": BATCH},
+        {"ids": sorted(tokens_by_id), "limit": BATCH},
     ).fetchall()
-    still = [row[:4] for row in found if row[4] == tokens[row[0]]]
-    return _give_back(conn, still, queue, now_ms, adopt, "its executor never began it")
+    still = [row[:4] for row in found if row[4] == tokens_by_id[row[0]]]
+    return _give_back(conn, still, queue, now_ms, adopt, reason, crashed=False)
 
 
 def _give_back(
@@ -185,8 +197,13 @@ def _give_back(
     now_ms: int,
     adopt: Callable[[sa.Connection, Sequence[str]], object],
     reason: str,
+    *,
+    crashed: bool,
 ) -> list[Requeued]:
-    """Puts locked running rows (id, executor, when it was last seen, now) back into the queue, with their events."""
+    """Puts locked running rows (id, executor, when it was last seen, now) back into the queue, with their events.
+
+    A crash is told by `recovered`, and counts as an attempt; else the execution ended in good order.
+    """
     if not found:
         return []
     ids = [row[0] for row in found]
@@ -195,36 +212,35 @@ def _give_back(
     conn.execute(
         sa.text(f"""
             UPDATE {STATUS} SET status = 'ENQUEUED', owner_xid = NULL, started_at_epoch_ms = NULL,
-                queue_name = coalesce(queue_name, :queue), updated_at = :now_ms
+                queue_name = coalesce(queue_name, :queue),
+                updated_at = CAST(extract(epoch FROM now()) * 1000 AS BIGINT),
+                recovery_attempts = greatest(coalesce(recovery_attempts, 0) - :uncounted, 0)
             WHERE workflow_uuid = ANY(:ids) AND status = 'PENDING'
         """),
-        {"ids": ids, "queue": queue, "now_ms": now_ms},
+        {"ids": ids, "queue": queue, "uncounted": 0 if crashed else 1},
     )
     for workflow_id, executor_id, seen, now in found:
         gap_ms = 0 if seen is None else max(0, int((now - seen).total_seconds() * 1000))
         state, execution = before[workflow_id]
-        events = [
-            Event(
-                EventKind.RECOVERED, now_ms, {"from_executor_id": executor_id or "", "gap_ms": gap_ms},
-                execution=execution,
-            ),
-            Event(
-                EventKind.STATE_CHANGED, now_ms,
-                {"from": state, "to": RunState.QUEUED, "reason": reason},
-                execution=execution,
-            ),
-        ]  # fmt: skip
+        told: dict[str, Any] = {"from": state, "to": RunState.QUEUED, "reason": reason}
+        if not crashed:
+            told["handed_over"] = True
+        events = [Event(EventKind.STATE_CHANGED, now_ms, told, execution=execution)]
+        if crashed:
+            lost = {"from_executor_id": executor_id or "", "gap_ms": gap_ms}
+            events.insert(0, Event(EventKind.RECOVERED, now_ms, lost, execution=execution))
         event_log.append(conn, Pack(workflow_id, events))
         runs.apply_events(conn, workflow_id, events)
     return [Requeued(workflow_id, executor_id or "") for workflow_id, executor_id, _, _ in found]
 
 
-_STATE_ORDER = (ExecutorState.ALIVE, ExecutorState.EXPIRED, ExecutorState.GONE)
+_STATE_ORDER = (ExecutorState.ALIVE, ExecutorState.DRAINING, ExecutorState.EXPIRED, ExecutorState.GONE)
 _LIST = f"""
     SELECT executor_id, address, application_version, max_running, started_at, expires_at, place, running
     FROM (
         SELECT e.executor_id, e.address, e.application_version, e.max_running, e.started_at, e.expires_at,
-            CASE WHEN e.tombstoned_at IS NOT NULL THEN 2 WHEN e.expires_at <= now() THEN 1 ELSE 0 END AS place,
+            CASE WHEN e.tombstoned_at IS NOT NULL THEN 3 WHEN e.expires_at <= now() THEN 2
+                WHEN e.draining THEN 1 ELSE 0 END AS place,
             coalesce(c.running, 0) AS running
         FROM perdure.executor AS e LEFT JOIN (
             SELECT s.executor_id, count(*) AS running FROM {STATUS} AS s

@@ -1,0 +1,102 @@
+"""Hands over what a stopping executor runs: each run as soon as nothing of it is in progress, the rest at the end.
+
+A step body that is in progress may finish and is recorded, as ever; nothing new begins (`Executions.retire_all`). A run
+of which no body is in progress, and no commit, goes back to the queue at once, so what only waits, or is between two
+steps, moves first. What is still in a body when the time is up goes back, too, and its step runs again elsewhere.
+
+**Nothing is done twice:** an execution is marked dead before its run is given back, so its code begins nothing more,
+and what it had in progress is refused by the owner's fence. **If we die on the next line**, or the database is away,
+the run stays under this executor's lease, which is about to end. **If the reply to COMMIT is lost**, the repeat finds
+rows that are not ours any more, and leaves them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+import sqlalchemy as sa
+import structlog
+
+from perdure_service.durable.executions import Execution, Executions, now_ms
+from perdure_service.durable.ledger import Ledger
+from perdure_service.durable.transactions import QUEUE
+from perdure_service.store import executors
+from perdure_service.store.sqlstates import retrying
+
+POLL_S = 0.02
+"""How often it looks whether something has come to a rest."""
+
+BUDGET = timedelta(seconds=2)
+"""How long one hand-over is tried again: a database that is away must not hold up the end."""
+
+REASON = "handed over: its server stops"
+
+log = structlog.get_logger()
+
+
+class Drain:
+    """See the module."""
+
+    def __init__(
+        self,
+        engine: sa.Engine,
+        executions: Executions,
+        ledger: Ledger,
+        hint: Callable[[Sequence[str]], None],
+    ) -> None:
+        """Creates it.
+
+        Args:
+            engine: The database.
+            executions: What is executed here.
+            ledger: Adopts what foreign clients made.
+            hint: Told of runs that have news.
+        """
+        self._engine = engine
+        self._executions = executions
+        self._ledger = ledger
+        self._hint = hint
+        self._left: dict[str, str | None] = {}
+        """What has stopped here and is not given back yet, by workflow id: the token it was executed under."""
+
+    def run(self, deadline: float) -> None:
+        """Hands over everything by a time on the monotonic clock. Blocks."""
+        self._executions.retire_all()
+        while any(True for _ in self._executions) and time.monotonic() < deadline:
+            if not self._hand_over([one for one in self._executions if _rests(one)]):
+                time.sleep(POLL_S)
+        self._hand_over(list(self._executions))
+        while self._left and time.monotonic() < deadline and self._hand_over([]):
+            pass
+
+    def _hand_over(self, executions: Sequence[Execution]) -> bool:
+        """Stops these executions and gives back what has been stopped; returns whether anything was given back."""
+        for one in executions:
+            self._left[one.key.workflow_id] = one.owner_xid
+            self._executions.kill(one, "this executor stops")
+        if not self._left:
+            return False
+        batch = dict(sorted(self._left.items())[: executors.BATCH])
+        try:
+            given_back = retrying(
+                self._engine,
+                "drain.hand_over",
+                lambda conn: executors.give_back_own(conn, batch, QUEUE, now_ms(), self._ledger.adopt, REASON),
+                budget=BUDGET,
+            )
+        except Exception as error:  # noqa: BLE001 - logged; the end of the lease gives them back
+            log.warning("drain.hand_over_failed", error=type(error).__name__, runs=len(batch))
+            return False
+        for workflow_id in batch:
+            self._left.pop(workflow_id)
+        ids = [one.workflow_id for one in given_back]
+        self._hint(ids)
+        log.info("drain.handed_over", runs=len(ids))
+        return True
+
+
+def _rests(execution: Execution) -> bool:
+    """Returns whether nothing of an execution is in progress, nor waits to be written."""
+    return not (execution.bodies or execution.busy or execution.has_events)
