@@ -25,6 +25,7 @@ from tests.helpers.waiting import eventually, scaled
 LONG_TTL_S = scaled(60)
 """So long that a run which is not handed over, but left to the reapers, would be seen."""
 SHORT_TTL_S = 1
+NOT_PARKED_S = "3600"
 PAUSE_TTLS = 4
 """For how many times to live the database is away."""
 STEPS = 6
@@ -91,7 +92,7 @@ class Load:
         while not self._over.is_set():
             run = self._client.start("listener", {"signals": 3})
             for number in range(3):
-                assert self._client.signal(run, "more", number)
+                self._client.signal(run, "more", number)
             assert self._client.wait(run).output == [0, 1, 2]
 
     def stop(self) -> None:
@@ -153,7 +154,8 @@ def test_servers_that_are_restarted_in_turn_under_load_fail_no_call_and_repeat_n
 
 def test_a_database_that_is_away_for_several_leases_ends_no_executor_and_repeats_no_step(url: str) -> None:
     proxy = DatabaseProxy(url)
-    environment = {"PERDURE_LEASE_TTL": str(SHORT_TTL_S)}
+    # What waits stays in memory, so that a second execution can only come of a give-back.
+    environment = {"PERDURE_LEASE_TTL": str(SHORT_TTL_S), "PERDURE_PARK_AFTER": NOT_PARKED_S}
     servers = [ServerProcess(proxy.url, command="serve", **environment) for _ in range(2)]
     try:
         start_together(servers)

@@ -64,7 +64,12 @@ class Stop:
 @pytest.fixture(scope="module")
 def stop(database_url: str) -> Iterator[Stop]:
     create_effects_table(database_url)
-    environment = {"PERDURE_LEASE_TTL": str(LONG_TTL_S), "PERDURE_DRAIN_TIMEOUT": str(DRAIN_S)}
+    environment = {
+        "PERDURE_LEASE_TTL": str(LONG_TTL_S),
+        "PERDURE_DRAIN_TIMEOUT": str(DRAIN_S),
+        # What waits stays in memory: parked runs are on no server, and need no hand-over.
+        "PERDURE_PARK_AFTER": "3600",
+    }
     health_address = f"127.0.0.1:{free_port()}"
     a = ServerProcess(database_url, *AGENTS, command="serve", PERDURE_HEALTH_ADDRESS=health_address, **environment)
     b = ServerProcess(database_url, *AGENTS, command="serve", **environment)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from dbos._utils import LoopAwareEvent
 
@@ -343,6 +344,8 @@ class Executions:
 
     def __init__(self, wake_writer: Callable[[Execution], None] | None = None) -> None:
         self._by_key: dict[tuple[str, str], Execution] = {}
+        self._dead: WeakValueDictionary[tuple[str, str], Execution] = WeakValueDictionary()
+        """Those that were killed, while their code still has them."""
         self._lock = threading.Lock()
         self._wake_writer = wake_writer
         self.wake_waits: Callable[[str], None] = lambda _workflow_id: None
@@ -363,10 +366,15 @@ class Executions:
         return known
 
     def find(self, workflow_id: str, owner_xid: str | None) -> Execution | None:
-        """Returns the execution of a run under an ownership token."""
+        """Returns the execution of a run under an ownership token; also a dead one, whose code has not ended yet."""
         if owner_xid is None:
             return None
-        return self._by_key.get((workflow_id, owner_xid))
+        key = (workflow_id, owner_xid)
+        return self._by_key.get(key) or self._dead.get(key)
+
+    def has(self, workflow_id: str, owner_xid: str | None) -> bool:
+        """Returns whether an execution under an ownership token lives."""
+        return (workflow_id, owner_xid) in self._by_key
 
     def of(self, workflow_id: str) -> list[Execution]:
         """Returns the executions of a run."""
@@ -377,6 +385,7 @@ class Executions:
         """Forgets an execution that has ended."""
         with self._lock:
             self._by_key.pop((execution.key.workflow_id, execution.owner_xid), None)
+            self._dead.pop((execution.key.workflow_id, execution.owner_xid), None)
         execution.leave_parent()
 
     def kill(self, execution: Execution, reason: str) -> None:
@@ -385,9 +394,14 @@ class Executions:
             return
         execution.dead = reason
         execution.take()
+        key = (execution.key.workflow_id, execution.owner_xid)
+        with self._lock:
+            # Its code does not know yet: each of its calls must find it dead, not find nothing and go on unobserved.
+            self._dead[key] = execution
+            self._by_key.pop(key, None)
+        execution.leave_parent()
         self.wake_waits(execution.key.workflow_id)
         self.end_waits(execution)
-        self.remove(execution)
 
     @staticmethod
     def end_waits(execution: Execution) -> None:

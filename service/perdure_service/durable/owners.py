@@ -98,7 +98,7 @@ class OwnerWatch:
         running = retrying(
             self._engine, "owners.search", lambda conn: executors.find_running(conn, self._executor_id, GRACE_S)
         )
-        missing = {row for row in running if self._executions.find(*row) is None}
+        missing = {row for row in running if not self._executions.has(*row)}
         lost = sorted(missing & self._missing, key=str)
         self._missing = missing
         if not lost:

@@ -11,6 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from dbos._context import current_owner_xid, get_local_dbos_context
+from dbos._error import DBOSWorkflowConflictIDError
 from dbos._sys_db_postgres import PostgresSystemDatabase
 
 from perdure_service.domain.runs import RunState
@@ -141,6 +142,8 @@ class TransactionalDatabase(PostgresSystemDatabase):
             execution = self.executions.find(workflow_id, current_owner_xid(workflow_id))
         if execution is not None:
             refuse_diverged(execution)
+            if execution.dead and not execution.parked:
+                raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
             execution.touch()
             self._move_on(execution)
         return self.operations.open(Operation(execution, **hooks))
