@@ -64,12 +64,14 @@ class Drain:
     def run(self, deadline: float) -> None:
         """Hands over everything by a time on the monotonic clock. Blocks."""
         self._executions.retire_all()
-        while any(True for _ in self._executions) and time.monotonic() < deadline:
+        while (self._left or len(self._executions)) and time.monotonic() < deadline:
             if not self._hand_over([one for one in self._executions if _rests(one)]):
                 time.sleep(POLL_S)
         self._hand_over(list(self._executions))
-        while self._left and time.monotonic() < deadline and self._hand_over([]):
-            pass
+        latest = time.monotonic() + BUDGET.total_seconds()
+        while self._left and time.monotonic() < latest:
+            if not self._hand_over([]):
+                time.sleep(POLL_S)
 
     def _hand_over(self, executions: Sequence[Execution]) -> bool:
         """Stops these executions and gives back what has been stopped; returns whether anything was given back."""
@@ -79,22 +81,23 @@ class Drain:
         if not self._left:
             return False
         batch = dict(sorted(self._left.items())[: executors.BATCH])
+
+        def hand_over(conn: sa.Connection) -> tuple[list[executors.Requeued], set[str]]:
+            given_back = executors.give_back_own(conn, batch, QUEUE, now_ms(), self._ledger.adopt, REASON)
+            return given_back, executors.still_own(conn, batch)
+
         try:
-            given_back = retrying(
-                self._engine,
-                "drain.hand_over",
-                lambda conn: executors.give_back_own(conn, batch, QUEUE, now_ms(), self._ledger.adopt, REASON),
-                budget=BUDGET,
-            )
+            given_back, held = retrying(self._engine, "drain.hand_over", hand_over, budget=BUDGET)
         except Exception as error:  # noqa: BLE001 - logged; the end of the lease gives them back
             log.warning("drain.hand_over_failed", error=type(error).__name__, runs=len(batch))
             return False
-        for workflow_id in batch:
+        for workflow_id in batch.keys() - held:  # what somebody else holds, e.g. our own last commit, is tried again
             self._left.pop(workflow_id)
         ids = [one.workflow_id for one in given_back]
-        self._hint(ids)
-        log.info("drain.handed_over", runs=len(ids))
-        return True
+        if ids:
+            self._hint(ids)
+            log.info("drain.handed_over", runs=len(ids))
+        return bool(ids)
 
 
 def _rests(execution: Execution) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakValueDictionary
 
 from dbos._utils import LoopAwareEvent
 
@@ -352,7 +353,8 @@ class Executions:
 
     def __init__(self, wake_writer: Callable[[Execution], None] | None = None) -> None:
         self._by_key: dict[tuple[str, str], Execution] = {}
-        self._dead: dict[tuple[str, str], Execution] = {}
+        self._dead: WeakValueDictionary[tuple[str, str], Execution] = WeakValueDictionary()
+        """Those that were killed, while their code still has them."""
         self._of_queue: Counter[str] = Counter()
         self._of_agent: Counter[AgentKey] = Counter()
         self._lock = threading.Lock()
@@ -380,11 +382,15 @@ class Executions:
         return known
 
     def find(self, workflow_id: str, owner_xid: str | None) -> Execution | None:
-        """Returns the execution of a run under an ownership token; also a dead one whose code has not ended yet."""
+        """Returns the execution of a run under an ownership token; also a dead one, whose code has not ended yet."""
         if owner_xid is None:
             return None
         key = (workflow_id, owner_xid)
         return self._by_key.get(key) or self._dead.get(key)
+
+    def has(self, workflow_id: str, owner_xid: str | None) -> bool:
+        """Returns whether an execution under an ownership token lives."""
+        return (workflow_id, owner_xid) in self._by_key
 
     def of(self, workflow_id: str) -> list[Execution]:
         """Returns the executions of a run."""
@@ -429,15 +435,16 @@ class Executions:
             return
         execution.dead = reason
         execution.take()
-        self.wake_waits(execution.key.workflow_id)
-        self.end_waits(execution)
         key = (execution.key.workflow_id, execution.owner_xid)
         with self._lock:
+            # Its code does not know yet: each of its calls must find it dead, not find nothing and go on unobserved.
+            self._dead[key] = execution
             held = self._by_key.pop(key, None) is not None
             if held:
-                self._dead[key] = execution
                 self._uncount(execution)
         execution.leave_parent()
+        self.wake_waits(execution.key.workflow_id)
+        self.end_waits(execution)
         if held:
             self.left(execution)
 

@@ -98,8 +98,7 @@ class OwnerWatch:
         running = retrying(
             self._engine, "owners.search", lambda conn: executors.find_running(conn, self._executor_id, GRACE_S)
         )
-        alive = {(one.key.workflow_id, one.owner_xid) for one in self._executions}
-        missing = {row for row in running if row not in alive}
+        missing = {row for row in running if not self._executions.has(*row)}
         lost = sorted(missing & self._missing, key=str)
         self._missing = missing
         if not lost:

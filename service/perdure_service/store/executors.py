@@ -190,6 +190,17 @@ def give_back_own(
     return _give_back(conn, still, queue, now_ms, adopt, reason, crashed=False)
 
 
+def still_own(conn: sa.Connection, tokens_by_id: Mapping[str, str | None]) -> set[str]:
+    """Returns which of these runs are running under these tokens: after `give_back_own`, those that somebody held."""
+    rows = conn.execute(
+        sa.text(
+            f"SELECT workflow_uuid, owner_xid FROM {STATUS} WHERE workflow_uuid = ANY(:ids) AND status = 'PENDING'"
+        ),
+        {"ids": sorted(tokens_by_id)},
+    )
+    return {row[0] for row in rows if row[1] == tokens_by_id[row[0]]}
+
+
 def _give_back(
     conn: sa.Connection,
     found: Sequence[Any],
