@@ -9,7 +9,7 @@ from pathlib import Path
 
 import dbos
 import pytest
-from dbos import DBOS, _core, _dbos, _outcome, _sys_db, _sys_db_postgres
+from dbos import DBOS, _core, _dbos, _outcome, _queue, _sys_db, _sys_db_postgres
 from dbos._error import DBOSUnexpectedStepError
 from dbos._event_loop import BackgroundEventLoop
 from dbos._schemas.system_database import SystemSchema
@@ -305,3 +305,26 @@ def test_a_wait_with_a_timeout_takes_two_numbers_and_a_result_is_read_again_in_a
     assert source.count("timeout_function_id = ctx.curr_step_function_id + 1") == 4  # recv and get_event, async too
     assert 'function_name="DBOS.getResult"' in _source_of("record_get_result")
     assert "check_operation_execution" not in _source_of("await_workflow_result")
+
+
+def test_a_queue_thread_waits_on_its_event_alone_and_asks_us_before_each_claim() -> None:
+    source = inspect.getsource(_queue.queue_worker_thread)
+    assert set(re.findall(r"stop_event\.(\w+)", source)) == {"wait", "is_set"}
+    assert source.count("stop_event.wait(") == 1
+    assert source.index("get_queue(") < source.index("stop_event.wait(") < source.index("dequeue_scopes(")
+    assert "count_for_queue(queue.name)" in source
+    assert "target=queue_worker_thread" in inspect.getsource(_queue.queue_thread)
+
+
+def test_a_claim_chooses_its_rows_by_the_gate_and_takes_those_that_we_leave_it() -> None:
+    source = inspect.getsource(_sys_db.SystemDatabase.start_queued_workflows)
+    begin, gate, chosen, flipped = (
+        source.index(part) for part in ("self._begin(", "self._claim_gate(", "self._wf_in(", ".returning(")
+    )
+    assert begin < source.index("queue._worker_concurrency is not None") < gate < chosen < flipped
+    assert source.count("self._wf_in(") == 1
+
+
+def test_a_child_that_was_queued_is_waited_for() -> None:
+    for function in (_core.start_workflow, _core.start_workflow_async, _core.workflow_wrapper):
+        assert "should_execute" in inspect.getsource(function)

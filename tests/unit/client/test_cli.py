@@ -636,7 +636,7 @@ async def test_queues_are_listed_with_their_limits(server: ScriptedServer, perdu
     assert (first["queue"], first["global_concurrency"], first["queued"]) == ("mail", 4, 2)
     assert (second["rate_period"], second["oldest_queued_time"]) == (None, None)
     result = await perdure("queues", "-o", "table", "--admin-address", server.address)
-    assert re.search(r"mail +2 +4 +5m.* ago +3 +4 +10/", result.stdout), result.output
+    assert re.search(r"mail +2 +4 +5 min .* ago +3 +4 +10 in 1 min", result.stdout), result.output
 
 
 async def test_a_server_without_an_admin_port_is_told_from_one_that_is_not_there(

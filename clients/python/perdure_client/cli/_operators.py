@@ -102,7 +102,9 @@ def _row(executor: ExecutorInfo) -> tuple[str | Text, ...]:
 
 
 def _queue_row(queue: QueueInfo) -> tuple[str | Text, ...]:
-    rate = f"{queue.rate_limit}/{short_duration(queue.rate_period)}" if queue.rate_limit and queue.rate_period else ""
+    rate = (
+        f"{queue.rate_limit} in {short_duration(queue.rate_period)}" if queue.rate_limit and queue.rate_period else ""
+    )
     return (
         clean(queue.queue),
         str(queue.queued),
