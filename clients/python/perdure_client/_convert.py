@@ -39,6 +39,8 @@ from perdure_client._types import (
     StartedRun,
     Step,
     StepState,
+    StrandedReason,
+    StrandedRun,
     TimeoutOutcome,
     TraceSpan,
     Usage,
@@ -61,6 +63,11 @@ _EXECUTOR_STATES = {
     getattr(operator_service_pb2, f"EXECUTOR_STATE_{state}"): state
     for state in ExecutorState
     if state is not ExecutorState.UNKNOWN
+}
+_STRANDED_REASONS = {
+    getattr(operator_service_pb2, f"STRANDED_REASON_{reason}"): reason
+    for reason in StrandedReason
+    if reason is not StrandedReason.UNKNOWN
 }
 _TIMEOUT_OUTCOMES = {
     getattr(approval_pb2, f"APPROVAL_TIMEOUT_OUTCOME_{outcome}"): outcome
@@ -213,6 +220,21 @@ def executor_from(message: operator_service_pb2.Executor) -> ExecutorInfo:
         max_running=message.max_running,
         start_time=_time(message, "start_time"),
         expire_time=_time(message, "expire_time"),
+    )
+
+
+def stranded_from(message: operator_service_pb2.StrandedRun) -> StrandedRun:
+    """Returns a run that nobody continues."""
+    return StrandedRun(
+        namespace=message.namespace,
+        run_id=message.run_id,
+        agent=message.agent,
+        agent_version=message.agent_version,
+        application_version=message.application_version,
+        state=RUN_STATES.get(message.state, RunState.UNKNOWN),
+        reason=_STRANDED_REASONS.get(message.reason, StrandedReason.UNKNOWN),
+        advice=message.advice,
+        create_time=_time(message, "create_time"),
     )
 
 

@@ -28,6 +28,7 @@ from perdure_client._types import (
     RunTrace,
     StartedRun,
     Step,
+    StrandedRun,
 )
 from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata, failure_from
 
@@ -292,6 +293,17 @@ class Core:
             request.page_token = token
             page = await self.call(_transport.LIST_EXECUTORS, request)
             return [_convert.executor_from(executor) for executor in page.executors], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_stranded(self) -> Pages[StrandedRun]:
+        """Lists runs that no living executor can continue, the oldest first."""
+        request = operator_service_pb2.ListStrandedRunsRequest(page_size=_PAGE_SIZE)
+
+        async def fetch(token: str) -> tuple[Sequence[StrandedRun], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_STRANDED_RUNS, request)
+            return [_convert.stranded_from(run) for run in page.runs], page.next_page_token
 
         return Pages(fetch)
 

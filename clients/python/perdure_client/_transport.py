@@ -52,6 +52,7 @@ WATCH_APPROVALS = _method("ApprovalService", approvals.WatchApprovalsRequest, ap
 LIST_AGENTS = _method("AgentCatalogService", catalog.ListAgentsRequest, catalog.ListAgentsResponse)
 GET_AGENT = _method("AgentCatalogService", catalog.GetAgentRequest, catalog.GetAgentResponse)
 LIST_EXECUTORS = _method("OperatorService", operators.ListExecutorsRequest, operators.ListExecutorsResponse)
+LIST_STRANDED_RUNS = _method("OperatorService", operators.ListStrandedRunsRequest, operators.ListStrandedRunsResponse)
 
 
 class Silence(Exception):

@@ -300,5 +300,5 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
     with database.operations.open(operation):
         PostgresSystemDatabase.fork_workflow(
             database, [origin_id], [key.workflow_id], [plan.point.from_step_id],
-            application_version=None, queue_name=QUEUE,
+            application_version=runtime.application_version, queue_name=QUEUE,
         )  # fmt: skip

@@ -68,6 +68,7 @@ class Lease:
         lost: Callable[[], None],
         owns_database: bool,
         gone: Callable[[Sequence[str]], None] = lambda _executor_ids: None,
+        agents: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """Creates the lease; `start` takes it.
 
@@ -84,6 +85,7 @@ class Lease:
             lost: Called once when this executor was declared gone; it must end the process.
             owns_database: Whether no other executor can be alive (`dev`).
             gone: Told of executors that this one has declared gone.
+            agents: Returns the names of the workflows that it has, asked at its start.
         """
         self._engine = engine
         self._executor_id = executor_id
@@ -97,6 +99,7 @@ class Lease:
         self._lost = lost
         self._owns_database = owns_database
         self._gone = gone
+        self._agents = agents
         self._declared_gone: set[str] = set()
         self._valid_until = 0.0
         self._first_success = 0.0
@@ -118,6 +121,7 @@ class Lease:
                 address=self._address,
                 max_running=self._max_running,
                 ttl=self._ttl,
+                agents=self._agents(),
             )
             if self._owns_database:
                 self._declared_gone.update(executors.tombstone_others(conn, self._executor_id))

@@ -39,6 +39,7 @@ from perdure_service.domain.runs import (
     input_sha256,
     new_run_id,
 )
+from perdure_service.domain.stranded import StrandedRun
 from perdure_service.durable import deletions, forks, inbox, outside
 from perdure_service.durable.requests import (
     DeleteCommand,
@@ -66,7 +67,7 @@ from perdure_service.errors import (
 )
 from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
-from perdure_service.store import event_log, executors, runs
+from perdure_service.store import event_log, executors, runs, stranded
 from perdure_service.store.engine import waits_for_a_connection
 from perdure_service.store.runs import MAX_PAGE_CHARS
 from perdure_service.store.sqlstates import retrying
@@ -541,6 +542,13 @@ class RunService:
             lambda conn: executors.list_page(
                 conn, include_gone=include_gone, page_size=page_size, page_token=page_token
             ),
+        )
+        return Page(found, token)
+
+    async def list_stranded(self, *, page_size: int, page_token: str) -> Page[StrandedRun]:
+        """Returns a page of the runs that no living executor can continue, the oldest first."""
+        found, token = await self._read(
+            "stranded.list", lambda conn: stranded.list_page(conn, page_size=page_size, page_token=page_token)
         )
         return Page(found, token)
 

@@ -11,6 +11,7 @@ STATUS = f"{SCHEMA}.workflow_status"
 INPUT = f"{SCHEMA}.workflow_input"
 OUTPUTS = f"{SCHEMA}.operation_outputs"
 NOTIFICATIONS = f"{SCHEMA}.notifications"
+VERSIONS = f"{SCHEMA}.application_versions"
 
 NULL_TOPIC = "__null__topic__"
 """The topic of a message that was sent without one."""
@@ -27,6 +28,7 @@ COLUMNS_USED: dict[str, tuple[str, ...]] = {
     ),
     "workflow_input": ("workflow_uuid", "inputs"),
     "operation_outputs": ("workflow_uuid", "function_id", "function_name", "error", "child_workflow_id"),
+    "application_versions": ("version_name", "version_timestamp", "application_name"),
     "notifications": (
         "message_uuid", "destination_uuid", "topic", "message", "serialization", "consumed", "consumed_by_function_id",
     ),

@@ -68,6 +68,7 @@ COMMANDS = [
     "reject",
     "agents",
     "executors",
+    "stranded",
 ]
 
 
@@ -612,6 +613,36 @@ async def test_executors_are_listed_from_the_admin_address(
     assert re.search(r"host-1 +ALIVE +3/10 +1 ", result.stdout), result.output
     assert not server.asked(LIST_EXECUTORS)[1].include_gone
     assert (await perdure(*elsewhere, "executors")).exit_code == 3
+
+
+async def test_stranded_runs_are_listed_with_what_can_be_done(server: ScriptedServer, perdure: Invoke) -> None:
+    runs_found = [
+        operators.StrandedRun(
+            namespace="a", run_id=f"run-{number}", agent="greet", agent_version="3", application_version="7",
+            state=agent_run_pb2.AGENT_RUN_STATE_QUEUED, reason=operators.STRANDED_REASON_NO_EXECUTOR_OF_VERSION,
+            advice=f"fork run-{number}", create_time=datetime.now(UTC),
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    newer = operators.StrandedRun(run_id="run-9", agent="other", reason=77, advice="wait")  # type: ignore[arg-type]
+    answer = operators.ListStrandedRunsResponse(runs=[*runs_found, newer])
+    server.script(LIST_STRANDED_RUNS, answer, answer, answer, operators.ListStrandedRunsResponse())
+    there = ("stranded", "--admin-address", server.address)
+    result = await perdure(*there)
+    first, *_, last = objects(result)
+    assert (first["namespace"], first["run_id"], first["agent_version"], first["application_version"]) == (
+        "a", "run-0", "3", "7",
+    )  # fmt: skip
+    assert (first["state"], first["reason"], first["advice"]) == ("QUEUED", "NO_EXECUTOR_OF_VERSION", "fork run-0")
+    assert (last["reason"], last["create_time"]) == ("UNKNOWN", None)
+    result = await perdure(*there, "-o", "table")
+    assert re.search(r"run-2 +a +greet@3 +QUEUED +7 ", result.stdout), result.output
+    assert result.stderr.splitlines() == ["run-0: fork run-0", "run-9: wait"], "each kind is explained once"
+    result = await perdure(*there, "-n", "2")
+    assert len(objects(result)) == 2
+    assert "There are more than these 2" in result.stderr
+    result = await perdure(*there, "-o", "table")
+    assert (result.stdout, result.stderr) == ("", "No run is stranded.\n")
 
 
 async def test_a_server_without_an_admin_port_is_told_from_one_that_is_not_there(
