@@ -73,6 +73,8 @@ def check(settings: Settings, report: Report) -> bool:
         findings += diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify))
     except ConfigurationError as error:
         findings.append(diagnosis.Finding("error", error.message))
+    if not any(finding.severity == "error" for finding in findings):
+        findings += diagnosis.stranded_runs(database_url(settings), settings.application_version)
     for finding in findings:
         report(f"{finding.severity}: {finding.text}")
     return not any(finding.severity == "error" for finding in findings)

@@ -40,9 +40,7 @@ def server(database_url: str) -> Iterator[ServerProcess]:
 
 def read(rpc: Rpc, run_id: str, offset: int = 0, **which: object) -> tuple[pb.ArtifactInfo, bytes]:
     """Returns what an artifact is, and its bytes."""
-    call = rpc.runs.ReadArtifact(
-        pb.ReadArtifactRequest(run_id=run_id, offset=offset, **which), timeout=scaled(30)
-    )
+    call = rpc.runs.ReadArtifact(pb.ReadArtifactRequest(run_id=run_id, offset=offset, **which), timeout=scaled(30))
     parts = list(call)
     assert all(len(part.data) <= 256 * 1024 for part in parts)
     return parts[0].artifact, b"".join(part.data for part in parts)

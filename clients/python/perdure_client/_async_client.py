@@ -35,6 +35,7 @@ from perdure_client._types import (
     RunTrace,
     StartedRun,
     Step,
+    StrandedRun,
 )
 from perdure_client._watch import OnReconnect
 
@@ -638,6 +639,17 @@ class AsyncClient:
             Unimplemented: This is not the admin address.
         """
         return iterate(self._core.list_queues())
+
+    def stranded(self) -> AsyncIterator[StrandedRun]:
+        """Iterates over the runs that no living executor can continue, the oldest first, of all namespaces.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address.
+        """
+        return iterate(self._core.list_stranded())
 
     async def close(self) -> None:
         """Ends all calls and the connections. Runs go on."""

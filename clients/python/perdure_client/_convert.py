@@ -40,6 +40,8 @@ from perdure_client._types import (
     StartedRun,
     Step,
     StepState,
+    StrandedReason,
+    StrandedRun,
     TimeoutOutcome,
     TraceSpan,
     Usage,
@@ -62,6 +64,11 @@ _EXECUTOR_STATES = {
     getattr(operator_service_pb2, f"EXECUTOR_STATE_{state}"): state
     for state in ExecutorState
     if state is not ExecutorState.UNKNOWN
+}
+_STRANDED_REASONS = {
+    getattr(operator_service_pb2, f"STRANDED_REASON_{reason}"): reason
+    for reason in StrandedReason
+    if reason is not StrandedReason.UNKNOWN
 }
 _TIMEOUT_OUTCOMES = {
     getattr(approval_pb2, f"APPROVAL_TIMEOUT_OUTCOME_{outcome}"): outcome
@@ -232,6 +239,21 @@ def queue_from(message: operator_service_pb2.Queue) -> QueueInfo:
         queued=message.queued,
         running=message.running,
         oldest_queued_time=_time(message, "oldest_queued_time"),
+    )
+
+
+def stranded_from(message: operator_service_pb2.StrandedRun) -> StrandedRun:
+    """Returns a run that nobody continues."""
+    return StrandedRun(
+        namespace=message.namespace,
+        run_id=message.run_id,
+        agent=message.agent,
+        agent_version=message.agent_version,
+        application_version=message.application_version,
+        state=RUN_STATES.get(message.state, RunState.UNKNOWN),
+        reason=_STRANDED_REASONS.get(message.reason, StrandedReason.UNKNOWN),
+        advice=message.advice,
+        create_time=_time(message, "create_time"),
     )
 
 

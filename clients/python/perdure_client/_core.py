@@ -30,6 +30,7 @@ from perdure_client._types import (
     RunTrace,
     StartedRun,
     Step,
+    StrandedRun,
 )
 from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata, failure_from
 
@@ -328,6 +329,17 @@ class Core:
             request.page_token = token
             page = await self.call(_transport.LIST_QUEUES, request)
             return [_convert.queue_from(queue) for queue in page.queues], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_stranded(self) -> Pages[StrandedRun]:
+        """Lists runs that no living executor can continue, the oldest first."""
+        request = operator_service_pb2.ListStrandedRunsRequest(page_size=_PAGE_SIZE)
+
+        async def fetch(token: str) -> tuple[Sequence[StrandedRun], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_STRANDED_RUNS, request)
+            return [_convert.stranded_from(run) for run in page.runs], page.next_page_token
 
         return Pages(fetch)
 

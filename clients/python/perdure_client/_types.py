@@ -60,6 +60,19 @@ class StepState(StrEnum):
     """Its execution died in it; it runs again, or its run ended first."""
 
 
+class StrandedReason(StrEnum):
+    """Why nobody continues a run."""
+
+    UNKNOWN = "UNKNOWN"
+    """A reason that this version of the library does not know; the server is newer."""
+    NO_EXECUTOR_OF_VERSION = "NO_EXECUTOR_OF_VERSION"
+    """No living executor has its application version."""
+    NO_EXECUTOR_OF_AGENT = "NO_EXECUTOR_OF_AGENT"
+    """Executors of its application version live, and none of them has its agent."""
+    NO_SUCH_QUEUE = "NO_SUCH_QUEUE"
+    """No executor takes from its queue."""
+
+
 class ExecutorState(StrEnum):
     """Whether an executor is alive."""
 
@@ -557,3 +570,30 @@ class QueueInfo:
     queued: int = 0
     running: int = 0
     oldest_queued_time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrandedRun:
+    """A run that no living executor can continue.
+
+    Attributes:
+        namespace: The namespace of the run.
+        run_id: The run.
+        agent: Its agent.
+        agent_version: The version of its agent.
+        application_version: The version of the deployment that its executor must have.
+        state: What it is doing, or would be.
+        reason: Why nobody continues it.
+        advice: What can be done, for people.
+        create_time: When it was created.
+    """
+
+    namespace: str
+    run_id: str
+    agent: str = ""
+    agent_version: str = ""
+    application_version: str = ""
+    state: RunState
+    reason: StrandedReason
+    advice: str = ""
+    create_time: datetime | None = None

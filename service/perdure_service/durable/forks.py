@@ -313,5 +313,5 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
     with database.operations.open(operation):
         PostgresSystemDatabase.fork_workflow(
             database, [origin_id], [key.workflow_id], [plan.point.from_step_id],
-            application_version=None, queue_name=plan.start.queue,
+            application_version=runtime.application_version, queue_name=plan.start.queue,
         )  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 import sqlalchemy as sa
 import structlog
 from dbos import DBOS, _core
-from dbos._dbos import _get_dbos_instance
+from dbos._dbos import _get_dbos_instance, _get_or_create_dbos_registry
 from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
 from dbos._registrations import get_func_info
 from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
@@ -104,7 +104,7 @@ class Runtime:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
         self.executor_id = executor_id
-        self._application_version = application_version
+        self.application_version = application_version
         self._max_running = max_running
         self._max_threads = max_threads
         self._queue_poll = queue_poll
@@ -135,6 +135,7 @@ class Runtime:
             ttl=lease_ttl,
             executions=self.executions,
             lost=lost,
+            agents=_registered_names,
         )
         self._reaper = Reaper(
             engine,
@@ -206,7 +207,7 @@ class Runtime:
                 "system_database_url": url,
                 "system_database_engine": self.engine,
                 "executor_id": self.executor_id,
-                "application_version": self._application_version,
+                "application_version": self.application_version,
                 "run_migrations": False,
                 "use_listen_notify": not is_cockroach(self.engine),
                 "notification_listener_polling_interval_sec": LISTENER_POLL_S,
@@ -435,7 +436,7 @@ def _limit_recoveries(most: int) -> None:
 
 
 def _registered_names() -> list[str]:
-    return list(_dbos_instance()._registry.workflow_info_map)
+    return list(_get_or_create_dbos_registry().workflow_info_map)  # it is there before DBOS is launched
 
 
 _plain_execute_async = _core._execute_workflow_async

@@ -40,6 +40,7 @@ from perdure_service.domain.runs import (
     input_sha256,
     new_run_id,
 )
+from perdure_service.domain.stranded import StrandedRun
 from perdure_service.durable import artifacts, deletions, forks, inbox, outside
 from perdure_service.durable.artifacts import Artifact, ArtifactChoice
 from perdure_service.durable.requests import (
@@ -69,7 +70,7 @@ from perdure_service.errors import (
 )
 from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
-from perdure_service.store import event_log, executors, queues, runs
+from perdure_service.store import event_log, executors, queues, runs, stranded
 from perdure_service.store.engine import waits_for_a_connection
 from perdure_service.store.runs import MAX_PAGE_CHARS
 from perdure_service.store.sqlstates import retrying
@@ -577,6 +578,13 @@ class RunService:
         """Returns a page of the queues, by name."""
         found, token = await self._read(
             "queues.list", lambda conn: queues.list_page(conn, page_size=page_size, page_token=page_token)
+        )
+        return Page(found, token)
+
+    async def list_stranded(self, *, page_size: int, page_token: str) -> Page[StrandedRun]:
+        """Returns a page of the runs that no living executor can continue, the oldest first."""
+        found, token = await self._read(
+            "stranded.list", lambda conn: stranded.list_page(conn, page_size=page_size, page_token=page_token)
         )
         return Page(found, token)
 

@@ -9,12 +9,16 @@ from perdure.v1.operator_service_pb2_grpc import OperatorServiceServicer
 
 from perdure_service.domain.executors import Executor, ExecutorState
 from perdure_service.domain.queues import Queue
+from perdure_service.domain.stranded import StrandedReason, StrandedRun
 from perdure_service.durable.service import RunService
 from perdure_service.rpc import fields
+from perdure_service.rpc.enums import RUN_STATES
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.validation import Violations
 
 STATES = {state: getattr(pb, f"EXECUTOR_STATE_{state}") for state in ExecutorState}
+
+REASONS = {reason: getattr(pb, f"STRANDED_REASON_{reason}") for reason in StrandedReason}
 
 
 class Operators(OperatorServiceServicer):
@@ -42,6 +46,31 @@ class Operators(OperatorServiceServicer):
         found.raise_any()
         page = await self._service.list_queues(page_size=page_size, page_token=page_token)
         return pb.ListQueuesResponse(queues=map(_queue, page.items), next_page_token=page.next_token)
+
+    async def ListStrandedRuns(
+        self, request: pb.ListStrandedRunsRequest, context: RpcContext
+    ) -> pb.ListStrandedRunsResponse:
+        """Returns a page of the runs that nobody continues."""
+        found = Violations()
+        page_size = found.page_size(request.page_size)
+        page_token = found.token("page_token", request.page_token)
+        found.raise_any()
+        page = await self._service.list_stranded(page_size=page_size, page_token=page_token)
+        return pb.ListStrandedRunsResponse(runs=map(_stranded, page.items), next_page_token=page.next_token)
+
+
+def _stranded(value: StrandedRun) -> pb.StrandedRun:
+    return pb.StrandedRun(
+        namespace=fields.text(value.key.namespace),
+        run_id=fields.text(value.key.run_id),
+        agent=fields.text(value.agent),
+        agent_version=fields.text(value.agent_version),
+        application_version=fields.text(value.application_version),
+        state=RUN_STATES[value.state],
+        reason=REASONS[value.reason],
+        advice=fields.text(value.advice),
+        create_time=fields.timestamp(value.create_time),
+    )
 
 
 def _executor(value: Executor) -> pb.Executor:

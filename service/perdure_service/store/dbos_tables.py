@@ -12,6 +12,7 @@ INPUT = f"{SCHEMA}.workflow_input"
 OUTPUTS = f"{SCHEMA}.operation_outputs"
 NOTIFICATIONS = f"{SCHEMA}.notifications"
 QUEUES = f"{SCHEMA}.queues"
+VERSIONS = f"{SCHEMA}.application_versions"
 
 NULL_TOPIC = "__null__topic__"
 """The topic of a message that was sent without one."""
@@ -31,6 +32,7 @@ COLUMNS_USED: dict[str, tuple[str, ...]] = {
     "queues": (
         "name", "concurrency", "worker_concurrency", "rate_limit_max", "rate_limit_period_sec", "application_name",
     ),
+    "application_versions": ("version_name", "version_timestamp", "application_name"),
     "notifications": (
         "message_uuid", "destination_uuid", "topic", "message", "serialization", "consumed", "consumed_by_function_id",
     ),

@@ -69,9 +69,7 @@ def use(conn: sa.Connection, workflow_id: str, pointer: Pointer, data: bytes, ob
         data: Its bytes.
         object_key: The object that holds them; None to keep them in the table.
     """
-    conn.execute(
-        _INSERT_USE, {"workflow_id": workflow_id, "sha256": pointer.sha256, "size_bytes": pointer.size_bytes}
-    )
+    conn.execute(_INSERT_USE, {"workflow_id": workflow_id, "sha256": pointer.sha256, "size_bytes": pointer.size_bytes})
     if conn.execute(_LOCK, {"hashes": [pointer.sha256]}).first() is not None:
         return
     if object_key is not None:

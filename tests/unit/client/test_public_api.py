@@ -23,14 +23,15 @@ ModelUsage NamespaceNotFound NotFound OutputDelta Overloaded PayloadTooLarge Per
 ProtocolViolation Published QueueInfo QuotaExceeded Recovered ResourceExhausted RevisionConflict Run RunConflict
 RunEvent RunFailed RunFinished RunForked RunInputMismatch RunNotFound RunState RunTrace ServerUnavailable SignalReceived
 SpanKind SpanLink SpanStatus StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded
-StoreUnavailable TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
+StoreUnavailable StrandedReason StrandedRun
+TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
 Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching
 __version__
 """
 
 METHOD_NAMES = """
 address agents approvals approve cancel close decide delete_runs events executors fork get get_agent get_approval list
-namespace queues reject run signal start steps trace wait watch watch_approvals
+namespace queues reject run signal start steps stranded trace wait watch watch_approvals
 """
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from typing import Annotated, TypeVar
 
 import typer
@@ -12,10 +13,10 @@ from rich.text import Text
 
 from perdure_client._config import DEFAULT_ADMIN_ADDRESS, is_loopback
 from perdure_client._errors import ServerUnavailable
-from perdure_client._types import ExecutorInfo, ExecutorState, QueueInfo
+from perdure_client._types import ExecutorInfo, ExecutorState, QueueInfo, StrandedRun
 from perdure_client.cli._context import OutputOption, session_of
-from perdure_client.cli._output import Output, chosen, say, write_json_line, write_rows
-from perdure_client.cli._text import age, clean, jsonable, local_time, short_duration
+from perdure_client.cli._output import Output, chosen, say, write_item, write_json_line, write_rows
+from perdure_client.cli._text import RUN_STYLES, age, clean, jsonable, local_time, short_duration
 
 T = TypeVar("T")
 
@@ -42,7 +43,8 @@ def executors(
     """
     form = chosen(output)
     with closing(replace(session_of(context), address=admin_address)) as session:
-        found = _listed(session.client.executors(include_gone=include_gone))
+        client = session.client
+        found = _listed(lambda: client.executors(include_gone=include_gone))
         if form is Output.JSON:
             for executor in found:
                 write_json_line(jsonable(executor))
@@ -63,7 +65,8 @@ def queues(
     """
     form = chosen(output)
     with closing(replace(session_of(context), address=admin_address)) as session:
-        found = _listed(session.client.queues())
+        client = session.client
+        found = _listed(lambda: client.queues())
         if form is Output.JSON:
             for queue in found:
                 write_json_line(jsonable(queue))
@@ -74,10 +77,43 @@ def queues(
             say("No queues. A server makes them when it starts.")
 
 
-def _listed(items: Iterator[T]) -> list[T]:
-    """Returns all that the admin address lists."""
+def stranded(
+    context: typer.Context,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")] = 100,
+    admin_address: AdminAddressOption = DEFAULT_ADMIN_ADDRESS,
+    output: OutputOption = None,
+) -> None:
+    """Lists the runs that no living executor can continue, and what can be done. Needs the role admin.
+
+    Examples:
+      perdure stranded
+      perdure stranded --limit 1000 -o json
+    """
+    form = chosen(output)
+    with closing(replace(session_of(context), address=admin_address)) as session:
+        client = session.client
+        found = _listed(lambda: islice(client.stranded(), limit + 1))
+        more, found = len(found) > limit, found[:limit]
+        if form is not Output.TABLE:
+            for run in found:
+                write_item(run, form)
+        elif not write_rows(
+            ("RUN", "NAMESPACE", "AGENT", "STATE", "VERSION", "AGE", "REASON"), (_stranded_row(run) for run in found)
+        ):
+            say("No run is stranded.")
+        else:
+            # Runs of one version and agent have the same ways out: one of each is explained.
+            told = {(run.application_version, run.agent, run.agent_version, run.reason): run for run in reversed(found)}
+            for run in reversed(told.values()):
+                say(f"{clean(run.run_id)}: {clean(run.advice)}")
+        if more:
+            say(f"There are more than these {limit}; see --limit.")
+
+
+def _listed(read: Callable[[], Iterable[T]]) -> list[T]:
+    """Returns what a call lists; explains the absence of a server on this machine."""
     try:
-        return list(items)
+        return list(read())
     except ServerUnavailable as error:
         if is_loopback(error.metadata.get("address", "")):
             # A server that has been started need not have this port.
@@ -87,6 +123,18 @@ def _listed(items: Iterator[T]) -> list[T]:
                 metadata=error.metadata,
             ) from None
         raise
+
+
+def _stranded_row(run: StrandedRun) -> tuple[str | Text, ...]:
+    return (
+        run.run_id,
+        run.namespace,
+        f"{run.agent}@{run.agent_version}" if run.agent_version else run.agent,
+        Text(str(run.state), style=RUN_STYLES.get(run.state, "")),
+        run.application_version,
+        age(run.create_time) if run.create_time else "",
+        Text(str(run.reason), style="red"),
+    )
 
 
 def _row(executor: ExecutorInfo) -> tuple[str | Text, ...]:
