@@ -120,7 +120,7 @@ class RunView:
         create_time: When it was created.
         start_time: When it first began.
         end_time: When it ended; None while it has not.
-        execution: How often it has begun: 1, and one more for every recovery.
+        execution: How often it has begun: 1, and one more for every recovery and wake.
         recoveries: How often it was given back after its executor was gone.
         standstill: How long it stood still in all, until it was given back.
         steps: By step_id, in the order in which they began.

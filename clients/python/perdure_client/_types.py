@@ -222,7 +222,7 @@ class Run:
         start_time: When it first began to run; None while it never has.
         end_time: When it ended; None while it has not.
         deadline_time: When it will be ended as EXPIRED; None for never.
-        execution: How often an executor has begun or continued it: 1 at first, then one more for every recovery.
+        execution: How often an executor has begun or continued it: 1 at first, one more for every recovery and wake.
         executor_id: The executor that runs it, or ran it last; empty while none has.
         progress: The last progress the agent reported; None for none.
         pending_approvals: How many approvals of this run wait for a decision.
