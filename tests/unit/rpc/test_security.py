@@ -17,6 +17,7 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from perdure.v1 import agent_catalog_service_pb2 as catalog_pb
+from perdure.v1 import agent_run_pb2 as run_pb
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2 as approval_pb
 from perdure.v1 import operator_service_pb2 as operator_pb
