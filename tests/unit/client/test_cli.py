@@ -645,7 +645,7 @@ async def test_stranded_runs_are_listed_with_what_can_be_done(server: ScriptedSe
     runs_found = [
         operators.StrandedRun(
             namespace="a", run_id=f"run-{number}", agent="greet", agent_version="3", application_version="7",
-            state=agent_run_pb2.AGENT_RUN_STATE_QUEUED, reason=operators.STRANDED_REASON_NO_EXECUTOR_OF_VERSION,
+            state=run_message(state="QUEUED").state, reason=operators.STRANDED_REASON_NO_EXECUTOR_OF_VERSION,
             advice=f"fork run-{number}", create_time=datetime.now(UTC),
         )
         for number in range(3)
