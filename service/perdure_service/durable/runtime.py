@@ -137,6 +137,7 @@ class Runtime:
             raise AssertionError("launch in a thread without an event loop")
         taken_back = self.lease.start()
         self._writer.start()
+        self.payloads.start()
         self._traces.start()
         system_database.install(self._build)
         steps.install(self.executions, self.spans, self.lease)
