@@ -29,8 +29,8 @@ from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
 from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations
-from perdure_service.store.s3 import S3Objects
 from perdure_service.store.engine import create_engine
+from perdure_service.store.s3 import S3Objects
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry

@@ -40,9 +40,7 @@ def server(database_url: str) -> Iterator[ServerProcess]:
 
 def read(rpc: Rpc, run_id: str, offset: int = 0, **which: object) -> tuple[pb.ArtifactInfo, bytes]:
     """Returns what an artifact is, and its bytes."""
-    call = rpc.runs.ReadArtifact(
-        pb.ReadArtifactRequest(run_id=run_id, offset=offset, **which), timeout=scaled(30)
-    )
+    call = rpc.runs.ReadArtifact(pb.ReadArtifactRequest(run_id=run_id, offset=offset, **which), timeout=scaled(30))
     parts = list(call)
     assert all(len(part.data) <= 256 * 1024 for part in parts)
     return parts[0].artifact, b"".join(part.data for part in parts)
@@ -56,7 +54,13 @@ def rows(url: str, statement: str, **values: object) -> list[Any]:
 
 def payloads_of(url: str, run_id: str) -> set[str]:
     """Returns the hashes that a run uses."""
-    return set(rows(url, "SELECT sha256 FROM perdure.payload_use JOIN perdure.run USING (workflow_id) WHERE run_id = %(id)s", id=run_id))
+    return set(
+        rows(
+            url,
+            "SELECT sha256 FROM perdure.payload_use JOIN perdure.run USING (workflow_id) WHERE run_id = %(id)s",
+            id=run_id,
+        )
+    )
 
 
 def test_a_large_result_is_stored_once_and_its_rows_point_to_it(rpc: Rpc, server: ServerProcess) -> None:

@@ -100,9 +100,7 @@ def store(tmp_path: Path) -> Iterator[ObjectStore]:
     shutil.rmtree(found.folder, ignore_errors=True)
 
 
-def test_a_run_finishes_although_the_store_is_killed_while_it_writes(
-    database_url: str, store: ObjectStore
-) -> None:
+def test_a_run_finishes_although_the_store_is_killed_while_it_writes(database_url: str, store: ObjectStore) -> None:
     create_effects_table(database_url)
     with ServerProcess(database_url, *AGENTS, **store.environment) as server, Rpc(server.address) as rpc:
         run_id = rpc.start("keeper", {"size": LARGE, "seed": 1})

@@ -98,7 +98,8 @@ def open_artifact(store: Payloads, engine: sa.Engine, run: Run, which: ArtifactC
     data = text.encode()
     pointer = Pointer.of(data)
     return OpenArtifact(
-        Artifact("", JSON, pointer.size_bytes, pointer.sha256), lambda offset: iter([data[offset:]] if data[offset:] else [])
+        Artifact("", JSON, pointer.size_bytes, pointer.sha256),
+        lambda offset: iter([data[offset:]] if data[offset:] else []),
     )
 
 

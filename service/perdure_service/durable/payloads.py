@@ -155,9 +155,7 @@ class Payloads:
                 return stowed.object_key
             return self._patiently(lambda: self._put(stowed.pointer, stowed.data))
 
-        payloads.use(
-            conn, workflow_id, stowed.pointer, stowed.data, None if self._objects is None else stored_object
-        )
+        payloads.use(conn, workflow_id, stowed.pointer, stowed.data, None if self._objects is None else stored_object)
 
     def forget_objects(self, keys: list[str]) -> None:
         """Deletes objects that nothing tells of any more; what fails is left to the sweep."""

@@ -246,9 +246,7 @@ class PerdureSystemDatabase(StatusDatabase):
     ) -> None:
         """Records an operation of the workflow's own code, with a payload and events in the same transaction."""
         workflow_id = result["workflow_uuid"]
-        with self._own(
-            workflow_id, events=events, finish=lambda conn: self.payloads.write(conn, workflow_id, stowed)
-        ):
+        with self._own(workflow_id, events=events, finish=lambda conn: self.payloads.write(conn, workflow_id, stowed)):
             super().record_operation_result(result)
 
     def _record_operation_result_txn(
@@ -453,9 +451,7 @@ class PerdureSystemDatabase(StatusDatabase):
         def finish(conn: sa.Connection) -> None:
             for ended in self.ledger.ended(conn, [workflow_id]):
                 if ended.status == status:
-                    events, after = self.ledger.close_own(
-                        conn, ended, execution, output, error, self.serializer, shown
-                    )
+                    events, after = self.ledger.close_own(conn, ended, execution, output, error, self.serializer, shown)
                     operation.add(workflow_id, *events)
                     operation.after(after)
                     self._use(conn, workflow_id, stowed, shown_stowed)

@@ -76,9 +76,7 @@ def use(
         stored_object: Returns the key of an object that holds them, which must be there; asked when no row tells of
             one. None to keep them in the table.
     """
-    conn.execute(
-        _INSERT_USE, {"workflow_id": workflow_id, "sha256": pointer.sha256, "size_bytes": pointer.size_bytes}
-    )
+    conn.execute(_INSERT_USE, {"workflow_id": workflow_id, "sha256": pointer.sha256, "size_bytes": pointer.size_bytes})
     if conn.execute(_LOCK, {"hashes": [pointer.sha256]}).first() is not None:
         return
     if stored_object is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
+from contextlib import contextmanager, suppress
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from perdure_service.errors import ConfigurationError, StoreUnavailable
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 PART_BYTES = 8 * 2**20
 """What is larger is sent in parts of this size."""
-TIMEOUT_S = 10.0
-"""How long a connection, or an answer, is waited for."""
-ATTEMPTS = 3
-"""How often one request is tried before the store counts as away."""
+CONNECT_TIMEOUT, TIMEOUT = timedelta(seconds=3), timedelta(seconds=30)
+"""How long a connection, and one whole request, may take."""
+RETRIES, RETRY_TIMEOUT = 2, timedelta(seconds=5)
+"""How often, and for how long, a request is repeated before the store counts as away."""
 
 
 class S3Objects:
@@ -30,84 +30,68 @@ class S3Objects:
             ConfigurationError: The library is not installed (the extra `s3`).
         """
         try:
-            import boto3
-            from boto3.s3.transfer import TransferConfig
-            from botocore.config import Config
+            from obstore.store import S3Store
         except ImportError:
             raise ConfigurationError(
                 "PERDURE_PAYLOADS__S3_BUCKET needs the extra `s3`: pip install 'perdure[service,s3]'"
             ) from None
         secret = settings.s3_secret_access_key
-        # A client of its own session is used by any number of threads.
-        self._client: Any = boto3.session.Session().client(
-            "s3",
-            endpoint_url=settings.s3_endpoint,
-            region_name=settings.s3_region,
-            aws_access_key_id=settings.s3_access_key_id,
-            aws_secret_access_key=None if secret is None else secret.get_secret_value(),
-            config=Config(
-                connect_timeout=TIMEOUT_S,
-                read_timeout=TIMEOUT_S,
-                retries={"total_max_attempts": ATTEMPTS, "mode": "standard"},
-                max_pool_connections=32,
-                s3={"addressing_style": "path"} if settings.s3_endpoint else {},
-            ),
+        given: dict[str, str | None] = {
+            "endpoint": settings.s3_endpoint,
+            "access_key_id": settings.s3_access_key_id,
+            "secret_access_key": None if secret is None else secret.get_secret_value(),
+        }
+        self._store: Any = S3Store(
+            settings.s3_bucket or "",
+            region=settings.s3_region,
+            client_options={"timeout": TIMEOUT, "connect_timeout": CONNECT_TIMEOUT, "allow_http": True},
+            retry_config={"max_retries": RETRIES, "retry_timeout": RETRY_TIMEOUT},
+            **{name: value for name, value in given.items() if value is not None},  # type: ignore[arg-type]
         )
-        self._parts = TransferConfig(
-            multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, max_concurrency=1, use_threads=False
-        )
-        self._bucket = settings.s3_bucket
         self._prefix = settings.s3_prefix
 
     def put(self, key: str, data: bytes) -> None:
         """See `Objects`. Until the last part is there, the object is not."""
-        from io import BytesIO
+        import obstore
 
         with _translated():
-            self._client.upload_fileobj(BytesIO(data), self._bucket, self._prefix + key, Config=self._parts)
+            obstore.put(self._store, self._prefix + key, data, chunk_size=PART_BYTES, max_concurrency=2)
 
     def read(self, key: str, offset: int, size: int) -> bytes | None:
         """See `Objects`."""
-        from botocore.exceptions import ClientError
+        import obstore
 
         with _translated():
             try:
-                found = self._client.get_object(
-                    Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={offset}-{offset + size - 1}"
-                )
-            except ClientError as error:
-                if error.response.get("Error", {}).get("Code") == "NoSuchKey":
-                    return None
-                raise
-            data: bytes = found["Body"].read()
-            return data
+                return bytes(obstore.get_range(self._store, self._prefix + key, start=offset, length=size))
+            except FileNotFoundError:
+                return None
 
     def delete(self, key: str) -> None:
         """See `Objects`."""
-        with _translated():
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+        import obstore
+
+        with _translated(), suppress(FileNotFoundError):
+            obstore.delete(self._store, self._prefix + key)
 
     def all(self) -> Iterator[tuple[str, datetime]]:
         """See `Objects`."""
+        import obstore
+
         with _translated():
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=self._prefix)
-            for page in pages:
-                for found in page.get("Contents", ()):
-                    yield found["Key"].removeprefix(self._prefix), found["LastModified"]
+            for page in obstore.list(self._store, prefix=self._prefix):
+                for found in page:
+                    yield found["path"].removeprefix(self._prefix), found["last_modified"]
 
 
 @contextmanager
 def _translated() -> Iterator[None]:
     """Tells of a store that is away, or refuses, as StoreUnavailable: a run waits until somebody mends it."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
+    from obstore.exceptions import BaseError
 
     try:
         yield
-    except ClientError as error:
-        code = str(error.response.get("Error", {}).get("Code", ""))[:64]
-        raise StoreUnavailable(f"The object store refuses ({code}); wait and repeat the call.") from error
-    except (BotoCoreError, Boto3Error) as error:
+    except BaseError as error:
         raise StoreUnavailable(
-            f"The object store cannot be reached ({type(error).__name__}); wait and repeat the call."
+            f"The object store is away, or refuses ({type(error).__name__}); wait and repeat the call."
         ) from error
