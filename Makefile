@@ -1,6 +1,6 @@
 # Each recipe is one line that also works when typed. Variables given to make (`make demo YES=1`) reach the program.
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-crash test chaos bench lint style types layers api generated format protos clean
+.PHONY: help install demo demo-crash test test-s3 chaos bench lint style types layers api generated format protos clean
 
 # The first of these that is Python 3.11 or newer; or choose: make PYTHON=/path/to/python3.12 …
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -11,11 +11,11 @@ BASE ?= origin/main
 PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
 
 # Made once, and again when one of the two files changes; with no network everything else works on.
 .venv/installed: pyproject.toml constraints.txt
-	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; install it, or say make PYTHON=/path/to/python))$(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1' && .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[service,embedded,agents,cli]' --group dev && touch $@
+	$(if $(PYTHON),,$(error Python 3.11 or newer is needed; install it, or say make PYTHON=/path/to/python))$(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet --upgrade 'pip>=25.1' && .venv/bin/python -m pip install --quiet -c constraints.txt -e '.[service,embedded,agents,cli,s3]' --group dev && touch $@
 
 install: .venv/installed  ## Make .venv and install everything into it
 
@@ -33,6 +33,13 @@ chaos: .venv/installed  ## Run the chaos tests at every point there is, not at s
 
 bench: .venv/installed  ## Measure, some minutes (BENCH='recovery --kills 10', --help; --write puts the tables into the documents)
 	.venv/bin/python -m tests.load $(BENCH)
+
+# A Go program, built once into the user's cache; PERDURE_TEST_S3_SERVER is another one that takes its arguments.
+S3_FOLDER ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/perdure/bin
+PERDURE_TEST_S3_SERVER ?= $(S3_FOLDER)/versitygw
+
+test-s3: .venv/installed  ## Run the tests that need a real S3-compatible server (versitygw, built with Go once)
+	test -x "$(PERDURE_TEST_S3_SERVER)" || { command -v go >/dev/null || { echo "make test-s3 needs Go 1.24 or newer to build versitygw, or PERDURE_TEST_S3_SERVER=/path/to/versitygw" >&2; exit 1; }; GOBIN="$(S3_FOLDER)" go install github.com/versity/versitygw/cmd/versitygw@v1.8.0; } && PERDURE_TEST_S3_SERVER="$(PERDURE_TEST_S3_SERVER)" .venv/bin/python -m pytest tests/s3
 
 lint: style types layers api generated  ## Check style, types, layers, the API, and that generated code is current
 

@@ -34,6 +34,7 @@ from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
 from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations
 from perdure_service.store.engine import create_engine, idle_in_transaction_timeout
+from perdure_service.store.s3 import S3Objects
 from perdure_service.store.sqlstates import retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry
@@ -196,6 +197,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         max_recoveries=settings.max_recoveries,
         queues=queues,
         payload_threshold_bytes=settings.payload_threshold_bytes,
+        objects=S3Objects(settings.payloads) if settings.payloads.s3_bucket else None,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(

@@ -69,6 +69,29 @@ class ModelSettings(BaseModel):
     timeout_s: float = Field(120.0, gt=0, description="Seconds for one request. Models that think take minutes.")
 
 
+class PayloadSettings(BaseModel):
+    """Where large values are kept. Without a bucket: in the database."""
+
+    model_config = ConfigDict(frozen=True)
+
+    s3_bucket: str | None = Field(None, min_length=3, description="The bucket of an S3-compatible store. Unset: none.")
+    s3_endpoint: str | None = Field(
+        None, pattern=r"^https?://", description="Its address, e.g. https://host:9000. Unset: AWS's, by the region."
+    )
+    s3_region: str = Field("us-east-1", description="Its region.")
+    s3_access_key_id: str | None = Field(
+        None, description="Who asks. Unset: as AWS's own tools find out (environment, files, the machine's role)."
+    )
+    s3_secret_access_key: SecretStr | None = Field(None, description="The key's secret.")
+    s3_prefix: str = Field("perdure/", description="What the keys of all objects begin with.")
+
+    @model_validator(mode="after")
+    def _together(self) -> PayloadSettings:
+        if (self.s3_access_key_id is None) != (self.s3_secret_access_key is None):
+            raise ValueError("S3_ACCESS_KEY_ID and S3_SECRET_ACCESS_KEY go together")
+        return self
+
+
 class EmbedderSettings(BaseModel):
     """The embedder for vector search. Unset: full-text search only."""
 
@@ -413,6 +436,7 @@ class Settings(BaseSettings):
     tls: TlsSettings = Field(default_factory=lambda: TlsSettings())  # type: ignore[call-arg]
     auth: AuthSettings = Field(default_factory=lambda: AuthSettings())  # type: ignore[call-arg]
     model: ModelSettings = Field(default_factory=lambda: ModelSettings())  # type: ignore[call-arg]
+    payloads: PayloadSettings = Field(default_factory=lambda: PayloadSettings())  # type: ignore[call-arg]
     embedder: EmbedderSettings = Field(default_factory=lambda: EmbedderSettings())  # type: ignore[call-arg]
 
     @classmethod

@@ -54,7 +54,13 @@ def rows(url: str, statement: str, **values: object) -> list[Any]:
 
 def payloads_of(url: str, run_id: str) -> set[str]:
     """Returns the hashes that a run uses."""
-    return set(rows(url, "SELECT sha256 FROM perdure.payload_use WHERE workflow_id LIKE %(id)s", id=f"%{run_id}"))
+    return set(
+        rows(
+            url,
+            "SELECT sha256 FROM perdure.payload_use JOIN perdure.run USING (workflow_id) WHERE run_id = %(id)s",
+            id=run_id,
+        )
+    )
 
 
 def test_a_large_result_is_stored_once_and_its_rows_point_to_it(rpc: Rpc, server: ServerProcess) -> None:
@@ -62,15 +68,17 @@ def test_a_large_result_is_stored_once_and_its_rows_point_to_it(rpc: Rpc, server
     assert rpc.output_of(run_id) == rpc.output_of(other) == noise(LARGE)
     stored = rows(
         server.database_url,
-        "SELECT output FROM dbos.operation_outputs WHERE workflow_uuid LIKE %(id)s UNION ALL "
-        "SELECT output FROM dbos.workflow_output WHERE workflow_uuid LIKE %(id)s UNION ALL "
-        "SELECT output FROM perdure.run WHERE run_id = %(run_id)s",
-        id=f"%{run_id}",
-        run_id=run_id,
+        "SELECT o.output FROM perdure.run AS r JOIN dbos.operation_outputs AS o ON o.workflow_uuid = r.workflow_id "
+        "WHERE r.run_id = %(id)s UNION ALL "
+        "SELECT o.output FROM perdure.run AS r JOIN dbos.workflow_output AS o ON o.workflow_uuid = r.workflow_id "
+        "WHERE r.run_id = %(id)s UNION ALL SELECT output FROM perdure.run WHERE run_id = %(id)s",
+        id=run_id,
     )
     assert len(stored) == 3
     assert all(text.startswith(MARK) for text in stored)
-    assert payloads_of(server.database_url, run_id) == payloads_of(server.database_url, other)
+    used = payloads_of(server.database_url, run_id)
+    assert used
+    assert used == payloads_of(server.database_url, other)
     (step,) = only(rpc.events(run_id), "step_succeeded")
     assert step.step_succeeded.output_bytes > LARGE
 
@@ -97,7 +105,9 @@ def test_a_large_input_arrives_and_is_shown(rpc: Rpc, server: ServerProcess) -> 
     run_id = rpc.start("measurer", {"text": text})
     assert rpc.output_of(run_id) == LARGE
     (stored,) = rows(
-        server.database_url, "SELECT inputs FROM dbos.workflow_input WHERE workflow_uuid LIKE %(id)s", id=f"%{run_id}"
+        server.database_url,
+        "SELECT inputs FROM dbos.workflow_input JOIN perdure.run ON workflow_id = workflow_uuid WHERE run_id = %(id)s",
+        id=run_id,
     )
     assert stored.startswith(MARK)
     run = rpc.get(run_id)
@@ -160,7 +170,7 @@ def test_a_payload_goes_with_the_last_run_that_uses_it(rpc: Rpc, server: ServerP
     kept = "SELECT sha256 FROM perdure.payload WHERE sha256 = ANY(%(hashes)s)"
     for run_id in [*run_ids, forked]:
         assert set(rows(url, kept, hashes=list(hashes))) == hashes
-        deleted = rpc.runs.DeleteRuns(pb.DeleteRunsRequest(run_ids=[run_id], request_id=new_id()))
+        deleted = rpc.runs.DeleteRuns(pb.DeleteRunsRequest(run_ids=[run_id]))
         assert deleted.deleted_count == 1
     assert rows(url, kept, hashes=list(hashes)) == []
 

@@ -15,11 +15,14 @@ UNAVAILABLE after some seconds, and repeats its call.
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import islice
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
@@ -40,8 +43,13 @@ log = structlog.get_logger()
 WAIT_S = (0.2, 5.0)
 """The first and the longest pause of a run that waits for a store that is away."""
 
-KEY_AGE = timedelta(hours=1)
-"""How old an object may be when a row first tells of it; the sweep leaves objects alone for longer."""
+ORPHAN_AGE = timedelta(days=1)
+"""How old an object must be to be swept when no row tells of it. A row tells of none that is older than half of this:
+a commit that has waited so long for its database stores the bytes anew."""
+
+SWEEP_EVERY_S = 3600.0
+SWEEP_OBJECTS = 500
+"""Objects that are looked up in one statement."""
 
 _plain_json: Callable[..., Any] = DBOSPortableJSONSerializer.deserialize
 _plain_pickle: Callable[..., Any] = DefaultSerializer.deserialize
@@ -54,12 +62,14 @@ class Stowed:
     Attributes:
         pointer: What stands for them.
         data: The bytes.
-        object_key: The object that holds them; None to keep them in the table.
+        object_key: The object that holds them; None where none was needed.
+        object_s: When that began to be written, by `time.monotonic`.
     """
 
     pointer: Pointer
     data: bytes
     object_key: str | None = None
+    object_s: float = 0.0
 
 
 class Payloads:
@@ -117,22 +127,35 @@ class Payloads:
         pointer = Pointer.of(data)
         if self._objects is None:
             return Stowed(pointer, data)
+
+        def put() -> Stowed:
+            if retrying(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256)):
+                return Stowed(pointer, data)
+            began_s = time.monotonic()
+            return Stowed(pointer, data, self._put(pointer, data), began_s)
+
+        return self._patiently(put) if patient else put()
+
+    def _put(self, pointer: Pointer, data: bytes) -> str:
+        """Stores an object under a key that no row has, nor ever had."""
+        assert self._objects is not None, "asked with an object store only"
         key = f"{pointer.sha256}/{uuid.uuid4().hex}"
-        objects = self._objects
+        self._objects.put(key, data)
+        return key
 
-        def put() -> str | None:
-            where = retrying(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256))
-            if where is None:
-                objects.put(key, data)
-            return key
-
-        return Stowed(pointer, data, self._patiently(put) if patient else put())
-
-    @staticmethod
-    def write(conn: sa.Connection, workflow_id: str, stowed: Stowed | None) -> None:
+    def write(self, conn: sa.Connection, workflow_id: str, stowed: Stowed | None) -> None:
         """Makes a run use a payload, in the transaction that writes the pointer to it; None does nothing."""
-        if stowed is not None:
-            payloads.use(conn, workflow_id, stowed.pointer, stowed.data, stowed.object_key)
+        if stowed is None:
+            return
+
+        def stored_object() -> str:
+            # Rarely here: the payload that was there has just been deleted, or the database was away for long.
+            fresh = time.monotonic() - stowed.object_s < ORPHAN_AGE.total_seconds() / 2
+            if stowed.object_key is not None and fresh:
+                return stowed.object_key
+            return self._patiently(lambda: self._put(stowed.pointer, stowed.data))
+
+        payloads.use(conn, workflow_id, stowed.pointer, stowed.data, None if self._objects is None else stored_object)
 
     def forget_objects(self, keys: list[str]) -> None:
         """Deletes objects that nothing tells of any more; what fails is left to the sweep."""
@@ -144,6 +167,44 @@ class Payloads:
             except StoreUnavailable:
                 log.warning("payloads.object_left", count=len(keys))
                 return
+
+    def sweep(self, older_than: timedelta = ORPHAN_AGE) -> int:
+        """Deletes objects that no row tells of, and that are so old that none ever will; returns how many.
+
+        Raises:
+            StoreUnavailable: A store is away; the next sweep goes on.
+        """
+        if self._objects is None:
+            return 0
+        now = retrying(self._engine, "payloads.now", payloads.now)
+        old = (key for key, written in self._objects.all() if now - written > older_than)
+        deleted = 0
+        while batch := list(islice(old, SWEEP_OBJECTS)):
+            hashes = sorted({key.partition("/")[0] for key in batch})
+            known = retrying(
+                self._engine,
+                "payloads.known",
+                lambda conn, hashes=hashes: payloads.known_objects(conn, hashes),  # type: ignore[misc]
+            )
+            for key in batch:
+                if key not in known:
+                    self._objects.delete(key)
+                    deleted += 1
+        return deleted
+
+    def start(self) -> None:
+        """Begins to sweep, when there is an object store."""
+        if self._objects is not None:
+            threading.Thread(target=self._sweeps, name="perdure-payloads", daemon=True).start()
+
+    def _sweeps(self) -> None:
+        # Not all servers at once, and not at the start of each.
+        while not self._closed.wait(SWEEP_EVERY_S * random.uniform(0.5, 1.5)):
+            try:
+                if deleted := self.sweep():
+                    log.info("payloads.swept", count=deleted)
+            except Exception as error:  # noqa: BLE001 - the next one goes on
+                log.warning("payloads.sweep_failed", error=type(error).__name__)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 

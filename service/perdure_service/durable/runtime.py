@@ -188,6 +188,7 @@ class Runtime:
         self.lease.start()
         taken_back = self._reaper.start()
         self._writer.start()
+        self.payloads.start()
         self._traces.start()
         system_database.install(self._build)
         retries.install()

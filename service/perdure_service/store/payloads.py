@@ -22,7 +22,7 @@ Several payloads are always locked in order of their hashes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -59,7 +59,13 @@ class Place:
     object_key: str | None
 
 
-def use(conn: sa.Connection, workflow_id: str, pointer: Pointer, data: bytes, object_key: str | None = None) -> None:
+def use(
+    conn: sa.Connection,
+    workflow_id: str,
+    pointer: Pointer,
+    data: bytes,
+    stored_object: Callable[[], str] | None = None,
+) -> None:
     """Notes that a run uses a payload, and stores it if it is not there.
 
     Args:
@@ -67,13 +73,14 @@ def use(conn: sa.Connection, workflow_id: str, pointer: Pointer, data: bytes, ob
         workflow_id: The run.
         pointer: The payload.
         data: Its bytes.
-        object_key: The object that holds them; None to keep them in the table.
+        stored_object: Returns the key of an object that holds them, which must be there; asked when no row tells of
+            one. None to keep them in the table.
     """
     conn.execute(_INSERT_USE, {"workflow_id": workflow_id, "sha256": pointer.sha256, "size_bytes": pointer.size_bytes})
     if conn.execute(_LOCK, {"hashes": [pointer.sha256]}).first() is not None:
         return
-    if object_key is not None:
-        first = {"sha256": pointer.sha256, "piece": OBJECT_PIECE, "data": object_key.encode()}
+    if stored_object is not None:
+        first = {"sha256": pointer.sha256, "piece": OBJECT_PIECE, "data": stored_object().encode()}
         conn.execute(_INSERT_FIRST, first)
         return
     for piece, start in enumerate(range(0, max(len(data), 1), PIECE_BYTES)):

@@ -16,6 +16,7 @@ from tests.unit.client.scripted import METHODS, STREAMS
 
 NAMES = """
 AgentInfo AgentNotFound Approval ApprovalClosed ApprovalDecided ApprovalNotFound ApprovalRequested ApprovalState
+ArtifactInfo ArtifactNotFound ArtifactWritten OffsetOutOfRange
 AsyncClient AsyncWatch AsyncWatching AttemptReset ChildStarted Client ClientClosed ConfigurationError ConflictPolicy
 Contention CursorOutOfRange DeadlineExceeded Decision Deletion Draining EventData EventKind ExecutorInfo ExecutorState
 FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue KeysUnavailable LogLine
@@ -30,8 +31,8 @@ __version__
 """
 
 METHOD_NAMES = """
-address agents approvals approve cancel close decide delete_runs events executors fork get get_agent get_approval list
-namespace queues reject run signal start steps stranded trace wait watch watch_approvals
+address agents approvals approve artifact cancel close decide delete_runs events executors fork get get_agent get_approval
+list namespace queues read_artifact reject run signal start steps stranded trace wait watch watch_approvals
 """
 
 

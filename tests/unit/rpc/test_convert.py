@@ -231,6 +231,8 @@ def test_a_run_has_all_its_fields():
         caller="ann",
         forked_from_run_id="old",
         forked_from_step_id=4,
+        input_bytes=7,
+        output_bytes=4,
     )
     message = convert.agent_run(run, full=True)
     assert message == agent_run_pb2.AgentRun(

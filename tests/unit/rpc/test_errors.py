@@ -33,6 +33,8 @@ TABLE: list[tuple[errors.PerdureError, str, str, float | None]] = [
     (errors.NamespaceNotFound("no namespace lab"), "NOT_FOUND", "NAMESPACE_NOT_FOUND", None),
     (errors.RunNotFound("no run foo", run_id="foo"), "NOT_FOUND", "RUN_NOT_FOUND", None),
     (errors.AgentNotFound("no agent x", agent="x"), "NOT_FOUND", "AGENT_NOT_FOUND", None),
+    (errors.ArtifactNotFound("no artifact"), "NOT_FOUND", "ARTIFACT_NOT_FOUND", None),
+    (errors.OffsetOutOfRange("far", size_bytes="7"), "OUT_OF_RANGE", "OFFSET_OUT_OF_RANGE", None),
     (errors.ApprovalNotFound("no approval"), "NOT_FOUND", "APPROVAL_NOT_FOUND", None),
     (errors.RunConflict("taken", run_id="foo"), "ALREADY_EXISTS", "RUN_ID_IN_USE", None),
     (errors.RunInputMismatch("other", given="ab", stored="cd"), "ALREADY_EXISTS", "RUN_INPUT_MISMATCH", None),

@@ -13,7 +13,7 @@ import typer.core
 
 from perdure_client._config import DEFAULT_ADDRESS, DEFAULT_NAMESPACE, DEFAULT_TIMEOUT_S, VERSION
 from perdure_client._errors import ConfigurationError, InvalidArgument, PerdureError
-from perdure_client.cli import _approvals, _list, _manage, _operators, _runs, _trace
+from perdure_client.cli import _approvals, _artifacts, _list, _manage, _operators, _runs, _trace
 from perdure_client.cli._context import Session
 from perdure_client.cli._output import say
 
@@ -153,6 +153,8 @@ _add("list", _list.list_runs)
 _add("steps", _runs.steps)
 _add("events", _runs.events)
 _add("trace", _trace.trace)
+_add("artifacts", _artifacts.artifacts)
+_add("read", _artifacts.read)
 _add("signal", _runs.signal)
 _add("cancel", _runs.cancel)
 _add("fork", _manage.fork)
