@@ -7,7 +7,6 @@ import os
 import signal
 import socket
 import threading
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -189,6 +188,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         max_output_bytes=settings.max_output_bytes,
         park_after=settings.park_after,
         suspicion=settings.suspicion,
+        max_recoveries=settings.max_recoveries,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(

@@ -305,10 +305,16 @@ class Settings(BaseSettings):
         description="Where other servers reach this one, host:port, e.g. a pod's own address. Unset: the host and port "
         "that it listens on, or the machine's name where that is every interface.",
     )
+    max_recoveries: int = Field(
+        20,
+        ge=0,
+        description="How often a run is recovered after its executor died. One more death ends it as FAILED: it may be "
+        "what kills them.",
+    )
     drain_timeout: timedelta = Field(
         timedelta(seconds=20),
         ge=timedelta(seconds=0),
-        description="How long a stopping server lets open calls and running steps finish.",
+        description="The time a stopping server has: for steps in progress, then to hand over what is left.",
     )
     max_message_bytes: int = Field(8 * 2**20, ge=2**16, description="The largest gRPC message, both ways.")
     max_input_bytes: int = Field(

@@ -68,8 +68,7 @@ def agent(
         catalogue.check(entry)
         workflow = DBOS.workflow(
             name=spec.workflow_name,
-            # Every time a parked run continues counts as a recovery; a limit would end runs that wait often.
-            max_recovery_attempts=None,
+            max_recovery_attempts=None,  # the server's own limit, PERDURE_MAX_RECOVERIES
             serialization_type=WorkflowSerializationFormat.PORTABLE,
         )(entry.workflow)
         catalogue.register(dataclasses.replace(entry, workflow=workflow))

@@ -410,7 +410,12 @@ class Ledger:
             The last events of its log, the terminal one last, and what to call after the commit.
         """
         if ended.status == "MAX_RECOVERY_ATTEMPTS_EXCEEDED" and failure is None:
-            failure = Failure("MaxRecoveryAttemptsExceeded", "the run was recovered more often than it may be")
+            deaths = self._deaths(conn, ended.key.workflow_id)
+            failure = Failure(
+                "MaxRecoveryAttemptsExceeded",
+                f"its executor died {deaths} times, and a run is recovered less often (PERDURE_MAX_RECOVERIES); when the "
+                "cause is mended, fork it",
+            )
         row = runs.end(conn, ended.key.workflow_id, end_reason=end_reason, failure=failure, output=output)
         if row is None:
             return [], lambda: None
@@ -442,6 +447,14 @@ class Ledger:
                     self._spans.run_ended(row, terminal)
 
         return events, after
+
+    @staticmethod
+    def _deaths(conn: sa.Connection, workflow_id: str) -> int:
+        """Returns how many executions of a run ended with their executor; the claim that ends it has counted itself."""
+        attempts = conn.execute(
+            sa.text(f"SELECT recovery_attempts FROM {STATUS} WHERE workflow_uuid = :id"), {"id": workflow_id}
+        ).scalar()
+        return max(0, int(attempts or 0) - 1)
 
     def ended_perhaps(self, workflow_id: str) -> None:
         """Is called after an end that had to be committed twice."""

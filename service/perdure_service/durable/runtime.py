@@ -21,6 +21,7 @@ import structlog
 from dbos import DBOS, _core
 from dbos._dbos import _get_dbos_instance
 from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
+from dbos._registrations import get_func_info
 from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
 
 from perdure_service.agents.catalogue import RegisteredAgent
@@ -89,6 +90,7 @@ class Runtime:
         max_output_bytes: int = 2**20,
         park_after: timedelta = timedelta(seconds=5),
         suspicion: bool = False,
+        max_recoveries: int = 20,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
@@ -139,6 +141,7 @@ class Runtime:
         self._database: PerdureSystemDatabase | None = None
         self._limit = OutputLimit(max_output_bytes)
         self._park_after = park_after
+        self._max_recoveries = max_recoveries
         self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
         self.ledger.nudge = self._waker.nudge
 
@@ -192,6 +195,7 @@ class Runtime:
                 "log_level": "WARNING",
             }
         )
+        _limit_recoveries(self._max_recoveries)
         DBOS.listen_queues([QUEUE])
         DBOS.launch()
         self._register_queue()
@@ -368,6 +372,17 @@ def portable_inputs(arguments: dict[str, Any]) -> tuple[str, str]:
 
 def _dbos_instance() -> Any:
     return _get_dbos_instance()
+
+
+def _limit_recoveries(most: int) -> None:
+    """Has DBOS end runs whose executor died more often: it counts dispatches, and we take off those that were no crash.
+
+    What a workflow of its own has declared stays, if that is less.
+    """
+    for workflow in _dbos_instance()._registry.workflow_info_map.values():
+        info = get_func_info(workflow)
+        if info is not None and (info.max_recovery_attempts is None or info.max_recovery_attempts > most):
+            info.max_recovery_attempts = most
 
 
 def _registered_names() -> list[str]:
