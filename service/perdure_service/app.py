@@ -18,6 +18,7 @@ import structlog
 from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
+from perdure_service.domain.queues import Queues
 from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
@@ -72,6 +73,8 @@ def check(settings: Settings, report: Report) -> bool:
         findings += diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify))
     except ConfigurationError as error:
         findings.append(diagnosis.Finding("error", error.message))
+    if not any(finding.severity == "error" for finding in findings):
+        findings += diagnosis.stranded_runs(database_url(settings), settings.application_version)
     for finding in findings:
         report(f"{finding.severity}: {finding.text}")
     return not any(finding.severity == "error" for finding in findings)
@@ -162,6 +165,8 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     models.prepare(settings.model)
     if not agents:
         raise ConfigurationError("there are no agents to serve: name modules with --agents, or install some")
+    queues = Queues.of_settings(settings.queues)
+    queues.check_agents({agent.spec.workflow_name: agent.spec.queue for agent in agents})
 
     service: RunService | None = None
 
@@ -189,6 +194,8 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         park_after=settings.park_after,
         suspicion=settings.suspicion,
         max_recoveries=settings.max_recoveries,
+        queues=queues,
+        payload_threshold_bytes=settings.payload_threshold_bytes,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(

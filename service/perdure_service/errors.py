@@ -124,6 +124,12 @@ class ApprovalNotFound(NotFound):
     reason = "APPROVAL_NOT_FOUND"
 
 
+class ArtifactNotFound(NotFound):
+    """The run has no such artifact, or no output (yet)."""
+
+    reason = "ARTIFACT_NOT_FOUND"
+
+
 class RunConflict(PerdureError):
     """The run_id is taken by another start; choose another id."""
 
@@ -178,6 +184,13 @@ class CursorOutOfRange(PerdureError):
 
     status = "OUT_OF_RANGE"
     reason = "EVENTS_TRUNCATED"
+
+
+class OffsetOutOfRange(PerdureError):
+    """The offset is behind the artifact's end; the metadata has its size."""
+
+    status = "OUT_OF_RANGE"
+    reason = "OFFSET_OUT_OF_RANGE"
 
 
 class ViewTooLarge(PerdureError):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +37,9 @@ from pydantic_settings import (
 from perdure_service.errors import ConfigurationError
 
 DBOS_CONFIG_FILE = Path("dbos-config.yaml")
+
+QUEUE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+"""What a queue may be called."""
 
 
 def _host(value: str) -> str:
@@ -102,6 +107,38 @@ class TlsSettings(BaseModel):
     def enabled(self) -> bool:
         """Whether the ports speak TLS."""
         return self.certificate_file is not None
+
+
+class QueueSettings(BaseModel):
+    """The limits of a queue; without any, it only has priorities and a number of its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    worker_concurrency: int | None = Field(None, ge=1, le=2**31 - 1, description="Runs of it at once, on one server.")
+    global_concurrency: int | None = Field(None, ge=1, le=2**31 - 1, description="Runs of it at once, on all servers.")
+    rate_limit: int | None = Field(
+        None, ge=1, le=2**31 - 1, description="Runs of it that begin or go on in each rate_period, on all servers."
+    )
+    rate_period: timedelta | None = Field(
+        None, gt=timedelta(0), le=timedelta(days=366), description="The period of rate_limit."
+    )
+
+    @field_validator("rate_period", mode="before")
+    @classmethod
+    def _durations(cls, value: Any) -> Any:
+        return _seconds(value)
+
+    @model_validator(mode="after")
+    def _fit(self) -> QueueSettings:
+        if (self.rate_limit is None) != (self.rate_period is None):
+            raise ValueError("rate_limit and rate_period belong together; set both")
+        if (
+            self.worker_concurrency is not None
+            and self.global_concurrency is not None
+            and self.worker_concurrency > self.global_concurrency
+        ):
+            raise ValueError("worker_concurrency must not be above global_concurrency")
+        return self
 
 
 ALGORITHMS = (
@@ -273,6 +310,11 @@ class Settings(BaseSettings):
     max_running: int = Field(
         1_000, ge=1, le=100_000, description="Runs at once, those that wait included; more are queued."
     )
+    queues: Annotated[dict[str, QueueSettings], NoDecode] = Field(
+        default_factory=dict,
+        description="Queues and their limits, as a JSON object of name and limits: worker_concurrency, "
+        "global_concurrency, rate_limit and rate_period. Beside them there is the queue `perdure`.",
+    )
     max_threads: int = Field(64, ge=8, le=2_000, description="Threads for database calls and blocking steps.")
     queue_poll_interval: timedelta = Field(
         timedelta(seconds=0.5),
@@ -292,8 +334,8 @@ class Settings(BaseSettings):
     park_after: timedelta = Field(
         timedelta(seconds=5),
         ge=timedelta(seconds=0),
-        description="How long a run waits in memory, for a signal, an approval, a child or the time, before it is parked. "
-        "Shorter frees memory and slots sooner; longer saves replays of short waits. 0: at once.",
+        description="How long a run waits in memory, for a signal, an approval, a child or the time, before it is "
+        "parked. Shorter frees memory and slots sooner; longer saves replays of short waits. 0: at once.",
     )
     suspicion: bool = Field(
         True,
@@ -322,10 +364,18 @@ class Settings(BaseSettings):
     )
     max_signal_bytes: int = Field(2**16, ge=64, description="The largest payload of a signal or an answer.")
     max_output_bytes: int = Field(
-        2**20,
+        64 * 2**20,
         ge=1024,
-        description="The largest output of a run, result of a step, payload of an approval, or published value, as "
-        "stored. CockroachDB asks for rows under 1 MiB.",
+        le=2**30,
+        description="The largest output of a run, result of a step, or artifact, as stored; what is asked, streamed or "
+        "published may be 1 MiB at most, and less if this is less.",
+    )
+    payload_threshold_bytes: int = Field(
+        2**16,
+        ge=1024,
+        le=2**19,
+        description="What is larger is stored apart from its row, once by its hash. CockroachDB asks for rows under "
+        "1 MiB.",
     )
     max_watches: int = Field(10_000, ge=1, description="Open WatchRun and WatchApprovals streams at once.")
     max_streams_per_caller: int = Field(
@@ -381,6 +431,21 @@ class Settings(BaseSettings):
     @classmethod
     def _lists(cls, value: Any) -> Any:
         return _split_commas(value)
+
+    @field_validator("queues", mode="before")
+    @classmethod
+    def _queues(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise ValueError(f"is not JSON: {error}") from None
+        if not isinstance(value, dict):
+            raise ValueError('must be a JSON object of names and limits, e.g. {"mail": {"global_concurrency": 4}}')
+        for name in value:
+            if not QUEUE_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot be a queue's name; it must match {QUEUE_NAME.pattern}")
+        return value
 
     @field_validator(
         "statement_timeout",
@@ -497,6 +562,8 @@ def _as_set(value: Any) -> str:
     match value:
         case None | ():
             return "unset"
+        case dict():
+            return json.dumps({name: one.model_dump(mode="json", exclude_none=True) for name, one in value.items()})
         case bool():
             return str(int(value))
         case float():

@@ -12,6 +12,7 @@ from dbos import DBOS
 from perdure_service.agents import agent, run
 from perdure_service.agents.resources import resources
 from perdure_service.durable import operation as seam
+from perdure_service.durable import owners
 
 from tests.helpers.agents import FlakyError, count_one, effect, plain_child
 
@@ -35,6 +36,10 @@ def _freezing_write(operation: seam.Operation, conn: sa.Connection) -> None:
     if any("freezing_step" in name for name in names):
         freeze()
 
+
+# A claim whose reply was lost is found within seconds, as the tests wait for it.
+owners.GRACE_S = 1.0
+owners.LOOKS_PER_SEARCH = 1
 
 if FREEZE_AT == "commit":
     seam.Operation.write = _freezing_write  # type: ignore[method-assign]

@@ -139,6 +139,17 @@ async def waits_for_either(seconds: float = 600.0) -> list[Any]:
     return list(await asyncio.gather(told(), slept()))
 
 
+@agent(name="waits-with-a-limit-in-memory")
+async def waits_with_a_limit_in_memory(how: str = "wait") -> int:
+    """Waits for what never comes, with a limit that no database knows."""
+    if how == "event":
+        return int(await DBOS.get_event_async("default.nobody.r", "never", timeout_seconds=1) is None)
+    waiting = asyncio.ensure_future(DBOS.recv_async("never", timeout_seconds=600))
+    done, _ = await DBOS.asyncio_wait([waiting], timeout=1)
+    waiting.cancel()
+    return len(done) + 1
+
+
 @DBOS.workflow(max_recovery_attempts=MAX_RECOVERIES)
 async def parks_often(times: int) -> int:
     """Waits for a signal again and again."""
@@ -156,7 +167,7 @@ async def catches_all() -> str:
     while True:
         try:
             return str(await run.signal("go"))
-        except BaseException:  # noqa: B036, BLE001 - that is the point
+        except BaseException:
             DONE.append("caught")
             await note("never")
         finally:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 from pathlib import Path
 
 import dbos
 import pytest
-from dbos import _core, _dbos, _sys_db, _sys_db_postgres
+from dbos import DBOS, _core, _dbos, _outcome, _queue, _sys_db, _sys_db_postgres
 from dbos._error import DBOSUnexpectedStepError
 from dbos._event_loop import BackgroundEventLoop
 from dbos._schemas.system_database import SystemSchema
 from perdure_service.domain.runs import TERMINAL_STATUSES
-from perdure_service.durable import replay, retries, runtime, steps, substitutes
+from perdure_service.durable import parking, replay, retries, runtime, steps, substitutes
+from perdure_service.durable.executions import Parked
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.store import dbos_tables
 
@@ -217,6 +219,57 @@ def test_what_stops_when_an_engine_dies_is_there() -> None:
     assert "self._run_background_processes" in inspect.getsource(_sys_db_postgres.PostgresSystemDatabase.run_notifier)
 
 
+# ---- parking ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_waits_of_dbos_are_the_ones_that_are_ours() -> None:
+    """What waits without us would keep its run in memory, or be cut off by the parking of another wait."""
+    for cls, wait in ((_core.WorkflowHandleFuture, "future.result()"), (_core.WorkflowHandleAsyncTask, "self.task")):
+        result = inspect.getsource(vars(cls)["_get_result"])
+        assert result.count(wait) == 1
+        assert "except (DBOSWorkflowCancelledError, DBOSAwaitedWorkflowCancelledError):" in result, "it asks the row"
+        assert list(inspect.signature(vars(cls)["_get_result"]).parameters) == ["self", "polling_interval_sec"]
+    for cls in (_core.WorkflowHandlePolling, _core.WorkflowHandleAsyncPolling):
+        assert "await_workflow_result" in inspect.getsource(cls)
+    waits = {
+        name
+        for name, member in vars(_sys_db.SystemDatabase).items()
+        if inspect.isfunction(member)
+        and re.search(r"(time|asyncio)\.sleep\(|\.wait(_async)?\(", inspect.getsource(member))
+    }
+    between_attempts = {"write_stream_from_step", "write_stream_from_workflow", "_notification_listener_polling"}
+    ours = {
+        "recv", "recv_async", "get_event", "get_event_async", "await_workflow_result", "await_workflow_result_async",
+        "await_first_workflow_id", "await_first_workflow_id_async",
+    }  # fmt: skip
+    assert ours <= waits & set(OURS)
+    assert waits - ours - between_attempts == set()
+
+
+def test_sleeps_and_the_timed_wait_are_class_methods_that_sleep_after_their_record() -> None:
+    source = {name: inspect.getsource(vars(DBOS)[name].__func__) for name in ("sleep", "sleep_async")}
+    assert source["sleep"].index("record_sleep(") < source["sleep"].index("time.sleep(duration)")
+    assert source["sleep_async"].index("record_sleep,") < source["sleep_async"].index("asyncio.sleep(duration)")
+    assert "timeout" in inspect.signature(parking._plain_asyncio_wait).parameters
+
+
+def test_what_ends_a_parked_execution_is_recorded_by_nobody() -> None:
+    assert not issubclass(Parked, Exception)
+    persist = inspect.getsource(replay._plain_get_wf_invoke_func)
+    assert "BaseException" not in persist, "an outcome is made of exceptions only"
+    assert "resolve_deferred" in inspect.getsource(_outcome.Immediate)
+    assert "isinstance(result, DeferredResult)" in inspect.getsource(_outcome.Pending)
+    assert _sys_db._dbos_null_topic == dbos_tables.NULL_TOPIC
+
+
+def test_an_attempt_is_counted_by_the_claim_and_by_the_start_that_runs_at_once() -> None:
+    assert "recovery_attempts=(1 if wf_status not in _enqueued_statuses else 0)" in _source_of(
+        "_insert_workflow_status"
+    )
+    claim = re.sub(r"\s|#.*", "", _source_of("start_queued_workflows"))
+    assert "recovery_attempts=self.tables.workflow_status.c.recovery_attempts+1" in claim
+
+
 # ---- forks and deletions ---------------------------------------------------------------------------------------------
 
 
@@ -252,3 +305,26 @@ def test_a_wait_with_a_timeout_takes_two_numbers_and_a_result_is_read_again_in_a
     assert source.count("timeout_function_id = ctx.curr_step_function_id + 1") == 4  # recv and get_event, async too
     assert 'function_name="DBOS.getResult"' in _source_of("record_get_result")
     assert "check_operation_execution" not in _source_of("await_workflow_result")
+
+
+def test_a_queue_thread_waits_on_its_event_alone_and_asks_us_before_each_claim() -> None:
+    source = inspect.getsource(_queue.queue_worker_thread)
+    assert set(re.findall(r"stop_event\.(\w+)", source)) == {"wait", "is_set"}
+    assert source.count("stop_event.wait(") == 1
+    assert source.index("get_queue(") < source.index("stop_event.wait(") < source.index("dequeue_scopes(")
+    assert "count_for_queue(queue.name)" in source
+    assert "target=queue_worker_thread" in inspect.getsource(_queue.queue_thread)
+
+
+def test_a_claim_chooses_its_rows_by_the_gate_and_takes_those_that_we_leave_it() -> None:
+    source = inspect.getsource(_sys_db.SystemDatabase.start_queued_workflows)
+    begin, gate, chosen, flipped = (
+        source.index(part) for part in ("self._begin(", "self._claim_gate(", "self._wf_in(", ".returning(")
+    )
+    assert begin < source.index("queue._worker_concurrency is not None") < gate < chosen < flipped
+    assert source.count("self._wf_in(") == 1
+
+
+def test_a_child_that_was_queued_is_waited_for() -> None:
+    for function in (_core.start_workflow, _core.start_workflow_async, _core.workflow_wrapper):
+        assert "should_execute" in inspect.getsource(function)

@@ -1,5 +1,6 @@
 """Real errors of a real database, through each dialect and driver, as DBOS and our own store see them."""
 
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -8,7 +9,8 @@ import pytest
 import sqlalchemy as sa
 from dbos._sys_db_postgres import PostgresSystemDatabase
 from dbos._utils import retriable_postgres_exception
-from perdure_service.errors import Contention, StoreUnavailable
+from perdure_service.durable.retries import repeated
+from perdure_service.errors import Contention, Overloaded, PerdureError, StoreUnavailable
 from perdure_service.store import engine as engine_module
 from perdure_service.store import sqlstates
 from perdure_service.store.engine import AmbiguousResult, SerializationConflict, create_engine
@@ -16,6 +18,7 @@ from structlog.testing import capture_logs
 
 from tests.helpers import eventually, free_port
 from tests.helpers.databases import FORMS, DatabaseServer, url_in_form
+from tests.helpers.proxy import DatabaseProxy
 
 STATEMENT_TIMEOUT = timedelta(seconds=20)
 REPEATED = {"40001", "40003", "40P01", "57P01", "57P02", "57P03", "53300", "08006", "25P03", "58C00", "58C01"}
@@ -235,3 +238,104 @@ def test_the_servers_own_isolation_is_kept(engine: sa.Engine, database_server: D
     with engine.connect() as connection:
         isolation = connection.exec_driver_sql("SHOW transaction_isolation").scalar_one()
     assert isolation == ("serializable" if database_server.cockroach else "read committed")
+
+
+# ---- what a caller is told, and what lies between ------------------------------------------------------------------
+
+TOLD: dict[str, type[PerdureError]] = {
+    "40001": Contention,
+    "40P01": Contention,
+    "55P03": Contention,
+    "40003": StoreUnavailable,
+    "57014": StoreUnavailable,
+    "57P01": StoreUnavailable,
+    "57P02": StoreUnavailable,
+    "57P03": StoreUnavailable,
+    "25P03": StoreUnavailable,
+    "58C00": StoreUnavailable,
+    "58C01": StoreUnavailable,
+    "08000": StoreUnavailable,
+    "08006": StoreUnavailable,
+    "53300": StoreUnavailable,
+}
+
+
+@pytest.mark.parametrize("code", sorted(TOLD))
+def test_a_caller_is_told_what_helps_and_when(engine: sa.Engine, code: str) -> None:
+    told = sqlstates.translate(failure(engine, code))
+    assert type(told) is TOLD[code]
+    assert told.status in ("ABORTED", "UNAVAILABLE")
+    assert told.retry_delay_s
+    assert "made to fail" not in told.message
+
+
+@pytest.fixture
+def proxy(database_server: DatabaseServer) -> Iterator[DatabaseProxy]:
+    proxy = DatabaseProxy(database_server.url)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(params=FORMS)
+def proxied(
+    database_server: DatabaseServer, proxy: DatabaseProxy, request: pytest.FixtureRequest
+) -> Iterator[sa.Engine]:
+    """An engine whose connections go through the proxy."""
+    if request.param not in database_server.forms:
+        pytest.skip(f"CockroachDB is not reached by {request.param}")
+    engine = create_engine(url_in_form(proxy.url, request.param), pool_size=2, statement_timeout=timedelta(seconds=0.3))
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("whose", ["ours", "DBOS's"])
+def test_a_reset_in_commit_is_repeated_and_what_was_committed_is_found(
+    proxied: sa.Engine, proxy: DatabaseProxy, whose: str
+) -> None:
+    with proxied.begin() as connection:
+        connection.exec_driver_sql("DROP TABLE IF EXISTS committed")
+        connection.exec_driver_sql("CREATE TABLE committed (id INT PRIMARY KEY)")
+    order = proxy.lose_replies("INSERT INTO committed")
+    inserted: list[int] = []
+
+    def insert(connection: sa.Connection) -> None:
+        statement = "INSERT INTO committed VALUES (1) ON CONFLICT DO NOTHING"
+        inserted.append(connection.exec_driver_sql(statement).rowcount)
+
+    @repeated()
+    def insert_as_dbos() -> None:
+        with proxied.begin() as connection:
+            insert(connection)
+
+    with capture_logs():
+        if whose == "ours":
+            sqlstates.retrying(proxied, "insert", insert)
+        else:
+            insert_as_dbos()
+    assert (order.lost, inserted) == (1, [1, 0])
+
+
+def test_a_peer_that_says_nothing_any_more_is_a_lost_connection(proxied: sa.Engine, proxy: DatabaseProxy) -> None:
+    with proxied.connect() as connection:
+        connection.exec_driver_sql("SELECT 1")
+        proxy.freeze()
+        with capture_logs(), pytest.raises(sa.exc.DBAPIError) as lost:
+            connection.exec_driver_sql("SELECT 2")
+    assert retriable_postgres_exception(lost.value)
+    assert isinstance(sqlstates.translate(lost.value), StoreUnavailable)
+    proxy.mend()
+    with proxied.connect() as connection:
+        assert connection.exec_driver_sql("SELECT 3").scalar_one() == 3
+
+
+def test_who_is_waited_for_does_not_wait_long_for_a_connection(engine: sa.Engine) -> None:
+    small = create_engine(
+        engine.url.render_as_string(hide_password=False), pool_size=1, statement_timeout=STATEMENT_TIMEOUT
+    )
+    with small.connect():
+        began = time.monotonic()
+        with engine_module.waits_for_a_connection(0.05), pytest.raises(sa.exc.TimeoutError) as full:
+            small.connect()
+        assert time.monotonic() - began < engine_module.POOL_TIMEOUT_S / 2
+    assert isinstance(sqlstates.translate(full.value), Overloaded)
+    small.dispose()

@@ -126,7 +126,7 @@ ROWS = [
     ),
     Row(
         "CursorOutOfRange", "OUT_OF_RANGE", "EVENTS_TRUNCATED", lambda w: w.rpc.stream(w.truncated),
-        metadata=frozenset({"earliest_sequence"}),
+        metadata=frozenset({"earliest_sequence", "run_id"}),
     ),
     Row(
         "StoreUnavailable", "UNAVAILABLE", "STORE_UNAVAILABLE",

@@ -126,7 +126,7 @@ def test_an_approval_that_nobody_decides_expires_while_its_run_is_parked(harness
 def test_a_signal_that_does_not_come_in_time_wakes_by_its_timeout(harness: BlockingHarness) -> None:
     run = harness.start("waits-for-signals", {"timeout_s": 0.5})
     until_parked(harness, run, "signal:go")
-    with pytest.raises(RunFailed, match="no signal 'go' came within 0.5 s"):
+    with pytest.raises(RunFailed, match=r"no signal 'go' came within 0\.5 s"):
         run.result()
 
 
@@ -260,6 +260,13 @@ def test_code_that_catches_everything_is_ended_all_the_same(harness: BlockingHar
     assert done(run) == []
     harness.signal(run, "go", "x")
     assert run.result() == "x"
+
+
+@pytest.mark.parametrize("how", ["wait", "event"])
+def test_what_only_this_process_can_end_keeps_its_run_in_memory(harness: BlockingHarness, how: str) -> None:
+    run = harness.start("waits-with-a-limit-in-memory", {"how": how})
+    assert run.result() == 1
+    assert run.get().execution == 1
 
 
 def test_parking_counts_no_crash(harness: BlockingHarness) -> None:

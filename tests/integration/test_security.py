@@ -173,7 +173,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "GetRunTrace": {}, "ListApprovals": {}, "GetApproval": {}, "WatchApprovals": {},
 }  # fmt: skip
 """How to ask each method that has a namespace; ids are added by the name of their field."""
-WITHOUT_NAMESPACE = {"ListAgents", "GetAgent", "ListExecutors"}
+WITHOUT_NAMESPACE = {"ListAgents", "GetAgent", "ListExecutors", "ListStrandedRuns"}
 ID_FIELDS = ("run_id", "run_ids", "parent_run_id", "approval_id")
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from perdure_service.store import embedded
 
 from tests.helpers.databases import DatabaseServer, given_server
-from tests.load import frame, recovery
+from tests.load import frame, herd, recovery
 
-BENCHMARKS = {one.name: one for one in (recovery.BENCHMARK,)}
+BENCHMARKS = {one.name: one for one in (recovery.BENCHMARK, herd.BENCHMARK)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

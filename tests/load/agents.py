@@ -1,11 +1,15 @@
-"""The agent of the benchmarks."""
+"""The agents of the benchmarks."""
 
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
 from dbos import DBOS
 from perdure_service.agents import agent
+
+GATE_POLL_S = 0.5
+"""How often a step looks for its file: a thousand of them must cost next to nothing."""
 
 
 @DBOS.step(name="tick")
@@ -20,3 +24,21 @@ async def ticker(seconds: float = 0.05, steps: int = 1_000_000) -> int:
     for number in range(steps):
         await tick(number, seconds)
     return steps
+
+
+@DBOS.step(name="first")
+async def first() -> int:
+    return 1
+
+
+@DBOS.step(name="second")
+async def second(gate: str) -> int:
+    while not Path(gate).exists():  # noqa: ASYNC110, ASYNC240 - made by another process; a look takes no time
+        await asyncio.sleep(GATE_POLL_S)
+    return 2
+
+
+@agent(name="gated")
+async def gated(gate: str) -> int:
+    """Makes one step, and another one that ends when a file is there."""
+    return await first() + await second(gate)

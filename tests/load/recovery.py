@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, server: DatabaseServer, say: Callable[[str], None]) -> Result:
     """Measures; see the module."""
-    ttl_s = options.ttl or Settings.model_fields["lease_ttl"].default.total_seconds()
+    ttl_s = lease_ttl_s(options)
     before = load()
     gaps: dict[str, list[float]] = {name: [] for name in VARIANTS}
     cells = [
@@ -82,7 +82,11 @@ def run(options: argparse.Namespace, server: DatabaseServer, say: Callable[[str]
 
         def work(cell: Cell) -> None:
             cell.start()
+            fresh = True
             while kills[cell.variant].take():
+                if not fresh:
+                    cell.change_places()
+                fresh = False
                 found = cell.kill_once()
                 gaps[cell.variant] += found
                 say(f"{cell.name}: {', '.join(f'{gap:.2f}' for gap in found)} s")
@@ -104,6 +108,11 @@ def run(options: argparse.Namespace, server: DatabaseServer, say: Callable[[str]
 
 
 BENCHMARK = Benchmark("recovery", add_options, run)
+
+
+def lease_ttl_s(options: argparse.Namespace) -> float:
+    """Returns the time to live of the servers' leases: the one that is asked for, or else the servers' own default."""
+    return float(options.ttl or Settings.model_fields["lease_ttl"].default.total_seconds())
 
 
 class _Count:
@@ -144,6 +153,15 @@ class Cell:
         for one in self.servers:
             one.__exit__()
 
+    def wait_for_any_moment(self) -> None:
+        """Waits for a moment that has nothing to do with when the servers renew their leases."""
+        wait_until(time.monotonic() + self.chance.uniform(0, self.ttl_s / 2))
+
+    def change_places(self) -> None:
+        """Starts the killed server again, as the next survivor."""
+        self._serve(self.servers[0])
+        self.servers.reverse()
+
     def kill_once(self) -> list[float]:
         """Kills the first server under its runs; returns how long each stood still, in seconds."""
         victim, survivor = self.servers
@@ -152,7 +170,7 @@ class Cell:
             run_ids = [at_victim.start("ticker", {"seconds": TICK_S}, run_id=new_id()) for _ in range(self.runs)]
             watches = [Arrivals(at_survivor, run_id) for run_id in run_ids]
             executors = {one.executor() for one in watches}
-            wait_until(time.monotonic() + self.chance.uniform(0, self.ttl_s / 2))
+            self.wait_for_any_moment()
             killed_s = time.monotonic()
             victim.kill()
             gaps = [one.next_step(self.ttl_s * PATIENCE_TTLS + START_S) - killed_s for one in watches]
@@ -160,8 +178,6 @@ class Cell:
                 at_survivor.runs.CancelRun(pb.CancelRunRequest(run_id=run_id), timeout=RPC_S)
                 watch.close()
         assert len(executors) == 1, f"{self.name}: the runs were on {len(executors)} servers, and one was killed"
-        self._serve(victim)
-        self.servers.reverse()
         return gaps
 
     def _serve(self, one: ServerProcess) -> None:

@@ -8,7 +8,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from perdure_client import _requests
-from perdure_client._async_iterators import AsyncWatch, AsyncWatching, iterate
+from perdure_client._artifacts import read_all
+from perdure_client._async_iterators import AsyncWatch, AsyncWatching, iterate, iterate_bytes
 from perdure_client._config import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_RECONNECT_TIMEOUT_S,
@@ -28,11 +29,13 @@ from perdure_client._types import (
     Deletion,
     ExecutorInfo,
     JsonValue,
+    QueueInfo,
     Run,
     RunState,
     RunTrace,
     StartedRun,
     Step,
+    StrandedRun,
 )
 from perdure_client._watch import OnReconnect
 
@@ -124,6 +127,8 @@ class AsyncClient:
         deadline: datetime | timedelta | None = None,
         conflict_policy: ConflictPolicy = ConflictPolicy.USE_EXISTING,
         validate_only: bool = False,
+        queue: str = "",
+        priority: int = 0,
     ) -> StartedRun:
         """Starts an agent, and returns when the start is committed: from then on the run survives every crash.
 
@@ -140,6 +145,8 @@ class AsyncClient:
             deadline: End the run as EXPIRED at this time (timezone-aware), or this long from now by your clock.
             conflict_policy: What to do when the run_id exists.
             validate_only: Check everything and start nothing; the returned run has not been created.
+            queue: The queue whose limits count for the run; empty means the agent's own, or else the default queue.
+            priority: Which runs of a queue come first when they wait: the lower the sooner, from 0 to 2^31-1.
 
         Returns:
             The run; its `created` says whether this call made it.
@@ -164,6 +171,8 @@ class AsyncClient:
                 deadline=deadline,
                 conflict_policy=conflict_policy,
                 validate_only=validate_only,
+                queue=queue,
+                priority=priority,
             )
         )
 
@@ -178,6 +187,8 @@ class AsyncClient:
         context_id: str = "",
         deadline: datetime | timedelta | None = None,
         timeout: float | None = None,  # noqa: ASYNC109 - the caller's patience, not the run's deadline
+        queue: str = "",
+        priority: int = 0,
     ) -> JsonValue:
         """Starts an agent, waits for its end, and returns its output.
 
@@ -190,6 +201,8 @@ class AsyncClient:
             context_id: As in `start`.
             deadline: As in `start`.
             timeout: Seconds to wait for the end; None for as long as it takes. The run goes on afterwards.
+            queue: As in `start`.
+            priority: As in `start`.
 
         Returns:
             The output, as parsed JSON.
@@ -207,6 +220,8 @@ class AsyncClient:
             labels=labels,
             context_id=context_id,
             deadline=deadline,
+            queue=queue,
+            priority=priority,
         )
         return await self._core.run(request, timeout_s=timeout)
 
@@ -350,6 +365,34 @@ class AsyncClient:
             RunNotFound: No such run in the namespace.
         """
         return await self._core.trace(run, children=children)
+
+    async def read_artifact(self, run: Run | str, name: str) -> bytes:
+        """Returns an artifact that a run's agent wrote; see `artifact` for one that is large.
+
+        Args:
+            run: The run, or its id.
+            name: The artifact's; of several of one name the last one is read.
+
+        Raises:
+            ArtifactNotFound: The run has none of this name.
+            RunNotFound: No such run in the namespace.
+        """
+        return await read_all(self._core.artifact(run, name))
+
+    def artifact(self, run: Run | str, name: str) -> AsyncIterator[bytes]:
+        """Iterates over an artifact's bytes in pieces; a broken stream goes on where it was.
+
+        When the iteration ends, all bytes came and their hash is right.
+
+        Args:
+            run: The run, or its id.
+            name: The artifact's; of several of one name the last one is read.
+
+        Raises:
+            ArtifactNotFound: The run has none of this name; in the first step of the iteration, as everything else.
+            RunNotFound: No such run in the namespace.
+        """
+        return iterate_bytes(self._core.artifact(run, name))
 
     async def signal(self, run: Run | str, name: str, payload: JsonValue = None) -> bool:
         """Sends a named input to a run. It is kept until the run asks for it.
@@ -585,6 +628,28 @@ class AsyncClient:
             Unimplemented: This is not the admin address.
         """
         return iterate(self._core.list_executors(include_gone=include_gone))
+
+    def queues(self) -> AsyncIterator[QueueInfo]:
+        """Iterates over the queues of the server's database, by name.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address.
+        """
+        return iterate(self._core.list_queues())
+
+    def stranded(self) -> AsyncIterator[StrandedRun]:
+        """Iterates over the runs that no living executor can continue, the oldest first, of all namespaces.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address.
+        """
+        return iterate(self._core.list_stranded())
 
     async def close(self) -> None:
         """Ends all calls and the connections. Runs go on."""

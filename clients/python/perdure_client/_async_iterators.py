@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from perdure_client._artifacts import ArtifactReader
 from perdure_client._core import Pages
 from perdure_client._events import RunEvent, WatchUpdate
 from perdure_client._watch import Watcher
@@ -55,3 +56,12 @@ async def iterate(pages: Pages[_T]) -> AsyncIterator[_T]:
     """Iterates over everything a listing has."""
     while (item := await pages.read()) is not None:
         yield item
+
+
+async def iterate_bytes(reader: ArtifactReader) -> AsyncIterator[bytes]:
+    """Iterates over the bytes of an artifact."""
+    try:
+        while (data := await reader.read()) is not None:
+            yield data
+    finally:
+        reader.close()

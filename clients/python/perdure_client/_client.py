@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from perdure_client import _requests
+from perdure_client._artifacts import read_all
 from perdure_client._config import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_RECONNECT_TIMEOUT_S,
@@ -17,7 +18,7 @@ from perdure_client._config import (
 )
 from perdure_client._core import Core
 from perdure_client._events import EventKind, RunEvent
-from perdure_client._iterators import Watch, Watching, iterate
+from perdure_client._iterators import Watch, Watching, iterate, iterate_bytes
 from perdure_client._transport_sync import SyncTransport, run_blocking
 from perdure_client._types import (
     AgentInfo,
@@ -28,11 +29,13 @@ from perdure_client._types import (
     Deletion,
     ExecutorInfo,
     JsonValue,
+    QueueInfo,
     Run,
     RunState,
     RunTrace,
     StartedRun,
     Step,
+    StrandedRun,
 )
 from perdure_client._watch import OnReconnect
 
@@ -124,6 +127,8 @@ class Client:
         deadline: datetime | timedelta | None = None,
         conflict_policy: ConflictPolicy = ConflictPolicy.USE_EXISTING,
         validate_only: bool = False,
+        queue: str = "",
+        priority: int = 0,
     ) -> StartedRun:
         """Starts an agent, and returns when the start is committed: from then on the run survives every crash.
 
@@ -140,6 +145,8 @@ class Client:
             deadline: End the run as EXPIRED at this time (timezone-aware), or this long from now by your clock.
             conflict_policy: What to do when the run_id exists.
             validate_only: Check everything and start nothing; the returned run has not been created.
+            queue: The queue whose limits count for the run; empty means the agent's own, or else the default queue.
+            priority: Which runs of a queue come first when they wait: the lower the sooner, from 0 to 2^31-1.
 
         Returns:
             The run; its `created` says whether this call made it.
@@ -165,6 +172,8 @@ class Client:
                     deadline=deadline,
                     conflict_policy=conflict_policy,
                     validate_only=validate_only,
+                    queue=queue,
+                    priority=priority,
                 )
             )
         )
@@ -180,6 +189,8 @@ class Client:
         context_id: str = "",
         deadline: datetime | timedelta | None = None,
         timeout: float | None = None,
+        queue: str = "",
+        priority: int = 0,
     ) -> JsonValue:
         """Starts an agent, waits for its end, and returns its output.
 
@@ -192,6 +203,8 @@ class Client:
             context_id: As in `start`.
             deadline: As in `start`.
             timeout: Seconds to wait for the end; None for as long as it takes. The run goes on afterwards.
+            queue: As in `start`.
+            priority: As in `start`.
 
         Returns:
             The output, as parsed JSON.
@@ -209,6 +222,8 @@ class Client:
             labels=labels,
             context_id=context_id,
             deadline=deadline,
+            queue=queue,
+            priority=priority,
         )
         return run_blocking(self._core.run(request, timeout_s=timeout))
 
@@ -352,6 +367,34 @@ class Client:
             RunNotFound: No such run in the namespace.
         """
         return run_blocking(self._core.trace(run, children=children))
+
+    def read_artifact(self, run: Run | str, name: str) -> bytes:
+        """Returns an artifact that a run's agent wrote; see `artifact` for one that is large.
+
+        Args:
+            run: The run, or its id.
+            name: The artifact's; of several of one name the last one is read.
+
+        Raises:
+            ArtifactNotFound: The run has none of this name.
+            RunNotFound: No such run in the namespace.
+        """
+        return run_blocking(read_all(self._core.artifact(run, name)))
+
+    def artifact(self, run: Run | str, name: str) -> Iterator[bytes]:
+        """Iterates over an artifact's bytes in pieces; a broken stream goes on where it was.
+
+        When the iteration ends, all bytes came and their hash is right.
+
+        Args:
+            run: The run, or its id.
+            name: The artifact's; of several of one name the last one is read.
+
+        Raises:
+            ArtifactNotFound: The run has none of this name; in the first step of the iteration, as everything else.
+            RunNotFound: No such run in the namespace.
+        """
+        return iterate_bytes(self._core.artifact(run, name))
 
     def signal(self, run: Run | str, name: str, payload: JsonValue = None) -> bool:
         """Sends a named input to a run. It is kept until the run asks for it.
@@ -591,6 +634,28 @@ class Client:
             Unimplemented: This is not the admin address.
         """
         return iterate(self._core.list_executors(include_gone=include_gone))
+
+    def queues(self) -> Iterator[QueueInfo]:
+        """Iterates over the queues of the server's database, by name.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address.
+        """
+        return iterate(self._core.list_queues())
+
+    def stranded(self) -> Iterator[StrandedRun]:
+        """Iterates over the runs that no living executor can continue, the oldest first, of all namespaces.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address.
+        """
+        return iterate(self._core.list_stranded())
 
     def close(self) -> None:
         """Ends all calls and the connections. Runs go on."""

@@ -30,6 +30,7 @@ from perdure_client._types import (
     Failure,
     JsonValue,
     Progress,
+    QueueInfo,
     Run,
     RunState,
     RunTrace,
@@ -39,6 +40,8 @@ from perdure_client._types import (
     StartedRun,
     Step,
     StepState,
+    StrandedReason,
+    StrandedRun,
     TimeoutOutcome,
     TraceSpan,
     Usage,
@@ -61,6 +64,11 @@ _EXECUTOR_STATES = {
     getattr(operator_service_pb2, f"EXECUTOR_STATE_{state}"): state
     for state in ExecutorState
     if state is not ExecutorState.UNKNOWN
+}
+_STRANDED_REASONS = {
+    getattr(operator_service_pb2, f"STRANDED_REASON_{reason}"): reason
+    for reason in StrandedReason
+    if reason is not StrandedReason.UNKNOWN
 }
 _TIMEOUT_OUTCOMES = {
     getattr(approval_pb2, f"APPROVAL_TIMEOUT_OUTCOME_{outcome}"): outcome
@@ -117,6 +125,10 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "caller": message.caller,
         "forked_from_run_id": message.forked_from_run_id,
         "forked_from_step_id": message.forked_from_step_id,
+        "queue": message.queue,
+        "priority": message.priority,
+        "input_bytes": message.input_bytes,
+        "output_bytes": message.output_bytes,
     }
 
 
@@ -216,6 +228,35 @@ def executor_from(message: operator_service_pb2.Executor) -> ExecutorInfo:
     )
 
 
+def queue_from(message: operator_service_pb2.Queue) -> QueueInfo:
+    """Returns a queue."""
+    return QueueInfo(
+        queue=message.queue,
+        worker_concurrency=message.worker_concurrency,
+        global_concurrency=message.global_concurrency,
+        rate_limit=message.rate_limit,
+        rate_period=_duration(message.rate_period) if message.HasField("rate_period") else None,
+        queued=message.queued,
+        running=message.running,
+        oldest_queued_time=_time(message, "oldest_queued_time"),
+    )
+
+
+def stranded_from(message: operator_service_pb2.StrandedRun) -> StrandedRun:
+    """Returns a run that nobody continues."""
+    return StrandedRun(
+        namespace=message.namespace,
+        run_id=message.run_id,
+        agent=message.agent,
+        agent_version=message.agent_version,
+        application_version=message.application_version,
+        state=RUN_STATES.get(message.state, RunState.UNKNOWN),
+        reason=_STRANDED_REASONS.get(message.reason, StrandedReason.UNKNOWN),
+        advice=message.advice,
+        create_time=_time(message, "create_time"),
+    )
+
+
 def agent_from(message: agent_catalog_service_pb2.Agent) -> AgentInfo:
     """Returns an agent."""
     return AgentInfo(
@@ -227,6 +268,8 @@ def agent_from(message: agent_catalog_service_pb2.Agent) -> AgentInfo:
         current=message.current,
         max_steps=message.max_steps,
         max_tokens=message.max_tokens,
+        queue=message.queue,
+        max_running=message.max_running,
     )
 
 
@@ -332,6 +375,12 @@ def _forked(message: run_event_pb2.RunForked) -> events.RunForked:
     return events.RunForked(from_run_id=message.from_run_id, from_step_id=message.from_step_id)
 
 
+def _artifact(message: run_event_pb2.ArtifactWritten) -> events.ArtifactWritten:
+    return events.ArtifactWritten(
+        name=message.name, media_type=message.media_type, size_bytes=message.size_bytes, sha256=message.sha256
+    )
+
+
 _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "state_changed": _state_changed,
     "step_started": _step_started,
@@ -350,6 +399,7 @@ _EVENT_DATA: dict[str, Callable[[Any], EventData]] = {
     "log": _log,
     "usage": _usage,
     "forked": _forked,
+    "artifact": _artifact,
 }
 
 

@@ -13,6 +13,7 @@ from perdure.v1 import agent_catalog_service_pb2 as catalog
 from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_service_pb2, operator_service_pb2
 
 from perdure_client import _convert, _requests, _transport
+from perdure_client._artifacts import ArtifactReader, read_all
 from perdure_client._config import Config
 from perdure_client._errors import DeadlineExceeded, RunFailed, WaitTimeout
 from perdure_client._events import EventKind, RunEvent
@@ -24,10 +25,12 @@ from perdure_client._types import (
     Deletion,
     ExecutorInfo,
     JsonValue,
+    QueueInfo,
     Run,
     RunTrace,
     StartedRun,
     Step,
+    StrandedRun,
 )
 from perdure_client._watch import ApprovalWatcher, OnReconnect, RunWatcher, call_metadata, failure_from
 
@@ -123,7 +126,7 @@ class Core:
         request = agent_run_service_pb2.GetRunRequest(
             namespace=self.config.namespace, run_id=_requests.run_id_of(run), view=_view(full)
         )
-        return _convert.run_from((await self.call(_transport.GET_RUN, request)).run)
+        return await self._whole((await self.call(_transport.GET_RUN, request)).run)
 
     async def wait(self, run: Run | str, *, timeout_s: float | None) -> Run:
         """Returns a run once it has ended.
@@ -150,11 +153,34 @@ class Core:
                 if timeout_s is None or time.monotonic() - began_s < timeout_s - _SHORTEST_WAIT_S:
                     raise
                 raise _wait_timeout(run_id, timeout_s, seen) from error
-            seen = _convert.run_from(response.run)
+            seen = await self._whole(response.run) if not response.timed_out else _convert.run_from(response.run)
             if not response.timed_out:
                 return seen
             if timeout_s is not None and time.monotonic() - began_s >= timeout_s - _SHORTEST_WAIT_S:
                 raise _wait_timeout(run_id, timeout_s, seen)
+
+    async def _whole(self, message: agent_run_pb2.AgentRun) -> Run:
+        """Returns a run with the input and output that its message had no room for."""
+        if message.input_bytes and not message.input_json:
+            message.input_json = (await self._text(message, input=True)).decode()
+        if message.output_bytes and not message.output_json:
+            message.output_json = (await self._text(message, output=True)).decode()
+        return _convert.run_from(message)
+
+    async def _text(self, message: agent_run_pb2.AgentRun, *, input: bool = False, output: bool = False) -> bytes:
+        request = agent_run_service_pb2.ReadArtifactRequest(namespace=message.namespace, run_id=message.run_id)
+        if input:
+            request.input = True
+        if output:
+            request.output = True
+        return await read_all(ArtifactReader(self.transport, self.config, request))
+
+    def artifact(self, run: Run | str, name: str) -> ArtifactReader:
+        """Reads an artifact of a run."""
+        request = agent_run_service_pb2.ReadArtifactRequest(
+            namespace=self.config.namespace, run_id=_requests.run_id_of(run), name=name
+        )
+        return ArtifactReader(self.transport, self.config, request)
 
     async def run(self, request: agent_run_service_pb2.StartAgentRequest, *, timeout_s: float | None) -> JsonValue:
         """Starts an agent and returns its output.
@@ -292,6 +318,28 @@ class Core:
             request.page_token = token
             page = await self.call(_transport.LIST_EXECUTORS, request)
             return [_convert.executor_from(executor) for executor in page.executors], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_queues(self) -> Pages[QueueInfo]:
+        """Lists queues by name."""
+        request = operator_service_pb2.ListQueuesRequest(page_size=_PAGE_SIZE)
+
+        async def fetch(token: str) -> tuple[Sequence[QueueInfo], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_QUEUES, request)
+            return [_convert.queue_from(queue) for queue in page.queues], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_stranded(self) -> Pages[StrandedRun]:
+        """Lists runs that no living executor can continue, the oldest first."""
+        request = operator_service_pb2.ListStrandedRunsRequest(page_size=_PAGE_SIZE)
+
+        async def fetch(token: str) -> tuple[Sequence[StrandedRun], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_STRANDED_RUNS, request)
+            return [_convert.stranded_from(run) for run in page.runs], page.next_page_token
 
         return Pages(fetch)
 

@@ -156,6 +156,13 @@ class ApprovalNotFound(NotFound):
     hint = "`perdure approvals` shows what waits."
 
 
+class ArtifactNotFound(NotFound):
+    """The run has no artifact of this name, or no output (yet)."""
+
+    reason = "ARTIFACT_NOT_FOUND"
+    hint = "`perdure artifacts RUN` shows which there are."
+
+
 class RunConflict(PerdureError):
     """The run_id is taken by another start; choose another id."""
 
@@ -211,6 +218,12 @@ class Contention(PerdureError):
     code = "ABORTED"
     reason = "CONTENTION"
     retryable = True
+
+
+class OffsetOutOfRange(PerdureError):
+    """The offset is behind the end of what is read."""
+
+    reason = "OFFSET_OUT_OF_RANGE"
 
 
 class CursorOutOfRange(PerdureError):

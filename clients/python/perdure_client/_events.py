@@ -52,6 +52,8 @@ class EventKind(StrEnum):
     """`ModelUsage`: a model call was paid for."""
     FORKED = "forked"
     """`RunForked`: the run goes on from the recorded steps of another one."""
+    ARTIFACT = "artifact"
+    """`ArtifactWritten`: the agent wrote an artifact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +273,23 @@ class RunForked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactWritten:
+    """The agent wrote an artifact; `Client.read_artifact` reads it. Of several of one name the last one is read.
+
+    Attributes:
+        name: Its name within the run.
+        media_type: Its media type.
+        size_bytes: How many bytes it has.
+        sha256: Their SHA-256 (hex).
+    """
+
+    name: str
+    media_type: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnknownData:
     """What happened is of a kind that this version of the library does not know; the server is newer."""
 
@@ -293,6 +312,7 @@ EventData: TypeAlias = (
     | LogLine
     | ModelUsage
     | RunForked
+    | ArtifactWritten
     | UnknownData
 )
 """The types of `RunEvent.data`."""
@@ -315,6 +335,7 @@ _KIND_OF: dict[type[EventData], EventKind] = {
     LogLine: EventKind.LOG,
     ModelUsage: EventKind.USAGE,
     RunForked: EventKind.FORKED,
+    ArtifactWritten: EventKind.ARTIFACT,
     UnknownData: EventKind.UNKNOWN,
 }
 

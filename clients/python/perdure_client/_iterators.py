@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Generic, Self, TypeVar
 
+from perdure_client._artifacts import ArtifactReader
 from perdure_client._core import Pages
 from perdure_client._events import RunEvent, WatchUpdate
 from perdure_client._transport_sync import run_blocking
@@ -55,3 +56,12 @@ def iterate(pages: Pages[_T]) -> Iterator[_T]:
     """Iterates over everything a listing has."""
     while (item := run_blocking(pages.read())) is not None:
         yield item
+
+
+def iterate_bytes(reader: ArtifactReader) -> Iterator[bytes]:
+    """Iterates over the bytes of an artifact."""
+    try:
+        while (data := run_blocking(reader.read())) is not None:
+            yield data
+    finally:
+        reader.close()

@@ -24,6 +24,7 @@ _WIRE_APPROVAL_STATES = {state: number for number, state in APPROVAL_STATES.item
 _EXACT_INTEGER = 2**53
 """`google.protobuf.Value` holds numbers as doubles, which are exact up to here."""
 _LONGEST = timedelta(days=365 * 100)
+_MAX_PRIORITY = 2**31 - 1
 _MAX_DELETED_IDS = 1_000
 """Ids that one DeleteRuns may name."""
 
@@ -68,12 +69,17 @@ def start_agent(
     deadline: datetime | timedelta | None,
     conflict_policy: ConflictPolicy = ConflictPolicy.USE_EXISTING,
     validate_only: bool = False,
+    queue: str = "",
+    priority: int = 0,
 ) -> agent_run_service_pb2.StartAgentRequest:
     """Returns the request of a start; see `AsyncClient.start` for the arguments.
 
     Raises:
-        InvalidArgument: The input is no JSON object, a time is naive, or both delay and start_time are given.
+        InvalidArgument: The input is no JSON object, a time is naive, both delay and start_time are given, or the
+            priority is out of range.
     """
+    if not 0 <= priority <= _MAX_PRIORITY:
+        raise _invalid("priority", f"must be from 0 to {_MAX_PRIORITY}, not {priority}")
     if delay is not None and start_time is not None:
         raise _invalid("delay", "cannot be given together with start_time")
     return agent_run_service_pb2.StartAgentRequest(
@@ -92,6 +98,8 @@ def start_agent(
         labels=labels,
         context_id=context_id,
         validate_only=validate_only,
+        queue=queue,
+        priority=priority,
     )
 
 

@@ -12,6 +12,7 @@ from datetime import datetime, timedelta
 from perdure_client._events import (
     ApprovalDecided,
     ApprovalRequested,
+    ArtifactWritten,
     AttemptReset,
     ChildStarted,
     LogLine,
@@ -119,7 +120,7 @@ class RunView:
         create_time: When it was created.
         start_time: When it first began.
         end_time: When it ended; None while it has not.
-        execution: How often it has begun: 1, and one more for every recovery.
+        execution: How often it has begun: 1, and one more for every recovery and wake.
         recoveries: How often it was given back after its executor was gone.
         standstill: How long it stood still in all, until it was given back.
         steps: By step_id, in the order in which they began.
@@ -236,6 +237,8 @@ class RunView:
                     input_tokens=view.usage.input_tokens + sent, output_tokens=view.usage.output_tokens + received
                 )
                 return replace(view, usage=usage)
+            case ArtifactWritten(name=name, size_bytes=size_bytes):
+                return view._note(event, f"artifact {name} ({size_bytes} bytes)")
             case RunForked(from_run_id=origin, from_step_id=step_id):
                 return view._note(event, f"forked from {origin}, goes on at step {step_id}")
             case _:  # of a newer server

@@ -41,6 +41,7 @@ WAIT_RUN = _method("AgentRunService", runs.WaitRunRequest, runs.WaitRunResponse)
 LIST_RUN_EVENTS = _method("AgentRunService", runs.ListRunEventsRequest, runs.ListRunEventsResponse)
 LIST_STEPS = _method("AgentRunService", runs.ListStepsRequest, runs.ListStepsResponse)
 GET_RUN_TRACE = _method("AgentRunService", runs.GetRunTraceRequest, runs.GetRunTraceResponse)
+READ_ARTIFACT = _method("AgentRunService", runs.ReadArtifactRequest, runs.ReadArtifactResponse)
 SIGNAL_RUN = _method("AgentRunService", runs.SignalRunRequest, runs.SignalRunResponse)
 CANCEL_RUN = _method("AgentRunService", runs.CancelRunRequest, runs.CancelRunResponse)
 FORK_RUN = _method("AgentRunService", runs.ForkRunRequest, runs.ForkRunResponse)
@@ -51,7 +52,9 @@ DECIDE_APPROVAL = _method("ApprovalService", approvals.DecideApprovalRequest, ap
 WATCH_APPROVALS = _method("ApprovalService", approvals.WatchApprovalsRequest, approvals.WatchApprovalsResponse)
 LIST_AGENTS = _method("AgentCatalogService", catalog.ListAgentsRequest, catalog.ListAgentsResponse)
 GET_AGENT = _method("AgentCatalogService", catalog.GetAgentRequest, catalog.GetAgentResponse)
+LIST_QUEUES = _method("OperatorService", operators.ListQueuesRequest, operators.ListQueuesResponse)
 LIST_EXECUTORS = _method("OperatorService", operators.ListExecutorsRequest, operators.ListExecutorsResponse)
+LIST_STRANDED_RUNS = _method("OperatorService", operators.ListStrandedRunsRequest, operators.ListStrandedRunsResponse)
 
 
 class Silence(Exception):

@@ -60,6 +60,19 @@ class StepState(StrEnum):
     """Its execution died in it; it runs again, or its run ended first."""
 
 
+class StrandedReason(StrEnum):
+    """Why nobody continues a run."""
+
+    UNKNOWN = "UNKNOWN"
+    """A reason that this version of the library does not know; the server is newer."""
+    NO_EXECUTOR_OF_VERSION = "NO_EXECUTOR_OF_VERSION"
+    """No living executor has its application version."""
+    NO_EXECUTOR_OF_AGENT = "NO_EXECUTOR_OF_AGENT"
+    """Executors of its application version live, and none of them has its agent."""
+    NO_SUCH_QUEUE = "NO_SUCH_QUEUE"
+    """No executor takes from its queue."""
+
+
 class ExecutorState(StrEnum):
     """Whether an executor is alive."""
 
@@ -177,6 +190,23 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ArtifactInfo:
+    """What is known of an artifact.
+
+    Attributes:
+        name: Its name; empty for an input or output.
+        media_type: Its media type, as `text/csv`.
+        size_bytes: How many bytes it has.
+        sha256: Their SHA-256 (hex).
+    """
+
+    name: str
+    media_type: str
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """One durable execution of an agent. All times are timezone-aware (UTC), by the database's clock.
 
@@ -192,7 +222,7 @@ class Run:
         start_time: When it first began to run; None while it never has.
         end_time: When it ended; None while it has not.
         deadline_time: When it will be ended as EXPIRED; None for never.
-        execution: How often an executor has begun or continued it: 1 at first, then one more for every recovery.
+        execution: How often an executor has begun or continued it: 1 at first, one more for every recovery and wake.
         executor_id: The executor that runs it, or ran it last; empty while none has.
         progress: The last progress the agent reported; None for none.
         pending_approvals: How many approvals of this run wait for a decision.
@@ -208,6 +238,10 @@ class Run:
         caller: Who started it, or whose run started it; empty where nobody knows.
         forked_from_run_id: The run that it was forked from; empty for none.
         forked_from_step_id: The first step that it ran itself, when it was forked; else 0.
+        queue: The queue whose limits count for it.
+        priority: Its place among the waiting runs of the queue: the lower the sooner.
+        input_bytes: How many bytes the input has as JSON; 0 where it was not asked for.
+        output_bytes: The same of the output; 0 while there is none.
     """
 
     namespace: str
@@ -237,6 +271,10 @@ class Run:
     caller: str = ""
     forked_from_run_id: str = ""
     forked_from_step_id: int = 0
+    queue: str = ""
+    priority: int = 0
+    input_bytes: int = 0
+    output_bytes: int = 0
 
     @property
     def done(self) -> bool:
@@ -468,6 +506,8 @@ class AgentInfo:
         current: Whether `start` takes this version when it is given none.
         max_steps: How many steps a run of it may begin; 0 for no limit.
         max_tokens: How many tokens the model calls of a run may use; 0 for no limit.
+        queue: The queue of its runs when a start names none; empty means the default queue.
+        max_running: How many runs of it one executor runs at once; 0 for no limit but the executor's own.
     """
 
     agent: str
@@ -478,6 +518,8 @@ class AgentInfo:
     current: bool = False
     max_steps: int = 0
     max_tokens: int = 0
+    queue: str = ""
+    max_running: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -503,3 +545,55 @@ class ExecutorInfo:
     max_running: int = 0
     start_time: datetime | None = None
     expire_time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QueueInfo:
+    """A queue: limits that runs share over the whole fleet. 0 means no limit.
+
+    Attributes:
+        queue: Its name.
+        worker_concurrency: How many of its runs one executor runs at once.
+        global_concurrency: How many of its runs the whole fleet runs at once.
+        rate_limit: How many of its runs begin in each `rate_period`, over the whole fleet.
+        rate_period: The period of `rate_limit`; None without one.
+        queued: Runs of it that wait for a slot now.
+        running: Runs of it that are running now.
+        oldest_queued_time: When the run that waits longest began to; None when none waits.
+    """
+
+    queue: str
+    worker_concurrency: int = 0
+    global_concurrency: int = 0
+    rate_limit: int = 0
+    rate_period: timedelta | None = None
+    queued: int = 0
+    running: int = 0
+    oldest_queued_time: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StrandedRun:
+    """A run that no living executor can continue.
+
+    Attributes:
+        namespace: The namespace of the run.
+        run_id: The run.
+        agent: Its agent.
+        agent_version: The version of its agent.
+        application_version: The version of the deployment that its executor must have.
+        state: What it is doing, or would be.
+        reason: Why nobody continues it.
+        advice: What can be done, for people.
+        create_time: When it was created.
+    """
+
+    namespace: str
+    run_id: str
+    agent: str = ""
+    agent_version: str = ""
+    application_version: str = ""
+    state: RunState
+    reason: StrandedReason
+    advice: str = ""
+    create_time: datetime | None = None

@@ -128,7 +128,7 @@ def _demonstrate(screen: Console, folder: Path) -> bool:
             )  # as a name has both addresses
         )
         # So many that server B is there before the last one is paid.
-        people = max(FEWEST_PEOPLE, KILL_AFTER_STEPS + 4 + int(2 * took_s / SECONDS_EACH))
+        people = max(FEWEST_PEOPLE, KILL_AFTER_STEPS + 4 + int(4 * took_s / SECONDS_EACH))
         heading(screen, f"A run of the agent `{AGENT}` on server A: {people} people are paid, a step each")
         started = client.start(AGENT, {"people": people, "seconds": SECONDS_EACH})
         b = _Later(stack, folder, environment, other)

@@ -168,7 +168,9 @@ class AgentRun(_message.Message):
     state_reason: _builtins.str
     """Why it is in this state, for people; empty when there is nothing to say."""
     execution: _builtins.int
-    """How often an executor has begun or continued it: 0 while it never has, 1 at first, then one more for every recovery."""
+    """How often an executor has begun or continued it: 0 while it never has, 1 at first, then one more for every recovery
+    and every time it was woken after it was parked.
+    """
     executor_id: _builtins.str
     """The executor that runs it, or ran it last; empty while none has."""
     pending_approvals: _builtins.int

@@ -282,7 +282,7 @@ class StateChanged(_message.Message):
     from_state: _agent_run_pb2.AgentRunState.ValueType
     """The state before; unspecified in the first event."""
     to_state: _agent_run_pb2.AgentRunState.ValueType
-    """The state from now on."""
+    """The state from now on. The same as before when the run was parked: it waits on, outside of memory."""
     reason: _builtins.str
     """Why, for people; empty when there is nothing to say."""
     executor_id: _builtins.str

@@ -15,6 +15,7 @@ import structlog
 
 from perdure_service.domain.agents import AgentSpec
 from perdure_service.domain.budgets import UNLIMITED, Budget
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.errors import ConfigurationError
 
 ENTRY_POINTS = "perdure.agents"
@@ -102,6 +103,17 @@ def budget_of(name: str, version: str) -> Budget:
     """Returns what a run of an agent may use, as this process has it declared; no limit for what is not an agent."""
     agent = _agents.get((name, version))
     return agent.spec.budget if agent else UNLIMITED
+
+
+def running_limits() -> dict[tuple[str, str], int]:
+    """Returns how many runs of each agent one executor runs at once, by name and version; 0 for no limit."""
+    return {key: agent.spec.max_running for key, agent in list(_agents.items())}
+
+
+def queue_of(name: str, version: str) -> str:
+    """Returns the queue of an agent, the default one when it names none, or is no agent."""
+    agent = _agents.get((name, version))
+    return (agent.spec.queue if agent else "") or DEFAULT_QUEUE
 
 
 def clear() -> None:

@@ -69,6 +69,12 @@ class _CurrentRun:
     async def signal(self, name: str, *, timeout: timedelta | None = None) -> Any:  # noqa: ASYNC109 - as above
         return await self._context("signal()").signal(name, timeout=timeout)
 
+    def artifact(self, name: str, data: bytes | str, *, media_type: str = "") -> None:
+        self._context("artifact()").artifact(name, data, media_type=media_type)
+
+    async def artifact_async(self, name: str, data: bytes | str, *, media_type: str = "") -> None:
+        await self._context("artifact_async()").artifact_async(name, data, media_type=media_type)
+
     def idempotency_key(self) -> str:
         return self._context("idempotency_key()").idempotency_key()
 

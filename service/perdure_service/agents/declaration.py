@@ -20,6 +20,7 @@ from perdure_service.agents import catalogue
 from perdure_service.agents.signatures import Signature, read_signature
 from perdure_service.domain.agents import AGENT_NAME, AGENT_VERSION, AgentSpec
 from perdure_service.domain.budgets import UNLIMITED, Budget
+from perdure_service.settings import QUEUE_NAME
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +34,8 @@ def agent(
     current: bool = True,
     max_steps: int = 0,
     max_tokens: int = 0,
+    max_running: int = 0,
+    queue: str = "",
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Declares the decorated function, `async def` or `def`, to be an agent: a DBOS workflow with a catalogue entry.
 
@@ -50,10 +53,14 @@ def agent(
             `BudgetExceeded`.
         max_tokens: How many tokens its model calls may use, as `run.usage` says, sent and received; 0 for no limit.
             A run that has used them up fails at its next step.
+        max_running: How many runs of it one executor runs at once, children included; 0 for no limit but the
+            executor's own. The others are queued.
+        queue: The queue of its runs when a start names none; empty means the default queue. The deployment must
+            declare it (`PERDURE_QUEUES`).
 
     Raises:
-        TypeError: The name, the version, the budget or the signature cannot be an agent's; the message says what to
-            change.
+        TypeError: The name, the version, a limit, the queue or the signature cannot be an agent's; the message says
+            what to change.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -61,6 +68,7 @@ def agent(
             raise TypeError(f"{function.__qualname__} is DBOS's already; expose() a workflow, or remove its decorator")
         signature = read_signature(function, annotations_required=True)
         spec = _spec(name, version, description, current, function, signature, _budget(max_steps, max_tokens))
+        spec = dataclasses.replace(spec, max_running=_limit("max_running", max_running), queue=_queue(queue))
         entry = catalogue.RegisteredAgent(
             spec, _body(function, signature), spec.workflow_name, signature.arguments, signature.input_argument
         )
@@ -129,10 +137,19 @@ def _spec(
 
 
 def _budget(max_steps: int, max_tokens: int) -> Budget:
-    for name, limit in (("max_steps", max_steps), ("max_tokens", max_tokens)):
-        if type(limit) is not int or limit < 0:
-            raise TypeError(f"{name} is {limit!r}; it must be a whole number, 0 for no limit")
-    return Budget(max_steps, max_tokens)
+    return Budget(_limit("max_steps", max_steps), _limit("max_tokens", max_tokens))
+
+
+def _limit(name: str, limit: int) -> int:
+    if type(limit) is not int or limit < 0:
+        raise TypeError(f"{name} is {limit!r}; it must be a whole number, 0 for no limit")
+    return limit
+
+
+def _queue(name: str) -> str:
+    if name and not QUEUE_NAME.fullmatch(name):
+        raise TypeError(f"{name!r} cannot be a queue's name; it must match {QUEUE_NAME.pattern}")
+    return name
 
 
 def _body(function: Callable[..., Any], signature: Signature) -> Callable[..., Any]:

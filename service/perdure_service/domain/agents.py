@@ -21,7 +21,11 @@ MAX_VIOLATIONS = 20
 
 @dataclass(frozen=True, slots=True)
 class AgentSpec:
-    """A catalogue entry. `output_schema` is None when it does not say what it returns; `budget` is of each run."""
+    """A catalogue entry. `output_schema` is None when it does not say what it returns; `budget` is of each run.
+
+    `queue` is that of its runs unless a start names another, empty for the default one; `max_running` is how many of
+    its runs one executor runs at once, 0 for no limit.
+    """
 
     name: str
     version: str
@@ -30,6 +34,8 @@ class AgentSpec:
     output_schema: Mapping[str, Any] | None = None
     current: bool = True
     budget: Budget = UNLIMITED
+    queue: str = ""
+    max_running: int = 0
 
     @property
     def workflow_name(self) -> str:

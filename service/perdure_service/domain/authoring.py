@@ -70,6 +70,26 @@ class RunContext(Protocol):
             SignalTimeout: None came in time.
         """
 
+    def artifact(self, name: str, data: bytes | str, *, media_type: str = "") -> None:
+        """Keeps bytes, or a text as UTF-8, for the run's callers; waits until they are stored.
+
+        In the workflow's own code it is written once, whatever is replayed. Inside a step it is written as often as
+        the step is tried; of several of one name callers get the last one.
+
+        Args:
+            name: 1 to 256 characters, none of them a control character.
+            data: What to keep.
+            media_type: Its media type; empty for `text/plain; charset=utf-8` of a text, and otherwise
+                `application/octet-stream`.
+
+        Raises:
+            OutputTooLarge: It is over the server's limit; nothing was kept.
+            ValueError: The name or media type is malformed.
+        """
+
+    async def artifact_async(self, name: str, data: bytes | str, *, media_type: str = "") -> None:
+        """Does what `artifact` does, for code that must not block the event loop."""
+
     def idempotency_key(self) -> str:
         """Returns the key of this step of this run for side effects: the same in every attempt and execution."""
 
@@ -79,7 +99,7 @@ class ApprovalTimeout(Exception):
 
 
 class OutputTooLarge(ValueError):
-    """An output, a step's result, an approval's payload or a published value is over the server's limit.
+    """An output, a step's result, an artifact, an approval's payload or a published value is over the server's limit.
 
     Keep what is large elsewhere, and return a reference to it. Of a step it is the step's error: recorded, and not
     retried, as the step has done its work.

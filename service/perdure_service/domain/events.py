@@ -32,6 +32,7 @@ class EventKind(StrEnum):
     LOG = "log"
     USAGE = "usage"
     FORKED = "forked"
+    ARTIFACT = "artifact"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,9 @@ STREAM_STEP = "DBOS.writeStream"
 """The names of the operations by which the workflow's own code publishes a value, and writes an entry of one of DBOS's
 streams. They are steps with a checkpoint; what a step's body publishes and writes is part of that step, and has its
 name."""
+
+ARTIFACT_STEP = "perdure.artifact"
+"""The name of the operation by which the workflow's own code writes an artifact."""
 
 APPROVAL_STEP = "perdure.approval"
 """The name of the operation that asks a person and waits."""

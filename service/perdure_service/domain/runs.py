@@ -13,6 +13,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any
 
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.errors import InvalidArgument
 
 DEFAULT_NAMESPACE = "default"
@@ -207,6 +208,8 @@ class RunStart:
     deadline_at: datetime | None = None
     forked_from_workflow_id: str | None = None
     forked_from_step: int = 0
+    queue: str = DEFAULT_QUEUE
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +258,15 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run as a caller sees it."""
+    """A run as a caller sees it.
+
+    Attributes:
+        input_json: JSON text; what the store reads of a large one is a pointer to it as DBOS stores it.
+        input_argument: The workflow's parameter that holds the whole input, which such a pointer leads to.
+        input_bytes: How many bytes the input has, also when it is left out as too large for a message.
+        output_json: JSON text, or, as the store reads a large one, a pointer to it.
+        output_bytes: As `input_bytes`.
+    """
 
     key: RunKey
     agent: str
@@ -284,6 +295,11 @@ class Run:
     caller: str = ""
     forked_from_run_id: str = ""
     forked_from_step_id: int = 0
+    queue: str = ""
+    priority: int = 0
+    input_argument: str | None = None
+    input_bytes: int = 0
+    output_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

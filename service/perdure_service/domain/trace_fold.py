@@ -13,9 +13,9 @@ the executor that did the work, and by whoever read the log after its death) is 
                     › run of a child (whose `traceparent` names this execution)
 
 An execution ends when its run is parked or handed over, and the one that goes on is another. What an executor's death
-cut off ends at the recovery, with the error type `ExecutionLost`; what the end of its run cut off, with the state that
-the run ended in. An approval outlives the execution that asked it. Of an attempt whose
-beginning did not reach the log before a crash (events wait up to 100 ms) nothing is known.
+cut off ends at the recovery, with the error type `ExecutionLost`; what its run's end cut off, with the state in which
+the run ended. An approval outlives the execution that asked it. Of an attempt whose beginning did not reach the log
+before a crash (events wait up to 100 ms) nothing is known.
 """
 
 from __future__ import annotations

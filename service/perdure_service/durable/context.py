@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Sequence
 from datetime import datetime, timedelta
@@ -24,11 +25,12 @@ from dbos._serialization import DBOSPortableJSON
 
 from perdure_service.domain.approvals import ApprovalResult, ApprovalState, TimeoutOutcome
 from perdure_service.domain.authoring import ApprovalTimeout, OutputStream, SignalTimeout
-from perdure_service.domain.events import APPROVAL_STEP, MAX_TEXT_CHARS, Event, EventKind, text_pieces
+from perdure_service.domain.events import APPROVAL_STEP, ARTIFACT_STEP, MAX_TEXT_CHARS, Event, EventKind, text_pieces
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, StepProgress, Wait, now_ms
 from perdure_service.durable.operation import Operation
+from perdure_service.durable.payloads import Stowed
 from perdure_service.durable.retries import repeated
 from perdure_service.durable.steps import CurrentStep, current_step
 from perdure_service.durable.system_database import PerdureSystemDatabase
@@ -41,6 +43,12 @@ FOREVER_S = 10 * 365 * 86_400.0
 RECHECK_S = 30.0
 """How often a wait for a decision looks at the row although nothing woke it: a lost notification costs no more."""
 
+
+ARTIFACT_NAME = re.compile(r"[^\x00-\x1f\x7f-\x9f\ud800-\udfff]{1,256}")
+"""The names of artifacts."""
+
+MEDIA_TYPE = re.compile(r"[A-Za-z0-9!#$&^_.+-]{1,127}/[A-Za-z0-9!#$&^_.+-]{1,127}( *;[ -~]{1,200})?")
+"""The media types of artifacts."""
 
 MAX_NAME_CHARS = 256
 """The longest name of a model that an event keeps."""
@@ -123,6 +131,80 @@ class BoundRun:
         step_id, attempt = (step.step_id, step.attempt) if step else (0, 0)
         self._execution.note(self._execution.event(kind, data, step_id=step_id, attempt=attempt))
 
+    def artifact(self, name: str, data: bytes | str, *, media_type: str = "") -> None:
+        """See `RunContext`."""
+        self._artifact(name, data, media_type, current_step.get())
+
+    async def artifact_async(self, name: str, data: bytes | str, *, media_type: str = "") -> None:
+        """See `RunContext`."""
+        step = current_step.get()
+        if step is not None:
+            await asyncio.to_thread(self._artifact, name, data, media_type, step)
+            return
+        context = snapshot_step_context()
+        assert context is not None, "bound inside a workflow"
+        with EnterDBOSStepCtx({"name": ARTIFACT_STEP}, context):
+            await asyncio.to_thread(self._record_artifact, name, data, media_type, context.function_id)
+
+    def _artifact(self, name: str, data: bytes | str, media_type: str, step: CurrentStep | None) -> None:
+        if step is None:
+            context = snapshot_step_context()
+            assert context is not None, "bound inside a workflow"
+            with EnterDBOSStepCtx({"name": ARTIFACT_STEP}, context):
+                self._record_artifact(name, data, media_type, context.function_id)
+            return
+        stowed, known = self._stow_artifact(name, data, media_type)
+        execution = self._execution
+        operation = Operation(execution)
+
+        def finish(conn: sa.Connection) -> None:
+            self._db._check_owner_txn(conn, execution.key.workflow_id, execution.owner_xid)
+            self._db.payloads.write(conn, execution.key.workflow_id, stowed)
+            event = execution.event(EventKind.ARTIFACT, known, step_id=step.step_id, attempt=step.attempt)
+            operation.add(execution.key.workflow_id, event)
+
+        operation.finish = finish
+        self._db.run_operation(operation)
+
+    def _record_artifact(self, name: str, data: bytes | str, media_type: str, step_id: int) -> None:
+        """Writes an artifact as an operation of the workflow with a checkpoint, unless that is recorded."""
+        workflow_id, started_ms = self._execution.key.workflow_id, now_ms()
+        if self._db.check_operation_execution(workflow_id, step_id, ARTIFACT_STEP) is not None:
+            return
+        stowed, known = self._stow_artifact(name, data, media_type)
+
+        def events(execution: Execution) -> list[Event]:
+            return [Event(EventKind.ARTIFACT, now_ms(), known, step_id, ARTIFACT_STEP, 0, execution.number)]
+
+        self._db.record_with_payload(
+            {
+                "workflow_uuid": workflow_id,
+                "function_id": step_id,
+                "function_name": ARTIFACT_STEP,
+                "started_at_epoch_ms": started_ms,
+                "output": DBOSPortableJSON.serialize(None),
+                "error": None,
+                "serialization": DBOSPortableJSON.name(),
+                "child_workflow_id": None,
+            },
+            stowed,
+            events,
+        )
+
+    def _stow_artifact(self, name: str, data: bytes | str, media_type: str) -> tuple[Stowed, dict[str, Any]]:
+        """Returns an artifact as a payload, and what its event tells."""
+        if not ARTIFACT_NAME.fullmatch(name):
+            raise ValueError("an artifact's name has 1 to 256 characters, none of them a control character")
+        kind = media_type or ("text/plain; charset=utf-8" if isinstance(data, str) else "application/octet-stream")
+        if not MEDIA_TYPE.fullmatch(kind):
+            raise ValueError(f"{kind[:100]!r} is no media type, as text/csv is")
+        content = data.encode(errors="backslashreplace") if isinstance(data, str) else bytes(data)
+        self._db.limit.check_size(f"the artifact {name!r}", len(content))
+        stowed = self._db.payloads.stow_bytes(content)
+        pointer = stowed.pointer
+        known = {"name": name, "media_type": kind, "size_bytes": pointer.size_bytes, "sha256": pointer.sha256}
+        return stowed, known
+
     def idempotency_key(self) -> str:
         """See `RunContext`."""
         step = current_step.get()
@@ -168,7 +250,7 @@ class BoundRun:
         with self._execution.working(), EnterDBOSStepCtx({"name": APPROVAL_STEP}, context):
             recorded = await asyncio.to_thread(self._recorded, question)
             if recorded is None:
-                self._db.limit.check_text("the approval's payload", question.payload_json)
+                self._db.limit.check_row("the approval's payload", question.payload_json)
                 recorded = await self._ask_and_wait(question)
         result = ApprovalResult(**{**recorded, "state": ApprovalState(recorded["state"])})
         if result.state is ApprovalState.EXPIRED and outcome is TimeoutOutcome.FAIL_RUN:

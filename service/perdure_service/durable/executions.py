@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,9 +24,13 @@ from dbos._utils import LoopAwareEvent
 
 from perdure_service.domain.budgets import UNLIMITED, Budget
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import Failure, RunKey, RunState
 from perdure_service.domain.trace_fold import ExecutionFold
 from perdure_service.telemetry import RunSpan
+
+AgentKey = tuple[str, str]
+"""An agent by name and version; of a workflow that is no agent, what stands before and after the @ of its name."""
 
 REPLAYED_KINDS = frozenset({EventKind.PROGRESS, EventKind.LOG})
 """What a replay must not say again. Text of the workflow's own code is void after a recovery, and is written again."""
@@ -88,6 +93,8 @@ class Execution:
     agent_version: str
     number: int
     trace_id: str
+    queue: str = DEFAULT_QUEUE
+    """The queue whose limits count for it."""
     sampled: bool = True
     """Whether its caller wanted it traced."""
     begun_ns: int = field(default_factory=time.time_ns)
@@ -112,6 +119,8 @@ class Execution:
     steps: dict[int, StepProgress] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)
     """The steps whose result was too large, and whose checkpoint says so."""
+    counted: bool = False
+    """Whether `Executions` counts it."""
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
@@ -340,16 +349,20 @@ def _continues(last: Event, event: Event) -> bool:
 
 
 class Executions:
-    """The set of live executions of this process. Thread-safe."""
+    """The set of live executions of this process, and the dead ones whose code still runs. Thread-safe."""
 
     def __init__(self, wake_writer: Callable[[Execution], None] | None = None) -> None:
         self._by_key: dict[tuple[str, str], Execution] = {}
         self._dead: WeakValueDictionary[tuple[str, str], Execution] = WeakValueDictionary()
         """Those that were killed, while their code still has them."""
+        self._of_queue: Counter[str] = Counter()
+        self._of_agent: Counter[AgentKey] = Counter()
         self._lock = threading.Lock()
         self._wake_writer = wake_writer
         self.wake_waits: Callable[[str], None] = lambda _workflow_id: None
         """Wakes what waits in a run, so that it finds itself dead; set by the system database, which knows them."""
+        self.left: Callable[[Execution], None] = lambda _execution: None
+        """Is told of every execution that leaves, and has given up its slot; set by the placement."""
 
     def add(self, execution: Execution) -> Execution:
         """Adds an execution, and marks older ones of the same run dead."""
@@ -361,6 +374,9 @@ class Executions:
                 if workflow_id == execution.key.workflow_id and owner_xid != execution.owner_xid
             ]
             known = self._by_key.setdefault((execution.key.workflow_id, execution.owner_xid), execution)
+            if known is execution and not execution.counted:
+                execution.counted = True
+                self._count(execution, 1)
         for one in older:
             self.kill(one, "another execution of this run began")
         return known
@@ -383,13 +399,38 @@ class Executions:
 
     def remove(self, execution: Execution) -> None:
         """Forgets an execution that has ended."""
+        key = (execution.key.workflow_id, execution.owner_xid)
         with self._lock:
-            self._by_key.pop((execution.key.workflow_id, execution.owner_xid), None)
-            self._dead.pop((execution.key.workflow_id, execution.owner_xid), None)
+            held = self._by_key.pop(key, None) is not None
+            self._dead.pop(key, None)
+            if held:
+                self._uncount(execution)
         execution.leave_parent()
+        if held:
+            self.left(execution)
+
+    def of_queue(self, queue: str) -> int:
+        """Returns how many there are of a queue."""
+        return self._of_queue[queue]
+
+    def of_agent(self, agent: AgentKey) -> int:
+        """Returns how many there are of an agent."""
+        return self._of_agent[agent]
+
+    def _count(self, execution: Execution, change: int) -> None:
+        self._of_queue[execution.queue] += change
+        self._of_agent[execution.agent, execution.agent_version] += change
+
+    def _uncount(self, execution: Execution) -> None:
+        execution.counted = False
+        self._count(execution, -1)
 
     def kill(self, execution: Execution, reason: str) -> None:
-        """Marks an execution dead: its next DBOS call raises; if it only waits, it is ended now."""
+        """Marks an execution dead: its next DBOS call raises; if it only waits, it is ended now.
+
+        It frees its slot at once, and is remembered until its code has ended: what code that catches everything still
+        tries must find that it is dead.
+        """
         if execution.dead:
             return
         execution.dead = reason
@@ -398,10 +439,14 @@ class Executions:
         with self._lock:
             # Its code does not know yet: each of its calls must find it dead, not find nothing and go on unobserved.
             self._dead[key] = execution
-            self._by_key.pop(key, None)
+            held = self._by_key.pop(key, None) is not None
+            if held:
+                self._uncount(execution)
         execution.leave_parent()
         self.wake_waits(execution.key.workflow_id)
         self.end_waits(execution)
+        if held:
+            self.left(execution)
 
     @staticmethod
     def end_waits(execution: Execution) -> None:

@@ -33,12 +33,13 @@ from perdure_service.agents import catalogue
 from perdure_service.domain.agents import check_input
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.forks import ForkPoint, Recorded, fork_point, from_checkpoints, taken_over
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import Run, RunKey, RunStart, RunState, check_client_run_id, input_sha256, new_run_id
 from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.requests import ForkCommand
+from perdure_service.durable.retries import repeated
 from perdure_service.durable.runtime import Runtime, portable_inputs
-from perdure_service.durable.transactions import QUEUE
 from perdure_service.errors import (
     Contention,
     InvalidArgument,
@@ -47,7 +48,7 @@ from perdure_service.errors import (
     RunNotFound,
     VersionUnavailable,
 )
-from perdure_service.store import event_log, forks, runs
+from perdure_service.store import event_log, forks, payloads, runs
 from perdure_service.store.forks import Origin
 from perdure_service.store.sqlstates import retrying
 from perdure_service.telemetry import derive_trace_id, parse_traceparent
@@ -116,7 +117,9 @@ def fork(runtime: Runtime, find: Find, command: ForkCommand) -> tuple[Run | RunS
         return plan.start, False
     try:
         with runtime.database.bounded():
-            _write(runtime, plan, unique_request_id=None if command.new_run_id else command.request_id)
+            # DBOS repeats no fork. When the first attempt was committed after all, the next one finds the fork.
+            write = repeated(sys_db=runtime.database)(_write)
+            write(runtime, plan, unique_request_id=None if command.new_run_id else command.request_id)
     except (_ForkExists, sa.exc.IntegrityError) as error:
         found = _existing(runtime, command)
         if found is None:
@@ -199,6 +202,8 @@ def _decide(runtime: Runtime, origin: Run, command: ForkCommand) -> _Plan:
         deadline_at=command.deadline_at,
         forked_from_workflow_id=workflow_id,
         forked_from_step=point.from_step_id,
+        queue=origin.queue or DEFAULT_QUEUE,
+        priority=origin.priority,
     )
     told = [] if command.validate_only else _told(runtime, origin.key, recorded, point)
     return _Plan(origin.key, facts, point, code, start, told)
@@ -256,6 +261,10 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
     """
     database, key, origin_id = runtime.database, plan.start.key, plan.origin.workflow_id
     operation = Operation(None)
+    inputs = plan.code.inputs
+    stowed = database.payloads.stow(inputs[0], patient=False) if inputs else None
+    if inputs and stowed:
+        inputs = (stowed.pointer.text, inputs[1])
 
     def begin(conn: sa.Connection) -> None:
         needed = sorted({origin_id, *plan.point.awaited})
@@ -275,8 +284,11 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
             key.workflow_id,
             workflow_name=plan.code.workflow_name,
             deadline_at=plan.start.deadline_at,
-            inputs=plan.code.inputs,
+            inputs=inputs,
+            priority=plan.start.priority,
         )
+        payloads.copy_uses(conn, {key.workflow_id: origin_id})
+        database.payloads.write(conn, key.workflow_id, stowed)
         inserted = runs.insert(
             conn,
             plan.start,
@@ -297,8 +309,9 @@ def _write(runtime: Runtime, plan: _Plan, *, unique_request_id: str | None) -> N
         )
 
     operation.begin, operation.finish = begin, finish
+    operation.done = lambda: database.placement.queued(plan.start.queue)
     with database.operations.open(operation):
         PostgresSystemDatabase.fork_workflow(
             database, [origin_id], [key.workflow_id], [plan.point.from_step_id],
-            application_version=None, queue_name=QUEUE,
+            application_version=runtime.application_version, queue_name=plan.start.queue,
         )  # fmt: skip

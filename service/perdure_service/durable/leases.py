@@ -15,7 +15,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import sqlalchemy as sa
@@ -68,6 +68,7 @@ class Lease:
         ttl: timedelta,
         executions: Executions,
         lost: Callable[[], None],
+        agents: Callable[[], Sequence[str]] = tuple,
     ) -> None:
         """Creates the lease; `start` takes it.
 
@@ -80,6 +81,7 @@ class Lease:
             ttl: How long it counts as alive after a renewal.
             executions: What it runs.
             lost: Called once when this executor was declared gone; it must end the process.
+            agents: Returns the names of the workflows that it has, asked at its start.
         """
         self._engine = engine
         self._executor_id = executor_id
@@ -89,6 +91,7 @@ class Lease:
         self._ttl = ttl
         self._executions = executions
         self._lost = lost
+        self._agents = agents
         self._valid_until = 0.0
         self._alive_since = 0.0
         self._stop = threading.Event()
@@ -105,6 +108,7 @@ class Lease:
                 address=self._address,
                 max_running=self._max_running,
                 ttl=self._ttl,
+                agents=self._agents(),
             )
 
         before = time.monotonic()

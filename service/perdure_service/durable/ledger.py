@@ -28,6 +28,8 @@ from perdure_service.domain.events import (
     half_written,
     text_pieces,
 )
+from perdure_service.domain.payloads import stored_bytes
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import (
     TERMINAL_STATUSES,
     Failure,
@@ -218,17 +220,18 @@ class Ledger:
         self, conn: sa.Connection, workflow_ids: Sequence[str], owner_xid: str, executor_id: str, add: AddEvents
     ) -> list[Execution]:
         """Logs a claim: counts an execution of each run that `owner_xid` has just taken, and returns them."""
-        scheduled_ms = {
-            row[0]: row[1] or 0
+        statuses = {
+            row.workflow_uuid: row
             for row in conn.execute(
                 sa.text(
-                    f"SELECT workflow_uuid, delay_until_epoch_ms FROM {STATUS} WHERE workflow_uuid = ANY(:ids) "
-                    "AND owner_xid = :owner AND status = 'PENDING' ORDER BY workflow_uuid"
+                    f"SELECT workflow_uuid, delay_until_epoch_ms, queue_name FROM {STATUS} "
+                    "WHERE workflow_uuid = ANY(:ids) AND owner_xid = :owner AND status = 'PENDING' "
+                    "ORDER BY workflow_uuid"
                 ),
                 {"ids": list(workflow_ids), "owner": owner_xid},
             )
         }
-        taken = list(scheduled_ms)
+        taken = list(statuses)
         if not taken:
             return []
         self.adopt(conn, taken, add)
@@ -243,7 +246,8 @@ class Ledger:
                 trace_id=row["trace_id"],
                 sampled=_sampled(row["traceparent"]),
                 waited_s=row["begun_at"].timestamp()
-                - max(row["created_at"].timestamp(), scheduled_ms[workflow_id] / 1000),
+                - max(row["created_at"].timestamp(), (statuses[workflow_id].delay_until_epoch_ms or 0) / 1000),
+                queue=statuses[workflow_id].queue_name or DEFAULT_QUEUE,
                 state=RunState.QUEUED,
                 replaying=row["execution"] > 1,
                 budget=budget_of(row["agent"], row["agent_version"]),
@@ -283,7 +287,7 @@ class Ledger:
             data = {"child_run_id": key.run_id}
             return [Event(EventKind.CHILD_STARTED, at, data, function_id, name, 0, execution.number)]
         if result["error"] is None:
-            data["output_bytes"] = len(result["output"] or "")
+            data["output_bytes"] = stored_bytes(result["output"])
             if step and step.preview:
                 data["preview"] = step.preview
             return [Event(EventKind.STEP_SUCCEEDED, at, data, function_id, name, attempt, execution.number)]
@@ -370,8 +374,12 @@ class Ledger:
         output: str | None,
         error: str | None,
         serializer: Serializer,
+        shown: str | None = None,
     ) -> tuple[list[Event], Callable[[], None]]:
-        """Closes the log of a run that this process has just ended; see `close`."""
+        """Closes the log of a run that this process has just ended; see `close`.
+
+        Of a large output, `shown` is what the run's row shows of it: its JSON text, or a pointer to that.
+        """
         failure = None
         if error is not None:
             failure = values.stored_failure(error, ended.serialization, serializer)
@@ -388,7 +396,7 @@ class Ledger:
             ended,
             execution.state if execution else None,
             failure=failure,
-            output=values.output_json(output, ended.serialization, serializer),
+            output=shown or values.output_json(output, ended.serialization, serializer),
             execution=execution.number if execution else 0,
         )
 
@@ -413,8 +421,8 @@ class Ledger:
             deaths = self._deaths(conn, ended.key.workflow_id)
             failure = Failure(
                 "MaxRecoveryAttemptsExceeded",
-                f"its executor died {deaths} times, and a run is recovered less often (PERDURE_MAX_RECOVERIES); when the "
-                "cause is mended, fork it",
+                f"its executor died {deaths} times, and a run is recovered less often (PERDURE_MAX_RECOVERIES); "
+                "when the cause is mended, fork it",
             )
         row = runs.end(conn, ended.key.workflow_id, end_reason=end_reason, failure=failure, output=output)
         if row is None:
@@ -500,6 +508,14 @@ class Ledger:
                 {"ids": list(workflow_ids)},
             )
             return {row.workflow_uuid: row.status for row in rows}
+
+    @staticmethod
+    def serialization(conn: sa.Connection, workflow_id: str) -> str | None:
+        """Returns DBOS's name of the format in which a workflow's input and output are stored."""
+        found = conn.execute(
+            sa.text(f"SELECT serialization FROM {STATUS} WHERE workflow_uuid = :id"), {"id": workflow_id}
+        ).scalar()
+        return None if found is None else str(found)
 
     @staticmethod
     def is_foreign(conn: sa.Connection, workflow_id: str) -> bool:

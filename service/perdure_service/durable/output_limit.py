@@ -1,7 +1,8 @@
 """How large a value may be that an agent produces, and what becomes of one that is larger, or that cannot be stored.
 
-A row should stay below 1 MiB (CockroachDB's advice), and a value that the database refuses must not leave a run that
-nobody ends. So each value is measured as it will be stored, in bytes, before the database sees it:
+A value that the database refuses must not leave a run that nobody ends. So each value is measured as it will be
+stored, in bytes, before the database sees it. What ends a run or a step may be large (see `payloads`); what is
+published, streamed or asked is kept in its row, which should stay below 1 MiB (CockroachDB's advice):
 
 * **the output of a run** in `persist` (`dbos/_core.py`), where DBOS serializes it: raising there ends the run as
   FAILED with `OutputTooLarge`, and a child's parent gets that error instead of the output;
@@ -27,6 +28,9 @@ from perdure_service.durable import values
 from perdure_service.durable.substitutes import substitute
 
 _serialize_error = _core._serialize_exception_for_persistence
+
+MAX_ROW_BYTES = 2**20
+"""The largest value that is kept in its row: what is published, streamed or asked."""
 
 PLAIN_JSON = (
     "Its arguments are stored as plain JSON: call the agent itself, which takes typed ones, or give DBOS.start_workflow"
@@ -73,20 +77,40 @@ class OutputLimit:
         Raises:
             OutputTooLarge: It is too large.
         """
-        size_bytes = len(text.encode())
-        if size_bytes > self.max_bytes:
-            raise OutputTooLarge(
-                f"{what} takes {size_bytes} bytes, more than {self.max_bytes} (PERDURE_MAX_OUTPUT_BYTES); "
-                "keep it elsewhere and return a reference"
-            )
+        self.check_size(what, len(text.encode()))
 
-    def check(self, what: str, value: Any) -> None:
-        """Refuses a value whose JSON takes more than the limit.
+    def check_size(self, what: str, size_bytes: int) -> None:
+        """Refuses what takes more bytes than the limit.
 
         Raises:
             OutputTooLarge: It is too large.
         """
-        self.check_text(what, values.to_json(value))
+        self._check(what, size_bytes, self.max_bytes, "PERDURE_MAX_OUTPUT_BYTES")
+
+    def check_row(self, what: str, text: str) -> None:
+        """Refuses a text that takes more than the limit, or than a row.
+
+        Raises:
+            OutputTooLarge: It is too large.
+        """
+        self.check_text(what, text)
+        self._check(what, len(text.encode()), MAX_ROW_BYTES, "the most for a value of this kind")
+
+    @staticmethod
+    def _check(what: str, size_bytes: int, max_bytes: int, why: str) -> None:
+        if size_bytes > max_bytes:
+            raise OutputTooLarge(
+                f"{what} takes {size_bytes} bytes, more than {max_bytes} ({why}); "
+                "keep it elsewhere and return a reference"
+            )
+
+    def check(self, what: str, value: Any) -> None:
+        """Refuses a value whose JSON takes more than the limit, or than a row.
+
+        Raises:
+            OutputTooLarge: It is too large.
+        """
+        self.check_row(what, values.to_json(value))
 
     def refuse_result(self, result: OperationResultInternal, serializer: Serializer) -> OutputTooLarge | None:
         """Puts an error in the place of a step's result that is too large; returns it, to be raised once recorded."""

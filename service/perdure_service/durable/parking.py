@@ -6,17 +6,17 @@ is marked dead, its code ends with `Parked`, and whoever wakes the run has it re
 once are parked on together; any of them wakes it.
 
 **Nothing is lost between the two.** The mark in memory comes first (`Execution.park`): from then on nothing of the
-execution begins, and nothing of it was in progress. Then one transaction of the run's owner locks the status row, writes
-DELAYED and the marks, and in a later statement looks whether what it waits for has come: if so, the same transaction
-puts the run back into its queue. A waker makes its fact durable first (the message, the decision, the end of the
-child), then locks the row, then looks for the marks. So of the two locks the later one sees what the other has written.
+execution begins, and nothing of it was in progress. Then one transaction of the run's owner locks the status row,
+writes DELAYED and the marks, and in a later statement looks whether what it waits for has come: if so, the same
+transaction puts the run back into its queue. A waker makes its fact durable first (the message, the decision, the end
+of the child), then locks the row, then looks for the marks. So whoever locks later sees what the other has written.
 If we die before the COMMIT, the run is an orphan like any other. If the reply to COMMIT is lost, the repeat finds a row
 that is not ours any more, and leaves it. If the transaction fails for good, the row says that it runs here, which it
 does not: `owners` gives it back.
 
 **`Parked` never crosses a handle.** Where a child runs within its parent's task or thread, it becomes a wait for the
-child's row; where it runs in its own, the handle gets DBOS's `DBOSWorkflowCancelledError`, by which it turns to the row,
-too.
+child's row; where it runs in its own, the handle gets DBOS's `DBOSWorkflowCancelledError`, by which it turns to the
+row, too.
 """
 
 from __future__ import annotations
@@ -32,13 +32,11 @@ import sqlalchemy as sa
 import structlog
 from dbos import DBOS, _core, _dbos
 from dbos._context import get_local_dbos_context, snapshot_step_context
-from dbos._error import DBOSWorkflowConflictIDError
 from dbos._outcome import DeferredResult, NoResult
 
 from perdure_service.domain.events import EventKind
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
-from perdure_service.durable import replay
-from perdure_service.durable.executions import Execution, Parked, Wait
+from perdure_service.durable.executions import Execution, Wait
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.substitutes import substitute
@@ -63,15 +61,6 @@ class WaitingDatabase(StatusDatabase):
         super().__init__(**arguments)
         self._park_after_s = park_after_s
         self._look_s = min(MOST_LOOK_S, max(LEAST_LOOK_S, park_after_s / 4))
-
-    @staticmethod
-    def refuse_dead(execution: Execution) -> None:
-        """Raises in an execution that must not go on; DBOS then waits for the owner's outcome, if it was not parked."""
-        if execution.parked:
-            raise Parked(execution)
-        replay.refuse_diverged(execution)
-        if not execution.may_go_on:
-            raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
 
     # ---- parking -----------------------------------------------------------------------------------------------------
 

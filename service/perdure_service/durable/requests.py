@@ -22,6 +22,7 @@ class StartCommand:
     Attributes:
         run_input: The input as parsed JSON, exactly as sent.
         trace_parent: The caller's W3C `traceparent`, or empty.
+        queue: Empty means that of the agent.
     """
 
     namespace: str
@@ -39,6 +40,8 @@ class StartCommand:
     context_id: str = ""
     validate_only: bool = False
     trace_parent: str = ""
+    queue: str = ""
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,20 +12,21 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 import structlog
 from dbos import DBOS, _core
-from dbos._dbos import _get_dbos_instance
+from dbos._dbos import _get_dbos_instance, _get_or_create_dbos_registry
 from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
 from dbos._registrations import get_func_info
 from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
 
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
+from perdure_service.domain.queues import QueueLimits, Queues
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import metering, parking, replay, retries, steps, system_database
@@ -36,18 +37,23 @@ from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
 from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
+from perdure_service.durable.payloads import Payloads
+from perdure_service.durable.placement import Placement
+from perdure_service.durable.queue_threads import Bells
 from perdure_service.durable.reaper import Reaper
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.suspicion import Suspicion
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
 from perdure_service.durable.trace_writer import TraceWriter
-from perdure_service.durable.transactions import QUEUE
 from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
+from perdure_service.store import queues as store_queues
 from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach, reserve_connection
+from perdure_service.store.objects import Objects
+from perdure_service.store.sqlstates import retrying
 from perdure_service.telemetry import METERS, RunTracer
 from perdure_service.telemetry import metrics as m
 
@@ -91,11 +97,14 @@ class Runtime:
         park_after: timedelta = timedelta(seconds=5),
         suspicion: bool = False,
         max_recoveries: int = 20,
+        queues: Queues | None = None,
+        payload_threshold_bytes: int = 2**16,
+        objects: Objects | None = None,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
         self.executor_id = executor_id
-        self._application_version = application_version
+        self.application_version = application_version
         self._max_running = max_running
         self._max_threads = max_threads
         self._queue_poll = queue_poll
@@ -104,9 +113,19 @@ class Runtime:
         self.ledger = Ledger(self.spans)
         self._writer = EventWriter(self._write_buffered)
         self.executions = Executions(self._writer.wake)
+        self.queues = queues or Queues()
+        self.placement = Placement(self.executions, max_running)
+        self._bells = Bells(queue_poll.total_seconds())
+        self.placement.wake = self._bells.ring
         self.operations = Operations(hint, self._committed)
         # Of its own: when all connections are in use this executor is busy, not dead, and must be able to say so.
         self._lease_engine = reserve_connection(engine, lease_statement_timeout(lease_ttl))
+
+        def given_back(workflow_ids: Sequence[str]) -> None:
+            hint(workflow_ids)
+            if workflow_ids:
+                self.poke()
+
         self.lease = Lease(
             self._lease_engine,
             executor_id,
@@ -116,6 +135,7 @@ class Runtime:
             ttl=lease_ttl,
             executions=self.executions,
             lost=lost,
+            agents=_registered_names,
         )
         self._reaper = Reaper(
             engine,
@@ -123,7 +143,7 @@ class Runtime:
             lease=self.lease,
             ttl=lease_ttl,
             ledger=self.ledger,
-            hint=hint,
+            hint=given_back,
             gone=self.spans.executors_gone,
             owns_database=owns_database,
         )
@@ -137,13 +157,14 @@ class Runtime:
         )
         self._suspects = suspicion and not owns_database
         METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
-        self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, hint, OWNER_WATCH_S)
+        self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, given_back, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
         self._limit = OutputLimit(max_output_bytes)
         self._park_after = park_after
         self._max_recoveries = max_recoveries
         self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
         self.ledger.nudge = self._waker.nudge
+        self.payloads = Payloads(engine, payload_threshold_bytes, objects)
 
     @property
     def database(self) -> PerdureSystemDatabase:
@@ -170,8 +191,10 @@ class Runtime:
         self._traces.start()
         system_database.install(self._build)
         retries.install()
+        self._bells.install(self.executions)
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
+        self.payloads.install()
         _observe_workflows(self.executions)
         replay.install(
             self.executions, lambda: self.database, lambda child: self.database.result_of_parked_child(child)
@@ -184,7 +207,7 @@ class Runtime:
                 "system_database_url": url,
                 "system_database_engine": self.engine,
                 "executor_id": self.executor_id,
-                "application_version": self._application_version,
+                "application_version": self.application_version,
                 "run_migrations": False,
                 "use_listen_notify": not is_cockroach(self.engine),
                 "notification_listener_polling_interval_sec": LISTENER_POLL_S,
@@ -196,22 +219,40 @@ class Runtime:
             }
         )
         _limit_recoveries(self._max_recoveries)
-        DBOS.listen_queues([QUEUE])
+        for limits in self.queues.limits:
+            self.placement.saw(limits)
+        DBOS.listen_queues(self.queues.names)
         DBOS.launch()
-        self._register_queue()
+        self._tell_differences()
+        for limits in self.queues.limits:
+            self._register_queue(limits)
         self._owners.start()
         self._waker.start()
         if self._suspects:
             self._suspicion.start()
         return taken_back
 
-    def _register_queue(self) -> None:
-        """Writes the queue's row. DBOS does not repeat this one by itself."""
+    def poke(self) -> None:
+        """Looks for queued runs now: something has been queued, or given back, that no queue was told of."""
+        self._bells.ring_all()
+
+    def _tell_differences(self) -> None:
+        """Warns when a queue has other limits in the database: those of this executor count from now on, for all."""
+        known = retrying(self.engine, "queues.limits", lambda conn: store_queues.limits_of(conn, self.queues.names))
+        for mine in self.queues.limits:
+            theirs = known.get(mine.name)
+            if theirs is not None and theirs != mine:
+                log.warning("queue.limits_replaced", queue=mine.name, before=str(theirs), now=str(mine))
+
+    def _register_queue(self, limits: QueueLimits) -> None:
+        """Writes a queue's row. DBOS does not repeat this one by itself."""
         for attempt in range(1, QUEUE_ATTEMPTS + 1):
             try:
                 DBOS.register_queue(
-                    QUEUE,
-                    worker_concurrency=self._max_running,
+                    limits.name,
+                    worker_concurrency=limits.worker_concurrency or None,
+                    global_concurrency=limits.global_concurrency or None,
+                    limiter={"limit": limits.rate_limit, "period": limits.rate_period_s} if limits.rate_limit else None,
                     polling_interval_sec=self._queue_poll.total_seconds(),
                     on_conflict="always_update",
                 )
@@ -233,6 +274,7 @@ class Runtime:
         self.lease.drain()
         self._drain.run(deadline)
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self.lease)
+        self.payloads.close()
         with suppress(Exception):
             self._reaper.take_back()  # what this executor never knew it had been given
         self._end_dbos()
@@ -260,6 +302,7 @@ class Runtime:
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self._traces)
+        self.payloads.close()
         self.lease.forget()
         self._lease_engine.dispose()
 
@@ -268,12 +311,15 @@ class Runtime:
             executions=self.executions,
             operations=self.operations,
             ledger=self.ledger,
+            placement=self.placement,
             registered=_registered_names,
             limit=self._limit,
             park_after_s=self._park_after.total_seconds(),
+            payloads=self.payloads,
             **arguments,
         )
         database.nudge = self._waker.nudge
+        database.poke = self.poke
         if self._database is None:
             self._database = database
         return database
@@ -310,20 +356,24 @@ class Runtime:
         database = self.database
         # Without arguments: DBOS would store them in the workflow's own format, and ours is JSON for all.
         status = _core.prepare_enqueued_workflow(
-            _dbos_instance(), agent.workflow, (), {}, queue_name=QUEUE, workflow_id=start.key.workflow_id
+            _dbos_instance(), agent.workflow, (), {}, queue_name=start.queue, workflow_id=start.key.workflow_id
         )
+        status["priority"] = start.priority
         status["inputs"], status["serialization"] = portable_inputs(arguments)
+        if start.deadline_at is not None:
+            status["workflow_deadline_epoch_ms"] = int(start.deadline_at.timestamp() * 1000)
+        owner_xid = str(uuid.uuid4())
         begins_later = start.start_at is not None or bool(start.delay_s)
         if begins_later:
             status["status"] = "DELAYED"
             status["delay_until_epoch_ms"] = self._begin_ms(start)
-        elif len(self.executions) < self._max_running and not database.stopping:
-            status["status"] = "PENDING"
-        if start.deadline_at is not None:
-            status["workflow_deadline_epoch_ms"] = int(start.deadline_at.timestamp() * 1000)
-        owner_xid = str(uuid.uuid4())
+            place: AbstractContextManager[bool] = nullcontext(False)
+        else:
+            place = self.placement.start(start.queue, (start.agent, start.agent_version))
         try:
-            with database.bounded():
+            with database.bounded(), place as here:
+                if here and not database.stopping:
+                    status["status"] = "PENDING"
                 mine = database.start_run(
                     status,
                     start,
@@ -386,7 +436,7 @@ def _limit_recoveries(most: int) -> None:
 
 
 def _registered_names() -> list[str]:
-    return list(_dbos_instance()._registry.workflow_info_map)
+    return list(_get_or_create_dbos_registry().workflow_info_map)  # it is there before DBOS is launched
 
 
 _plain_execute_async = _core._execute_workflow_async

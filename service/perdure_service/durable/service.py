@@ -27,6 +27,7 @@ from perdure_service.domain.events import (
     fold_steps,
 )
 from perdure_service.domain.executors import Executor
+from perdure_service.domain.queues import Queue
 from perdure_service.domain.quotas import StartQuota
 from perdure_service.domain.runs import (
     SIGNAL_NAME,
@@ -39,7 +40,9 @@ from perdure_service.domain.runs import (
     input_sha256,
     new_run_id,
 )
-from perdure_service.durable import deletions, forks, inbox, outside
+from perdure_service.domain.stranded import StrandedRun
+from perdure_service.durable import artifacts, deletions, forks, inbox, outside
+from perdure_service.durable.artifacts import Artifact, ArtifactChoice
 from perdure_service.durable.requests import (
     DeleteCommand,
     Deleted,
@@ -57,6 +60,7 @@ from perdure_service.errors import (
     AgentNotFound,
     ApprovalNotFound,
     InvalidArgument,
+    OffsetOutOfRange,
     Overloaded,
     QuotaExceeded,
     RunConflict,
@@ -66,7 +70,7 @@ from perdure_service.errors import (
 )
 from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
-from perdure_service.store import event_log, executors, runs
+from perdure_service.store import event_log, executors, queues, runs, stranded
 from perdure_service.store.engine import waits_for_a_connection
 from perdure_service.store.runs import MAX_PAGE_CHARS
 from perdure_service.store.sqlstates import retrying
@@ -249,6 +253,8 @@ class RunService:
             start_at=command.start_at,
             delay_s=command.delay_s,
             deadline_at=command.deadline_at,
+            queue=self._runtime.queues.of_start(command.queue, agent.spec.queue),
+            priority=command.priority,
         )
         return start, agent, arguments
 
@@ -261,9 +267,11 @@ class RunService:
     # ---- reads -------------------------------------------------------------------------------------------------------
 
     async def get(self, namespace: str, run_id: str, *, full: bool) -> Run:
-        """Returns a run."""
+        """Returns a run; an input or output that is too large for a message is left out."""
         self._check_namespace(namespace)
-        return await self._call(self._find, namespace, run_id, full)
+        if not full:
+            return await self._call(self._find, namespace, run_id)
+        return await self._call(lambda: artifacts.fit(self._runtime.payloads, self._find(namespace, run_id, True)))
 
     def _find(self, namespace: str, run_id: str, full: bool = False) -> Run:
         """Returns a run, closing its log if a foreign client ended it, and adopting it if one made it. Blocks."""
@@ -284,7 +292,29 @@ class RunService:
         if run.state.terminal and run.end_time is None:
             self._runtime.database.close_ended([run.key.workflow_id])
             run = retrying(self._engine, "runs.get", look) or run
-        return run
+        return artifacts.with_input(self._runtime.payloads, run) if full else run
+
+    async def read_artifact(
+        self, namespace: str, run_id: str, which: ArtifactChoice, offset: int
+    ) -> AsyncIterator[Artifact | bytes]:
+        """Yields what an artifact is, then its bytes from an offset, in pieces of at most 256 KiB."""
+        run = await self.get(namespace, run_id, full=False)
+        full = which.name is None
+        opened = await self._call(
+            lambda: artifacts.open_artifact(
+                self._runtime.payloads, self._engine, self._find(namespace, run_id, full) if full else run, which
+            )
+        )
+        if offset > opened.artifact.size_bytes:
+            raise OffsetOutOfRange(
+                f"the artifact has {opened.artifact.size_bytes} bytes", size_bytes=str(opened.artifact.size_bytes)
+            )
+        yield opened.artifact
+        pieces = opened.pieces(offset)
+        # As streams are bounded themselves, their reads are never refused.
+        while (data := await self._run(next, pieces, None)) is not None:
+            for start in range(0, len(data), artifacts.SENT_BYTES):
+                yield data[start : start + artifacts.SENT_BYTES]
 
     async def list(self, namespace: str, run_filter: RunFilter, *, page_size: int, page_token: str) -> Page[Run]:
         """Returns a page of runs, newest first. `page_size` is already bounded to 1..1,000."""
@@ -544,6 +574,20 @@ class RunService:
         )
         return Page(found, token)
 
+    async def list_queues(self, *, page_size: int, page_token: str) -> Page[Queue]:
+        """Returns a page of the queues, by name."""
+        found, token = await self._read(
+            "queues.list", lambda conn: queues.list_page(conn, page_size=page_size, page_token=page_token)
+        )
+        return Page(found, token)
+
+    async def list_stranded(self, *, page_size: int, page_token: str) -> Page[StrandedRun]:
+        """Returns a page of the runs that no living executor can continue, the oldest first."""
+        found, token = await self._read(
+            "stranded.list", lambda conn: stranded.list_page(conn, page_size=page_size, page_token=page_token)
+        )
+        return Page(found, token)
+
 
 def _not_created(start: RunStart) -> Run:
     """Returns what `validate_only` shows: the run as it would be."""
@@ -575,6 +619,8 @@ def _not_created(start: RunStart) -> Run:
         if start.forked_from_workflow_id
         else "",
         forked_from_step_id=start.forked_from_step,
+        queue=start.queue,
+        priority=start.priority,
     )
 
 

@@ -1,7 +1,7 @@
-"""Statuses that are written by others than a run's own execution: from outside, by claims and by sweeps.
+"""Statuses that are written by others than a run's own execution: from outside and by sweeps (claims: see `claims`).
 
-`_changing` locks the rows, lets DBOS write, and logs what changed. A claim is logged, and known to be executed here,
-before it commits. The two sweeps (released delays, passed deadlines) are ours, as DBOS's use the host's clock.
+`_changing` locks the rows, lets DBOS write, and logs what changed. The two sweeps (released delays, passed deadlines)
+are ours, as DBOS's use the host's clock.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from dbos._sys_db_postgres import PostgresSystemDatabase
 
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import DEADLINE_PASSED, TERMINAL_STATUSES, RunState
-from perdure_service.durable import metering
-from perdure_service.durable.executions import Execution, now_ms
+from perdure_service.durable.claims import ClaimDatabase
+from perdure_service.durable.executions import now_ms
 from perdure_service.durable.operation import Operation
-from perdure_service.durable.transactions import QUEUE, Claim, TransactionalDatabase
-from perdure_service.store import deletions, parked, runs
+from perdure_service.durable.transactions import QUEUE
+from perdure_service.store import deletions, parked, payloads, runs
 
 SWEEP_LIMIT = 200
 """Rows that one sweep changes; the next one follows within a second."""
 
 
-class StatusDatabase(TransactionalDatabase):
+class StatusDatabase(ClaimDatabase):
     """See the module."""
 
     def close_ended(self, workflow_ids: Sequence[str]) -> None:
@@ -84,6 +84,7 @@ class StatusDatabase(TransactionalDatabase):
                     data = {"from": told, "to": state, "reason": reason}
                     operation.add(workflow_id, Event(EventKind.STATE_CHANGED, now_ms(), data))
             operation.facts["changed"] = changed
+            self._wake_queues(conn, operation, changed)
 
         def done() -> None:
             for workflow_id in operation.facts["changed"]:
@@ -117,8 +118,9 @@ class StatusDatabase(TransactionalDatabase):
         ended = [workflow_id for workflow_id, status in statuses.items() if status in TERMINAL_STATUSES]
         if ended:
             raise DBOSException(f"{', '.join(ended)} has ended, and a run that ended is not revived; fork it")
-        with self._changing(workflow_ids, "resumed"):
-            super().resume_workflows(workflow_ids, **{**rest, "queue_name": rest.get("queue_name") or QUEUE})
+        for queue, ids in self._by_queue(workflow_ids).items():
+            with self._changing(ids, "resumed"):
+                super().resume_workflows(ids, **{**rest, "queue_name": rest.get("queue_name") or queue})
 
     def rewind_workflow(self, workflow_id: str, start_step: int, **_rest: Any) -> None:
         raise DBOSException(f"{workflow_id}: a run that ended is not revived in place; fork it from step {start_step}")
@@ -130,11 +132,37 @@ class StatusDatabase(TransactionalDatabase):
 
         def finish(conn: sa.Connection) -> None:
             self.ledger.adopt(conn, forked_workflow_ids, operation.add)
+            payloads.copy_uses(conn, dict(zip(forked_workflow_ids, original_workflow_ids, strict=True)))
 
         operation.finish = finish
-        rest["queue_name"] = rest.get("queue_name") or QUEUE
+        queue_of = self._queues_of(original_workflow_ids)
+        rest["queue_name"] = rest.get("queue_name") or queue_of.get(original_workflow_ids[0], QUEUE)
         with self.operations.open(operation):
             return super().fork_workflow(original_workflow_ids, forked_workflow_ids, start_steps, **rest)
+
+    def _queues_of(self, workflow_ids: Sequence[str]) -> dict[str, str]:
+        """Returns the queue of each workflow that exists."""
+        ws = self.tables.workflow_status
+        with self._plain_begin() as conn:
+            query = sa.select(ws.c.workflow_uuid, ws.c.queue_name).where(ws.c.workflow_uuid.in_(workflow_ids))
+            return {row[0]: row[1] or QUEUE for row in conn.execute(query)}
+
+    def _by_queue(self, workflow_ids: Sequence[str]) -> dict[str, list[str]]:
+        """Returns workflows by their queues; those that do not exist are in the first, for DBOS to refuse."""
+        queue_of = self._queues_of(workflow_ids)
+        found: dict[str, list[str]] = {QUEUE: []}
+        for workflow_id in workflow_ids:
+            found.setdefault(queue_of.get(workflow_id, QUEUE), []).append(workflow_id)
+        return {queue: ids for queue, ids in found.items() if ids}
+
+    def _wake_queues(self, conn: sa.Connection, operation: Operation, workflow_ids: Sequence[str]) -> None:
+        """Has the queues looked into, once this commits, in which some of these runs wait now."""
+        ws = self.tables.workflow_status
+        query = (
+            sa.select(ws.c.queue_name).where(ws.c.workflow_uuid.in_(workflow_ids), ws.c.status == "ENQUEUED").distinct()
+        )
+        for queue in [row[0] for row in conn.execute(query)] if workflow_ids else ():
+            operation.after(partial(self.placement.queued, queue))
 
     def delete_checked(
         self, workflow_ids: Sequence[str], check: Callable[[Operation, sa.Connection], None] | None = None
@@ -146,7 +174,12 @@ class StatusDatabase(TransactionalDatabase):
             check: Called first in the transaction; it locks the status rows, and may raise.
         """
         ids = sorted(workflow_ids)
-        operation = Operation(None, finish=partial(deletions.delete_ours, workflow_ids=ids))
+        unused: list[str] = []
+
+        def finish(conn: sa.Connection) -> None:
+            unused[:] = deletions.delete_ours(conn, ids)
+
+        operation = Operation(None, finish=finish, done=lambda: self.payloads.forget_objects(unused))
         operation.begin = partial(check, operation) if check else partial(deletions.lock, workflow_ids=ids)
         with self.operations.open(operation):
             super()._delete_workflows(ids)
@@ -166,72 +199,6 @@ class StatusDatabase(TransactionalDatabase):
         del recovery_queue_name  # the unlimited internal queue
         with self._changing([workflow_id], "given back to the queue"):
             return super().reenqueue_for_recovery(workflow_id, executor_ids, QUEUE)
-
-    # ---- claims ------------------------------------------------------------------------------------------------------
-
-    def _claim_gate(self, queue_name: str, partition_key: str | None) -> list[Any]:
-        """Only what is registered here is taken: DBOS would take a run and then find that it has no code for it."""
-        return [
-            *super()._claim_gate(queue_name, partition_key),
-            self.tables.workflow_status.c.name.in_(self._registered()),
-        ]
-
-    def start_queued_workflows(self, *arguments: Any, **rest: Any) -> Any:
-        if self.stopping:
-            return [], "worker_concurrency"
-        with self._claiming(rest.get("owner_xid")):
-            return super().start_queued_workflows(*arguments, **rest)
-
-    def start_queued_partitioned_workflows(self, *arguments: Any, **rest: Any) -> Any:
-        if self.stopping:
-            return []
-        with self._claiming(rest.get("owner_xid")):
-            return super().start_queued_partitioned_workflows(*arguments, **rest)
-
-    @contextmanager
-    def _claiming(self, owner_xid: str | None) -> Iterator[None]:
-        self._local.claim = Claim(owner_xid) if owner_xid else None
-        try:
-            yield
-        finally:
-            self._local.claim = None
-
-    def _wf_in(self, table: Any, workflow_ids: Sequence[str], *arguments: Any, **rest: Any) -> Any:
-        """Sees which rows a claim is about to take, so that an idle poll costs no statement of ours."""
-        claim: Claim | None = getattr(self._local, "claim", None)
-        if claim is not None:
-            claim.workflow_ids.update(workflow_ids)
-        return super()._wf_in(table, workflow_ids, *arguments, **rest)
-
-    @contextmanager
-    def _begin(self, isolation: str | None) -> Iterator[sa.Connection]:
-        """Begins a claim: what it takes is logged, and is known to be executed here, before it commits."""
-        operation = Operation(None)
-        taken: list[Execution] = []
-
-        claim: Claim | None = getattr(self._local, "claim", None)
-
-        def finish(conn: sa.Connection) -> None:
-            if claim is None or not claim.workflow_ids:
-                return
-            taken[:] = self.ledger.claimed(
-                conn, sorted(claim.workflow_ids), claim.owner_xid, self.executor_id or "", operation.add
-            )
-            for execution in taken:
-                self.executions.add(execution)
-            operation.after(lambda: metering.begun(taken))
-
-        operation.finish = finish
-        with self.operations.open(operation):
-            try:
-                with self.operations.transaction(
-                    lambda: super(StatusDatabase, self)._begin(isolation), lambda: None
-                ) as conn:
-                    yield conn
-            except BaseException:
-                for execution in taken:
-                    self.executions.remove(execution)
-                raise
 
     # ---- parked runs ---------------------------------------------------------------------------------------------
 
@@ -312,6 +279,7 @@ class StatusDatabase(TransactionalDatabase):
             for workflow_id in ids:
                 data = {"from": RunState.SCHEDULED.value, "to": RunState.QUEUED.value, "reason": "its time has come"}
                 operation.add(workflow_id, Event(EventKind.STATE_CHANGED, now_ms(), data))
+            self._wake_queues(conn, operation, ids)
 
     def cancel_timed_out_workflows(self, limit: int) -> list[str]:
         """Ends runs whose deadline has passed, as EXPIRED."""

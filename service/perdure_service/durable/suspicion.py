@@ -39,9 +39,11 @@ from perdure_service.store.suspects import Peer
 
 SILENT_INTERVALS = 1.5
 """Renewal intervals without a renewal after which an executor is silent."""
-LOOKS_PER_INTERVAL = 4
+LOOKS_AT_THE_SILENT = 4
+"""In a renewal interval, while somebody is silent and does not refuse. Else the next is when somebody may become so."""
+SHORTEST_PAUSE_S = 0.1
 LOOK_PER_PEER_S = 0.05
-"""Added to the time between two looks for every other executor: all of a fleet look 20 times a second at most."""
+"""The time between two looks, at least, for every other executor: all of a fleet look 20 times a second at most."""
 CONNECT_TIMEOUT_S = 0.5
 """A host of the same region answers within milliseconds, also that nobody listens."""
 SECOND_LOOK_S = 0.1
@@ -106,7 +108,7 @@ class Suspicion:
         self._connect = connect
         self._reached: set[str] = set()
         self._tried_s: dict[str, float] = {}
-        self._peers = 0
+        self._pause_s = renew_s / LOOKS_AT_THE_SILENT
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="suspicion", daemon=True)
 
@@ -123,10 +125,14 @@ class Suspicion:
     def look(self) -> Peer | None:
         """Ends the claim of an executor that is surely gone, and gives its runs back; returns it. Blocks."""
         peers = retrying(self._engine, "suspicion.peers", lambda conn: suspects.peers(conn, self._executor_id))
-        self._peers = len(peers)
         self._reached &= {one.executor_id for one in peers}
-        silent = [one for one in peers if one.silent_s > SILENT_INTERVALS * self._renew_s]
-        self._introduce([one for one in peers if one not in silent])
+        limit_s = SILENT_INTERVALS * self._renew_s
+        silent = [one for one in peers if one.silent_s > limit_s]
+        others = [one for one in peers if one.silent_s <= limit_s]
+        longest_s = self._renew_s / LOOKS_AT_THE_SILENT if silent else self._renew_s
+        soonest_s = min((limit_s - one.silent_s for one in others), default=longest_s)
+        self._pause_s = max(SHORTEST_PAUSE_S, LOOK_PER_PEER_S * len(peers), min(soonest_s, longest_s))
+        self._introduce(others)
         if len(silent) > 1 and 2 * len(silent) > len(peers):
             return None
         for one in sorted(silent, key=lambda peer: peer.renewed_at):
@@ -163,9 +169,7 @@ class Suspicion:
         return declared
 
     def _run(self) -> None:
-        while not self._stop.wait(
-            (self._renew_s / LOOKS_PER_INTERVAL + LOOK_PER_PEER_S * self._peers) * random.uniform(0.8, 1.2)
-        ):
+        while not self._stop.wait(self._pause_s * random.uniform(1.0, 1.1)):
             try:
                 self.look()
             except Exception as error:  # noqa: BLE001 - logged; the leases do it all the same

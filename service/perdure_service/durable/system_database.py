@@ -18,14 +18,15 @@ appends, so its snapshot is newer than the lock. Reads of the log's end always c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, cast
 
 import sqlalchemy as sa
 from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._error import DBOSUnexpectedStepError, DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
 from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase, WorkflowStatusInternal
 
-from perdure_service.agents.catalogue import budget_of
+from perdure_service.agents.catalogue import budget_of, queue_of
 from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
@@ -33,8 +34,9 @@ from perdure_service.durable import metering, replay, values
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.parking import WaitingDatabase
+from perdure_service.durable.payloads import Stowed
 from perdure_service.durable.substitutes import substitute
-from perdure_service.durable.transactions import QUEUE
+from perdure_service.durable.transactions import QUEUE, agent_of
 
 GET_RESULT = "DBOS.getResult"
 """What DBOS records when a run takes the result of a child."""
@@ -67,7 +69,10 @@ class PerdureSystemDatabase(WaitingDatabase):
             RequestRepeated: The request has its run already, under another id.
             DBOSConflictingWorkflowError: The id is another agent's.
         """
-        operation = Operation(None, start=start, input_argument=input_argument, unique_request_id=unique_request_id)
+        stowed = self.payloads.stow(status["inputs"], patient=False)
+        operation = Operation(
+            None, start=start, input_argument=input_argument, unique_request_id=unique_request_id, inputs=stowed
+        )
         with self.operations.open(operation):
             written, created = self.init_workflow(status, creator_xid=creator_xid)
         mine = created and written == "PENDING"
@@ -83,16 +88,47 @@ class PerdureSystemDatabase(WaitingDatabase):
     def _insert_workflow_status(
         self, status: WorkflowStatusInternal, conn: Any, *, creator_xid: str | None, reuse_policy: Any = None
     ) -> tuple[Any, bool]:
-        operation = self.operations.current
-        workflow_id = status["workflow_uuid"]
+        agent = agent_of(status["name"])
         if status["queue_name"] is None:
             # A run that is given back must come to executors that have its agent, not to the unlimited internal queue.
-            status["queue_name"] = QUEUE
-        written, created = super()._insert_workflow_status(
-            status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy
-        )
+            status["queue_name"] = queue_of(*agent)
+        operation = self.operations.current
         facts = operation.facts if operation else {}
+        if "start" in facts or status["status"] != "PENDING":
+            return self._insert_placed(status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy)
+        # Once for all attempts: what the first one has counted as running must not stand in the second one's way.
+        decided = f"here:{status['workflow_uuid']}"
+        child = self.placement.child(status["queue_name"] or QUEUE, agent)
+        with nullcontext(facts[decided]) if decided in facts else child as here:
+            facts[decided] = here
+            row = status if here else cast(WorkflowStatusInternal, {**status, "status": "ENQUEUED"})
+            written, created = self._insert_placed(row, conn, creator_xid=creator_xid, reuse_policy=reuse_policy)
+        # What is queued, a claim will run: DBOS waits for its result.
+        return written, created and written == "PENDING"
+
+    def _insert_placed(
+        self, status: WorkflowStatusInternal, conn: Any, *, creator_xid: str | None, reuse_policy: Any
+    ) -> tuple[Any, bool]:
+        """Writes a run of which it is decided whether it begins here."""
+        operation = self.operations.current
+        workflow_id = status["workflow_uuid"]
+        facts = operation.facts if operation else {}
+        inputs = status["inputs"]
+        stowed: Stowed | None = facts["inputs"] if "inputs" in facts else self.payloads.stow(inputs)
+        if stowed is not None:
+            status["inputs"] = stowed.pointer.text
+        try:
+            written, created = super()._insert_workflow_status(
+                status, conn, creator_xid=creator_xid, reuse_policy=reuse_policy
+            )
+        finally:
+            status["inputs"] = inputs  # whoever runs it here reads them from this
+        if created:
+            self.payloads.write(conn, workflow_id, stowed)
         start: RunStart | None = facts.get("start")
+        queue = status["queue_name"] or QUEUE
+        if created and written == "ENQUEUED" and operation is not None:
+            operation.after(lambda: self.placement.queued(queue))
         runs_here = created and written == "PENDING" and status["status"] == "PENDING"
         record = self.ledger.record_start(
             conn,
@@ -122,6 +158,7 @@ class PerdureSystemDatabase(WaitingDatabase):
                 agent_version=record.agent_version,
                 number=1,
                 trace_id=record.trace_id,
+                queue=queue,
                 sampled=record.sampled,
                 budget=budget_of(record.agent, record.agent_version),
             )
@@ -139,7 +176,9 @@ class PerdureSystemDatabase(WaitingDatabase):
     ) -> tuple[Any, bool]:
         parent_owner = rest.get("parent_owner_xid") or current_owner_xid(parent_workflow_id)
         parent = self.executions.find(parent_workflow_id, parent_owner)
-        operation = Operation(parent, parent=parent)
+        if parent is not None:
+            self.refuse_dead(parent)
+        operation = Operation(parent, parent=parent, inputs=self.payloads.stow(status["inputs"]))
 
         def finish(_conn: sa.Connection) -> None:
             if parent is None:
@@ -160,16 +199,18 @@ class PerdureSystemDatabase(WaitingDatabase):
     def init_workflows(self, statuses: list[WorkflowStatusInternal]) -> set[str]:
         operation = Operation(None)
         by_id = {status["workflow_uuid"]: status for status in statuses}
+        stowed = {key: self.payloads.stow(status["inputs"]) for key, status in by_id.items()}
 
         def finish(conn: sa.Connection) -> None:
             for workflow_id in self._lock(conn, sorted(by_id)):
                 record = self.ledger.record_start(conn, status=dict(by_id[workflow_id]))
                 if record is not None:
                     operation.add(workflow_id, *record.events)
+                    self.payloads.write(conn, workflow_id, stowed[workflow_id])
 
         operation.finish = finish
         with self.operations.open(operation):
-            return super().init_workflows(statuses)
+            return super().init_workflows([_pointing(one, stowed[one["workflow_uuid"]]) for one in statuses])
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -182,10 +223,13 @@ class PerdureSystemDatabase(WaitingDatabase):
             execution.touch()
             self._move_on(execution)
         try:
-            return super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
+            found = super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
         except DBOSWorkflowCancelledError:
             self.close_ended([workflow_id])
             raise
+        if found is not None:
+            found["output"] = self.payloads.followed(found["output"])
+        return found
 
     def _check_operation_execution_txn(
         self, workflow_id: str, function_id: int, function_name: str, conn: Any
@@ -204,12 +248,27 @@ class PerdureSystemDatabase(WaitingDatabase):
         if execution is not None and result["function_id"] in execution.refused:
             return  # recorded below: what is raised there, DBOS records once more when the step is asynchronous
         refused = self.limit.refuse_result(result, self.serializer)
-        with self._own(result["workflow_uuid"], events=getattr(self._local, "sleep_events", None)):
+        stowed = self.payloads.stow(result["output"])
+        if stowed is not None:
+            result = {**result, "output": stowed.pointer.text}
+        with self._own(
+            result["workflow_uuid"],
+            events=getattr(self._local, "sleep_events", None),
+            finish=None if stowed is None else lambda conn: self.payloads.write(conn, result["workflow_uuid"], stowed),
+        ):
             super().record_operation_result(result, **rest)
         if refused is not None:
             if execution is not None:
                 execution.refused.add(result["function_id"])
             raise refused
+
+    def record_with_payload(
+        self, result: OperationResultInternal, stowed: Stowed, events: Callable[[Execution], list[Event]]
+    ) -> None:
+        """Records an operation of the workflow's own code, with a payload and events in the same transaction."""
+        workflow_id = result["workflow_uuid"]
+        with self._own(workflow_id, events=events, finish=lambda conn: self.payloads.write(conn, workflow_id, stowed)):
+            super().record_operation_result(result)
 
     def _record_operation_result_txn(
         self, result: OperationResultInternal, completed_at_epoch_ms: int, conn: Any, **rest: Any
@@ -283,7 +342,10 @@ class PerdureSystemDatabase(WaitingDatabase):
     # one would not know what the first had committed.
 
     def send_bulk(self, *arguments: Any, **rest: Any) -> None:
-        with self.operations.open(Operation(self._execution_here())):
+        execution = self._execution_here()
+        if execution is not None:
+            self.refuse_dead(execution, retiring_too=False)
+        with self.operations.open(Operation(execution)):
             super().send_bulk(*arguments, **rest)
         messages = arguments[0] if arguments else rest["messages"]
         self.nudge([message.destination_id for message in messages])
@@ -357,7 +419,10 @@ class PerdureSystemDatabase(WaitingDatabase):
             )
         function_id = own.function_id if ctx is not None else own.function_id + 1
         execution = self.executions.find(own.workflow_id, own.owner_xid)
+        if execution is not None:
+            self.refuse_dead(execution, retiring_too=False)
         operation = Operation(execution)
+        stowed = self.payloads.stow(output)
 
         def begin(conn: sa.Connection) -> None:
             recorded = self.ledger.recorded_name(conn, own.workflow_id, function_id)
@@ -368,7 +433,9 @@ class PerdureSystemDatabase(WaitingDatabase):
             if recorded is not None and execution is not None:
                 execution.followed = True
 
-        def finish(_conn: sa.Connection) -> None:
+        def finish(conn: sa.Connection) -> None:
+            if not operation.facts["replayed"]:
+                self.payloads.write(conn, own.workflow_id, stowed)
             if execution is not None and not operation.facts["replayed"]:
                 kind = EventKind.STEP_SUCCEEDED if error is None else EventKind.STEP_FAILED
                 data: dict[str, Any] = {"duration_ms": max(0, now_ms() - started_at_epoch_ms)}
@@ -380,9 +447,10 @@ class PerdureSystemDatabase(WaitingDatabase):
                 )
 
         operation.begin, operation.finish = begin, finish
+        stored = output if stowed is None else stowed.pointer.text
         with self.operations.open(operation):
             super().record_get_result(
-                result_workflow_id, output, error, serialization, ctx, started_at_epoch_ms=started_at_epoch_ms
+                result_workflow_id, stored, error, serialization, ctx, started_at_epoch_ms=started_at_epoch_ms
             )
 
     # ---- the end -----------------------------------------------------------------------------------------------------
@@ -402,21 +470,29 @@ class PerdureSystemDatabase(WaitingDatabase):
         if owner_xid is None:
             owner_xid = current_owner_xid(workflow_id)
         execution = self.executions.find(workflow_id, owner_xid)
+        if execution is not None and execution.dead:
+            # Its code may have caught what refused its calls: how it ends says nothing about the run.
+            self.executions.remove(execution)
+            return False
         if execution is not None:
             execution.passed(recorded=False)
         operation = Operation(execution)
+        stowed = self.payloads.stow(output)
+        shown, shown_stowed = (None, None) if stowed is None else self._stow_shown(workflow_id, output)
 
         def finish(conn: sa.Connection) -> None:
             for ended in self.ledger.ended(conn, [workflow_id]):
                 if ended.status == status:
-                    events, after = self.ledger.close_own(conn, ended, execution, output, error, self.serializer)
+                    events, after = self.ledger.close_own(conn, ended, execution, output, error, self.serializer, shown)
                     operation.add(workflow_id, *events)
                     operation.after(after)
+                    self._use(conn, workflow_id, stowed, shown_stowed)
 
         operation.finish = finish
+        stored = output if stowed is None else stowed.pointer.text
         with self.operations.open(operation):
             landed = super().update_workflow_outcome(
-                workflow_id, status, output=output, error=error, owner_xid=owner_xid
+                workflow_id, status, output=stored, error=error, owner_xid=owner_xid
             )
         if execution is not None:
             self.executions.remove(execution)
@@ -425,6 +501,19 @@ class PerdureSystemDatabase(WaitingDatabase):
         if not landed:
             self.close_ended([workflow_id])
         return landed
+
+    def _stow_shown(self, workflow_id: str, output: str | None) -> tuple[str | None, Stowed | None]:
+        """Returns what the run's row shows of a large output, its JSON text or a pointer, and what that points to."""
+        with self._plain_begin() as conn:
+            serialization = self.ledger.serialization(conn, workflow_id)
+        text = values.output_json(output, serialization, self.serializer)
+        stowed = self.payloads.stow(text)
+        return (text if stowed is None else stowed.pointer.text), stowed
+
+    def _use(self, conn: sa.Connection, workflow_id: str, *stowed: Stowed | None) -> None:
+        """Makes a run use payloads, in order of their hashes, as everybody locks them."""
+        for one in sorted((one for one in stowed if one is not None), key=lambda one: one.pointer.sha256):
+            self.payloads.write(conn, workflow_id, one)
 
     # ---- what rides alone ----------------------------------------------------------------------------------------
 
@@ -441,6 +530,11 @@ class PerdureSystemDatabase(WaitingDatabase):
             self.run_operation(operation)
         except DBOSWorkflowConflictIDError:
             self.executions.kill(execution, "it lost its run")
+
+
+def _pointing(status: WorkflowStatusInternal, stowed: Stowed | None) -> WorkflowStatusInternal:
+    """Returns a status as it is stored."""
+    return status if stowed is None else {**status, "inputs": stowed.pointer.text}
 
 
 def install(build: Callable[..., SystemDatabase]) -> None:

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import sqlalchemy as sa
@@ -14,29 +13,33 @@ from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._error import DBOSWorkflowConflictIDError
 from dbos._sys_db_postgres import PostgresSystemDatabase
 
+from perdure_service.agents.catalogue import by_workflow
+from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import RunState
-from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.executions import AgentKey, Execution, Executions, Parked
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
+from perdure_service.durable.payloads import Payloads
+from perdure_service.durable.placement import Placement
 from perdure_service.durable.replay import refuse_diverged
 from perdure_service.durable.retries import repeated
 from perdure_service.store.dbos_tables import STATUS
 
-QUEUE = "perdure"
-"""The queue of every agent: each executor takes from it what it has registered, up to its slots."""
-
+QUEUE = DEFAULT_QUEUE
+"""The queue of runs that have none of their own: each executor takes from it what it has registered."""
 
 CALLER_PATIENCE_S = 5.0
 """How long a caller's write goes on while the database is away; then the caller is told to repeat it."""
 
 
-@dataclass
-class Claim:
-    """A claim under way: its ownership token, and the rows it may take."""
-
-    owner_xid: str
-    workflow_ids: set[str] = field(default_factory=set)
+def agent_of(workflow_name: str) -> AgentKey:
+    """Returns the agent, or what counts as one, that a workflow of this name in DBOS is."""
+    declared = by_workflow(workflow_name)
+    if declared is not None:
+        return declared.spec.name, declared.spec.version
+    name, _, version = workflow_name.partition("@")
+    return name, version
 
 
 class TransactionalDatabase(PostgresSystemDatabase):
@@ -48,8 +51,10 @@ class TransactionalDatabase(PostgresSystemDatabase):
         executions: Executions,
         operations: Operations,
         ledger: Ledger,
+        placement: Placement,
         registered: Callable[[], list[str]],
         limit: OutputLimit,
+        payloads: Payloads,
         **arguments: Any,
     ) -> None:
         self._local = threading.local()
@@ -57,8 +62,10 @@ class TransactionalDatabase(PostgresSystemDatabase):
         self.executions = executions
         self.operations = operations
         self.ledger = ledger
+        self.placement = placement
         self._registered = registered
         self.limit = limit
+        self.payloads = payloads
         self._plain_begin = self.engine.begin
         self.stopping = False
         """Whether this executor takes no more runs."""
@@ -141,12 +148,24 @@ class TransactionalDatabase(PostgresSystemDatabase):
         if execution is not None and execution.key.workflow_id != workflow_id:
             execution = self.executions.find(workflow_id, current_owner_xid(workflow_id))
         if execution is not None:
-            refuse_diverged(execution)
-            if execution.dead and not execution.parked:
-                raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
+            self.refuse_dead(execution, retiring_too=False)
             execution.touch()
             self._move_on(execution)
         return self.operations.open(Operation(execution, **hooks))
+
+    @staticmethod
+    def refuse_dead(execution: Execution, *, retiring_too: bool = True) -> None:
+        """Raises in an execution that must not go on; DBOS then waits for the owner's outcome, if it was not parked.
+
+        Args:
+            execution: On whose behalf this thread works.
+            retiring_too: Whether one that may only finish what it has begun is refused, too.
+        """
+        if execution.parked:
+            raise Parked(execution)
+        refuse_diverged(execution)
+        if execution.dead or (retiring_too and execution.retiring):
+            raise DBOSWorkflowConflictIDError(execution.key.workflow_id)
 
     def run_operation(self, operation: Operation) -> None:
         """Runs an operation whose hooks are all its transaction does, repeated as DBOS repeats its own."""

@@ -90,7 +90,7 @@ class Waker:
                 return count
 
     def _run(self) -> None:
-        next_sweep = time.monotonic() + self._sweep_s * random.uniform(0.5, 1.5)  # noqa: S311 - spreads the load
+        next_sweep = time.monotonic() + self._sweep_s * random.uniform(0.5, 1.5)
         while True:
             with self._changed:
                 while not self._stopping and not self._nudged and (left_s := next_sweep - time.monotonic()) > 0:
@@ -102,7 +102,7 @@ class Waker:
                 for first in range(0, len(nudged), BATCH):
                     self._wake(nudged[first : first + BATCH])
                 if time.monotonic() >= next_sweep:
-                    next_sweep = time.monotonic() + self._sweep_s * random.uniform(0.5, 1.5)  # noqa: S311
+                    next_sweep = time.monotonic() + self._sweep_s * random.uniform(0.5, 1.5)
                     if self.sweep():
                         log.info("parked.woken_by_sweep")
             except Exception as error:  # noqa: BLE001 - logged; the next sweep finds them

@@ -45,6 +45,7 @@ ACCESS: Mapping[str, Access] = MappingProxyType(
         _RUNS + "ForkRun": Access(Role.OPERATOR, changes=True),
         _RUNS + "DeleteRuns": Access(Role.ADMIN, changes=True),
         _RUNS + "GetRunTrace": Access(Role.VIEWER),
+        _RUNS + "ReadArtifact": Access(Role.VIEWER),
         _APPROVALS + "ListApprovals": Access(Role.VIEWER),
         _APPROVALS + "GetApproval": Access(Role.VIEWER),
         _APPROVALS + "DecideApproval": Access(Role.APPROVER, changes=True),
@@ -53,6 +54,8 @@ ACCESS: Mapping[str, Access] = MappingProxyType(
         _AGENTS + "ListAgents": Access(Role.VIEWER),
         _AGENTS + "GetAgent": Access(Role.VIEWER),
         _OPERATORS + "ListExecutors": Access(Role.ADMIN),
+        _OPERATORS + "ListQueues": Access(Role.ADMIN),
+        _OPERATORS + "ListStrandedRuns": Access(Role.ADMIN),
     }
 )
 """By method. One without an entry is refused to everybody; a test walks the schema and finds it."""

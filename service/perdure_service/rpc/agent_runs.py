@@ -141,6 +141,16 @@ class AgentRuns(AgentRunServiceServicer):
         trace = await self._service.trace(which.namespace, which.run_id, include_children=which.include_children)
         return convert_trace.run_trace(trace, self._trace_bytes)
 
+    async def ReadArtifact(
+        self, request: pb.ReadArtifactRequest, context: RpcContext
+    ) -> AsyncIterator[pb.ReadArtifactResponse]:
+        """Streams the bytes of an artifact, or of an input or output."""
+        which = requests.read_artifact(request)
+        reading = self._service.read_artifact(which.namespace, which.run_id, which.choice, which.offset)
+        async with closing(reading) as parts:
+            async for part in parts:
+                yield convert.artifact_part(part)
+
     async def SignalRun(self, request: pb.SignalRunRequest, context: RpcContext) -> pb.SignalRunResponse:
         """Sends a named input to a run."""
         signal = requests.signal_run(request, max_bytes=self._settings.max_signal_bytes)

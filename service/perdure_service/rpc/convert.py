@@ -10,6 +10,7 @@ from perdure_service.domain.agents import AgentSpec
 from perdure_service.domain.approvals import Approval
 from perdure_service.domain.events import Step
 from perdure_service.domain.runs import Progress, Run, Usage
+from perdure_service.durable.artifacts import Artifact
 from perdure_service.rpc import enums, fields
 
 
@@ -41,10 +42,14 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         caller=fields.text(run.caller),
         forked_from_run_id=fields.text(run.forked_from_run_id),
         forked_from_step_id=fields.int32(run.forked_from_step_id),
+        queue=fields.text(run.queue),
+        priority=fields.int32(run.priority),
     )
     if full:
         message.input_json = fields.text(run.input_json)
         message.output_json = fields.text(run.output_json)
+        message.input_bytes = fields.int64(run.input_bytes)
+        message.output_bytes = fields.int64(run.output_bytes)
     return message
 
 
@@ -88,6 +93,20 @@ def approval(value: Approval) -> approval_pb2.Approval:
     )
 
 
+def artifact_part(part: Artifact | bytes) -> agent_run_service_pb2.ReadArtifactResponse:
+    """Returns what an artifact is, or some of its bytes, as a message."""
+    if isinstance(part, bytes):
+        return agent_run_service_pb2.ReadArtifactResponse(data=part)
+    return agent_run_service_pb2.ReadArtifactResponse(
+        artifact=agent_run_service_pb2.ArtifactInfo(
+            name=fields.text(part.name),
+            media_type=fields.text(part.media_type),
+            size_bytes=fields.int64(part.size_bytes),
+            sha256=part.sha256,
+        )
+    )
+
+
 def agent(spec: AgentSpec) -> agent_catalog_service_pb2.Agent:
     """Returns a catalogue entry as a message."""
     return agent_catalog_service_pb2.Agent(
@@ -99,6 +118,8 @@ def agent(spec: AgentSpec) -> agent_catalog_service_pb2.Agent:
         current=spec.current,
         max_steps=fields.int64(spec.budget.max_steps),
         max_tokens=fields.int64(spec.budget.max_tokens),
+        queue=fields.text(spec.queue),
+        max_running=fields.int32(spec.max_running),
     )
 
 

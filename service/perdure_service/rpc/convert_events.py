@@ -190,6 +190,15 @@ def _forked(data: Data) -> Message:
     )
 
 
+def _artifact(data: Data) -> Message:
+    return pb.ArtifactWritten(
+        name=fields.text(data.get("name")),
+        media_type=fields.text(data.get("media_type")),
+        size_bytes=fields.int64(data.get("size_bytes")),
+        sha256=fields.text(data.get("sha256")),
+    )
+
+
 _MEMBERS: dict[EventKind, Callable[[Data], Message]] = {
     EventKind.STATE_CHANGED: _state_changed,
     EventKind.STEP_STARTED: _step_started,
@@ -208,4 +217,5 @@ _MEMBERS: dict[EventKind, Callable[[Data], Message]] = {
     EventKind.LOG: _log,
     EventKind.USAGE: _usage,
     EventKind.FORKED: _forked,
+    EventKind.ARTIFACT: _artifact,
 }

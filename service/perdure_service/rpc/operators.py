@@ -8,12 +8,17 @@ from perdure.v1 import operator_service_pb2 as pb
 from perdure.v1.operator_service_pb2_grpc import OperatorServiceServicer
 
 from perdure_service.domain.executors import Executor, ExecutorState
+from perdure_service.domain.queues import Queue
+from perdure_service.domain.stranded import StrandedReason, StrandedRun
 from perdure_service.durable.service import RunService
 from perdure_service.rpc import fields
+from perdure_service.rpc.enums import RUN_STATES
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.validation import Violations
 
 STATES = {state: getattr(pb, f"EXECUTOR_STATE_{state}") for state in ExecutorState}
+
+REASONS = {reason: getattr(pb, f"STRANDED_REASON_{reason}") for reason in StrandedReason}
 
 
 class Operators(OperatorServiceServicer):
@@ -33,6 +38,40 @@ class Operators(OperatorServiceServicer):
         )
         return pb.ListExecutorsResponse(executors=map(_executor, page.items), next_page_token=page.next_token)
 
+    async def ListQueues(self, request: pb.ListQueuesRequest, context: RpcContext) -> pb.ListQueuesResponse:
+        """Returns a page of queues."""
+        found = Violations()
+        page_size = found.page_size(request.page_size)
+        page_token = found.token("page_token", request.page_token)
+        found.raise_any()
+        page = await self._service.list_queues(page_size=page_size, page_token=page_token)
+        return pb.ListQueuesResponse(queues=map(_queue, page.items), next_page_token=page.next_token)
+
+    async def ListStrandedRuns(
+        self, request: pb.ListStrandedRunsRequest, context: RpcContext
+    ) -> pb.ListStrandedRunsResponse:
+        """Returns a page of the runs that nobody continues."""
+        found = Violations()
+        page_size = found.page_size(request.page_size)
+        page_token = found.token("page_token", request.page_token)
+        found.raise_any()
+        page = await self._service.list_stranded(page_size=page_size, page_token=page_token)
+        return pb.ListStrandedRunsResponse(runs=map(_stranded, page.items), next_page_token=page.next_token)
+
+
+def _stranded(value: StrandedRun) -> pb.StrandedRun:
+    return pb.StrandedRun(
+        namespace=fields.text(value.key.namespace),
+        run_id=fields.text(value.key.run_id),
+        agent=fields.text(value.agent),
+        agent_version=fields.text(value.agent_version),
+        application_version=fields.text(value.application_version),
+        state=RUN_STATES[value.state],
+        reason=REASONS[value.reason],
+        advice=fields.text(value.advice),
+        create_time=fields.timestamp(value.create_time),
+    )
+
 
 def _executor(value: Executor) -> pb.Executor:
     return pb.Executor(
@@ -44,4 +83,18 @@ def _executor(value: Executor) -> pb.Executor:
         max_running=fields.int32(value.max_running),
         start_time=fields.timestamp(value.start_time),
         expire_time=fields.timestamp(value.expire_time),
+    )
+
+
+def _queue(value: Queue) -> pb.Queue:
+    limits = value.limits
+    return pb.Queue(
+        queue=fields.text(limits.name),
+        worker_concurrency=fields.int32(limits.worker_concurrency),
+        global_concurrency=fields.int32(limits.global_concurrency),
+        rate_limit=fields.int32(limits.rate_limit),
+        rate_period=fields.duration_of_ms(limits.rate_period_s * 1000) if limits.rate_limit else None,
+        queued=fields.int64(value.queued),
+        running=fields.int64(value.running),
+        oldest_queued_time=fields.timestamp(value.oldest_queued_time),
     )

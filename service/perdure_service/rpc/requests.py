@@ -10,7 +10,9 @@ from typing import Any
 from perdure.v1 import agent_run_service_pb2 as pb
 
 from perdure_service.domain.events import EventKind
+from perdure_service.domain.queues import MAX_PRIORITY
 from perdure_service.domain.runs import DEFAULT_NAMESPACE, SIGNAL_NAME, TERMINAL_STATES
+from perdure_service.durable.artifacts import ArtifactChoice
 from perdure_service.durable.service import DeleteCommand, ForkCommand, RunFilter, StartCommand
 from perdure_service.errors import InvalidArgument
 from perdure_service.rpc import enums
@@ -52,6 +54,16 @@ class LogPage:
     page_size: int
     page_token: str
     kinds: frozenset[EventKind] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactLookup:
+    """What of which run, and from which byte on."""
+
+    namespace: str
+    run_id: str
+    choice: ArtifactChoice
+    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +135,8 @@ def start_command(
     deadline_at = _deadline(found, request, now)
     if deadline_at is not None and start_at is not None and now < deadline_at <= start_at:
         found.add("deadline_time", "must be after start_time")
+    if request.priority < 0:
+        found.add("priority", f"must be from 0 to {MAX_PRIORITY}; the lower the sooner")
     command = StartCommand(
         namespace=namespace_of(found, request.namespace),
         agent=found.name("agent", request.agent, required=True),
@@ -139,6 +153,8 @@ def start_command(
         context_id=found.name("context_id", request.context_id),
         validate_only=request.validate_only,
         trace_parent=trace_parent,
+        queue=found.name("queue", request.queue),
+        priority=request.priority,
     )
     found.raise_any()
     return replace(command, run_input=_read_input(request, max_input_bytes))
@@ -199,6 +215,26 @@ def get_run_trace(request: pb.GetRunTraceRequest) -> TraceLookup:
     found = Violations()
     lookup = TraceLookup(
         namespace_of(found, request.namespace), found.run_id(request.run_id), not request.exclude_children
+    )
+    found.raise_any()
+    return lookup
+
+
+def read_artifact(request: pb.ReadArtifactRequest) -> ArtifactLookup:
+    """Returns what is to be read, and from where.
+
+    Raises:
+        InvalidArgument: With every field that is wrong.
+    """
+    found = Violations()
+    kind = request.WhichOneof("artifact")
+    if kind is None or (kind != "name" and not getattr(request, kind)) or (kind == "name" and not request.name):
+        found.add("artifact", "is required: a name, or `input` or `output` set to true")
+    if request.offset < 0:
+        found.add("offset", "must not be negative")
+    choice = ArtifactChoice(request.name if kind == "name" else None, output=kind == "output")
+    lookup = ArtifactLookup(
+        namespace_of(found, request.namespace), found.run_id(request.run_id), choice, request.offset
     )
     found.raise_any()
     return lookup

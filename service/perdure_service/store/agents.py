@@ -11,7 +11,9 @@ from perdure_service.domain.agents import AgentSpec
 from perdure_service.domain.budgets import Budget
 from perdure_service.store.runs import decode_token, encode_token
 
-_COLUMNS = "name, version, description, input_schema, output_schema, is_current, max_steps, max_tokens"
+_COLUMNS = (
+    "name, version, description, input_schema, output_schema, is_current, max_steps, max_tokens, queue, max_running"
+)
 
 
 def publish(conn: sa.Connection, specs: Iterable[AgentSpec], *, alone: bool = False) -> None:
@@ -34,11 +36,12 @@ def publish(conn: sa.Connection, specs: Iterable[AgentSpec], *, alone: bool = Fa
             sa.text(f"""
                 INSERT INTO perdure.agent ({_COLUMNS})
                 VALUES (:name, :version, :description, :input_schema, :output_schema, :is_current,
-                    :max_steps, :max_tokens)
+                    :max_steps, :max_tokens, :queue, :max_running)
                 ON CONFLICT (name, version) DO UPDATE SET description = excluded.description,
                     input_schema = excluded.input_schema, output_schema = excluded.output_schema,
                     is_current = excluded.is_current, max_steps = excluded.max_steps,
-                    max_tokens = excluded.max_tokens, registered_at = now()
+                    max_tokens = excluded.max_tokens, queue = excluded.queue, max_running = excluded.max_running,
+                    registered_at = now()
             """),
             {
                 "name": spec.name,
@@ -49,6 +52,8 @@ def publish(conn: sa.Connection, specs: Iterable[AgentSpec], *, alone: bool = Fa
                 "is_current": spec.current,
                 "max_steps": spec.budget.max_steps,
                 "max_tokens": spec.budget.max_tokens,
+                "queue": spec.queue,
+                "max_running": spec.max_running,
             },
         )
 
@@ -81,7 +86,7 @@ def list_page(conn: sa.Connection, *, page_size: int, page_token: str) -> tuple[
 
 
 def _spec(row: sa.Row[tuple[object, ...]]) -> AgentSpec:
-    name, version, description, input_schema, output_schema, current, max_steps, max_tokens = row
+    name, version, description, input_schema, output_schema, current, max_steps, max_tokens, queue, max_running = row
     return AgentSpec(
         str(name),
         str(version),
@@ -90,4 +95,6 @@ def _spec(row: sa.Row[tuple[object, ...]]) -> AgentSpec:
         None if output_schema is None else json.loads(str(output_schema)),
         bool(current),
         Budget(int(str(max_steps)), int(str(max_tokens))),
+        str(queue),
+        int(str(max_running)),
     )

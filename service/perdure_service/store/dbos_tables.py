@@ -11,6 +11,8 @@ STATUS = f"{SCHEMA}.workflow_status"
 INPUT = f"{SCHEMA}.workflow_input"
 OUTPUTS = f"{SCHEMA}.operation_outputs"
 NOTIFICATIONS = f"{SCHEMA}.notifications"
+QUEUES = f"{SCHEMA}.queues"
+VERSIONS = f"{SCHEMA}.application_versions"
 
 NULL_TOPIC = "__null__topic__"
 """The topic of a message that was sent without one."""
@@ -23,10 +25,14 @@ COLUMNS_USED: dict[str, tuple[str, ...]] = {
         "workflow_uuid", "status", "name", "owner_xid", "executor_id", "queue_name", "application_name",
         "application_version", "parent_workflow_id", "created_at", "updated_at", "completed_at", "started_at_epoch_ms",
         "delay_until_epoch_ms", "workflow_deadline_epoch_ms", "recovery_attempts", "serialization", "deduplication_id",
-        "forked_from",
+        "forked_from", "priority",
     ),
     "workflow_input": ("workflow_uuid", "inputs"),
     "operation_outputs": ("workflow_uuid", "function_id", "function_name", "error", "child_workflow_id"),
+    "queues": (
+        "name", "concurrency", "worker_concurrency", "rate_limit_max", "rate_limit_period_sec", "application_name",
+    ),
+    "application_versions": ("version_name", "version_timestamp", "application_name"),
     "notifications": (
         "message_uuid", "destination_uuid", "topic", "message", "serialization", "consumed", "consumed_by_function_id",
     ),

@@ -15,7 +15,7 @@ from datetime import datetime
 import sqlalchemy as sa
 
 from perdure_service.domain.runs import TERMINAL_STATUSES, RunFilter, RunKey
-from perdure_service.store import runs
+from perdure_service.store import payloads, runs
 from perdure_service.store.dbos_tables import OUTPUTS, STATUS
 
 OUR_TABLES = ("run_event", "approval", "run")
@@ -116,10 +116,15 @@ def lock(conn: sa.Connection, workflow_ids: Sequence[str]) -> Sequence[str]:
     return [row[0] for row in rows]
 
 
-def delete_ours(conn: sa.Connection, workflow_ids: Sequence[str]) -> None:
-    """Deletes our rows of these runs, in the transaction that deletes DBOS's."""
+def delete_ours(conn: sa.Connection, workflow_ids: Sequence[str]) -> list[str]:
+    """Deletes our rows of these runs, in the transaction that deletes DBOS's.
+
+    Returns:
+        The keys of objects to delete after the commit; see `payloads.forget`.
+    """
     for table in OUR_TABLES:
         conn.execute(sa.text(f"DELETE FROM perdure.{table} WHERE workflow_id = ANY(:ids)"), {"ids": list(workflow_ids)})
+    return payloads.forget(conn, workflow_ids)
 
 
 def find(conn: sa.Connection, namespace: str, run_ids: Sequence[str]) -> dict[str, str]:

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL
 
 from perdure_service.errors import ConfigurationError, StoreUnavailable
-from perdure_service.store import migrations, sqlstates
+from perdure_service.store import migrations, sqlstates, stranded
 from perdure_service.store.engine import create_engine, is_cockroach
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
@@ -76,6 +76,28 @@ def _findings(engine: sa.Engine, verify: Sequence[Verify]) -> Iterator[Finding]:
                 "error", f"The database {_place(engine.url)} went away while it was being checked; try again."
             )
             return
+
+
+def stranded_runs(url: str, application_version: str) -> list[Finding]:
+    """Returns a warning when runs are stranded.
+
+    Args:
+        url: A database without an error.
+        application_version: Of the server that is about to start; what waits for such a server only is not counted.
+    """
+    engine = create_engine(url, pool_size=1, statement_timeout=STATEMENT_TIMEOUT)
+    try:
+        with engine.connect() as connection:
+            count = stranded.count(connection, except_version=application_version)
+    except sa.exc.DBAPIError as error:
+        return [Finding("warning", f"Stranded runs cannot be counted: {_why_not_connected(engine.url, error)}")]
+    finally:
+        engine.dispose()
+    if not count:
+        return []
+    counted = "1 run is" if count == 1 else f"{count} runs are"
+    text = f"{counted} stranded: no living executor has the version and the agent; `perdure stranded` says what to do."
+    return [Finding("warning", text)]
 
 
 _SETTINGS = "SELECT current_setting('synchronous_commit'), current_setting('fsync')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -23,13 +24,30 @@ _NOT_ALIVE = """NOT EXISTS (SELECT 1 FROM perdure.executor AS e WHERE e.executor
 
 
 def register(
-    conn: sa.Connection, executor_id: str, *, application_version: str, address: str, max_running: int, ttl: timedelta
+    conn: sa.Connection,
+    executor_id: str,
+    *,
+    application_version: str,
+    address: str,
+    max_running: int,
+    ttl: timedelta,
+    agents: Sequence[str] = (),
 ) -> None:
-    """Inserts the lease of a new executor. Done before DBOS is launched, so that its runs never look orphaned."""
+    """Inserts the lease of a new executor. Done before DBOS is launched, so that its runs never look orphaned.
+
+    Args:
+        conn: A transaction.
+        executor_id: Its id.
+        application_version: Of the runs that it takes.
+        address: Where it listens, for people.
+        max_running: How many runs it takes at most.
+        ttl: How long it is alive after a renewal.
+        agents: The names of the workflows that it has; none when it does not say.
+    """
     conn.execute(
         sa.text("""
-            INSERT INTO perdure.executor (executor_id, application_version, address, max_running, expires_at)
-            VALUES (:executor_id, :application_version, :address, :max_running,
+            INSERT INTO perdure.executor (executor_id, application_version, address, max_running, agents, expires_at)
+            VALUES (:executor_id, :application_version, :address, :max_running, :agents,
                     now() + CAST(:ttl_s AS FLOAT8) * INTERVAL '1 second')
             ON CONFLICT (executor_id) DO NOTHING
         """),
@@ -38,6 +56,7 @@ def register(
             "application_version": application_version,
             "address": address,
             "max_running": max_running,
+            "agents": json.dumps(sorted(agents)),
             "ttl_s": ttl.total_seconds(),
         },
     )

@@ -81,6 +81,7 @@ def finish(
     workflow_name: str,
     deadline_at: datetime | None,
     inputs: tuple[str, str] | None,
+    priority: int,
 ) -> None:
     """Makes DBOS's copy of a run the fork that was asked for.
 
@@ -90,17 +91,20 @@ def finish(
         workflow_name: The name in DBOS of the workflow that goes on.
         deadline_at: When the fork ends as EXPIRED; None for never.
         inputs: The serialized arguments and DBOS's name of their format; None for those of the forked run.
+        priority: Its place in its queue.
     """
     conn.execute(
         sa.text(
             f"UPDATE {STATUS} SET name = :name, workflow_deadline_epoch_ms = CAST(:deadline_ms AS BIGINT), "
-            "serialization = coalesce(CAST(:format AS TEXT), serialization) WHERE workflow_uuid = :id"
+            "serialization = coalesce(CAST(:format AS TEXT), serialization), priority = :priority "
+            "WHERE workflow_uuid = :id"
         ),
         {
             "id": workflow_id,
             "name": workflow_name,
             "deadline_ms": None if deadline_at is None else int(deadline_at.timestamp() * 1000),
             "format": inputs[1] if inputs else None,
+            "priority": priority,
         },
     )
     if inputs is not None:

@@ -36,13 +36,15 @@ _ARRIVED = f"""
                WHERE r.parked_for LIKE '%{RESULT}%' AND c.parent_workflow_id = r.workflow_id
                AND s.status = ANY(:terminal) AND ('{RESULT}' || c.workflow_id) = ANY({_MARKS}))
 """
+# What a foreign client has ended or resumed keeps its marks until that is logged, and is not to be woken.
+_STILL = f"EXISTS (SELECT 1 FROM {STATUS} AS p WHERE p.workflow_uuid = r.workflow_id AND p.status = 'DELAYED')"
 _DUE = sa.text(
-    f"SELECT r.workflow_id FROM perdure.run AS r WHERE r.parked_for IS NOT NULL AND ({_ARRIVED}) "
+    f"SELECT r.workflow_id FROM perdure.run AS r WHERE r.parked_for IS NOT NULL AND ({_ARRIVED}) AND {_STILL} "
     "ORDER BY r.workflow_id LIMIT :limit"
 )
 _DUE_OF = sa.text(
     f"SELECT r.workflow_id FROM perdure.run AS r WHERE r.workflow_id = ANY(:ids) AND r.parked_for IS NOT NULL "
-    f"AND ({_ARRIVED}) ORDER BY r.workflow_id"
+    f"AND ({_ARRIVED}) AND {_STILL} ORDER BY r.workflow_id"
 )
 
 

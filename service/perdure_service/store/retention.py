@@ -33,28 +33,14 @@ _ENDED = """
 """
 _AFTER = "AND (ended_at, workflow_id) > (CAST(:at AS TIMESTAMPTZ), CAST(:workflow_id AS TEXT))"
 
-_WITH_OLD_LOGS = sa.text(f"""
-    WITH RECURSIVE up (start, workflow_id) AS (
-      SELECT r.workflow_id, r.workflow_id FROM perdure.run AS r WHERE r.workflow_id = ANY(:ids)
-      UNION
-      SELECT u.start, r.parent_workflow_id FROM up AS u JOIN perdure.run AS r ON r.workflow_id = u.workflow_id
-      WHERE r.parent_workflow_id IS NOT NULL
-    ), free (workflow_id) AS (
-      SELECT u.start FROM up AS u
-      LEFT JOIN perdure.run AS r ON r.workflow_id = u.workflow_id
-      LEFT JOIN {STATUS} AS s ON s.workflow_uuid = u.workflow_id
-      GROUP BY u.start
-      HAVING bool_and((r.workflow_id IS NULL OR r.ended_at < CAST(:before AS TIMESTAMPTZ))
-                      AND (s.workflow_uuid IS NULL OR s.status = ANY(:terminal)))
-    ), down (workflow_id) AS (
-      SELECT f.workflow_id FROM free AS f
-      UNION
-      SELECT r.workflow_id FROM down AS d JOIN perdure.run AS r ON r.parent_workflow_id = d.workflow_id
-      JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id
-      WHERE r.ended_at < CAST(:before AS TIMESTAMPTZ) AND s.status = ANY(:terminal)
-    )
-    SELECT workflow_id FROM down ORDER BY workflow_id
-""")
+# Level by level, by keys: a recursive statement is guessed to be large, and then reads whole tables.
+_RUNS = f"""
+    SELECT r.workflow_id, r.parent_workflow_id,
+      coalesce(r.ended_at < CAST(:before AS TIMESTAMPTZ) AND s.status = ANY(:terminal), false) AS old
+    FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id
+"""
+_BY_ID = sa.text(f"{_RUNS} WHERE r.workflow_id = ANY(:ids)")
+_BY_PARENT = sa.text(f"{_RUNS} WHERE r.parent_workflow_id = ANY(:ids)")
 
 # In the order of the key: of each log its beginning goes first, so that what is left has no hole at any moment.
 _CUT = sa.text("""
@@ -128,8 +114,29 @@ def expired_families(conn: sa.Connection, roots: Sequence[str], before: Mapping[
 
 def with_old_logs(conn: sa.Connection, workflow_ids: Sequence[str], before: datetime) -> list[str]:
     """Returns those of these runs, and of their descendants, whose logs may be cut; see the module."""
-    values = {"ids": list(workflow_ids), "before": before, "terminal": sorted(TERMINAL_STATUSES)}
-    return [row[0] for row in conn.execute(_WITH_OLD_LOGS, values)]
+    values = {"before": before, "terminal": sorted(TERMINAL_STATUSES)}
+    old: dict[str, bool] = {}
+    parents: dict[str, str | None] = {}
+    ids = set(workflow_ids)
+    while ids:
+        for row in conn.execute(_BY_ID, {**values, "ids": sorted(ids)}):
+            old[row.workflow_id], parents[row.workflow_id] = row.old, row.parent_workflow_id
+        ids = {parent for one in ids if (parent := parents.get(one)) is not None} - parents.keys()
+
+    def is_free(one: str | None) -> bool:
+        while one in old:  # up to the run that heads the family, or whose parent is not there
+            if not old[one]:
+                return False
+            one = parents[one]
+        return True
+
+    level = [one for one in workflow_ids if one in old and is_free(one)]
+    found = set(level)
+    while level:
+        rows = conn.execute(_BY_PARENT, {**values, "ids": level})
+        level = sorted({row.workflow_id for row in rows if row.old} - found)
+        found.update(level)
+    return sorted(found)
 
 
 def cut_logs(conn: sa.Connection, workflow_ids: Sequence[str], packs: int) -> list[str]:

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from perdure_service.domain import tokens
 from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.payloads import parse
 from perdure_service.domain.runs import (
     DEADLINE_PASSED,
     TERMINAL_STATUSES,
@@ -47,7 +48,7 @@ _COLUMNS = """
     r.caller, r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at,
     r.execution, r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure,
     r.input_tokens, r.output_tokens, r.forked_from_workflow_id, r.forked_from_step,
-    s.status, s.workflow_deadline_epoch_ms,
+    s.status, s.workflow_deadline_epoch_ms, s.queue_name, s.priority,
     (SELECT count(*) FROM perdure.approval AS a
      WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
     (SELECT e.first_sequence + e.event_count - 1 FROM perdure.run_event AS e
@@ -364,22 +365,35 @@ def _run(row: sa.RowMapping) -> Run:
         trace_id=row["trace_id"],
         last_sequence=row["last_sequence"] or 0,
         failure=Failure.from_json(json.loads(row["failure"])) if row["failure"] else None,
-        input_json=_input_json(row) if "inputs" in row else None,
+        input_json=_stored_input(row) if "inputs" in row else None,
         output_json=row.get("output"),
         usage=Usage(row["input_tokens"], row["output_tokens"]),
         caller=row["caller"],
         forked_from_run_id="" if origin is None else RunKey.of_workflow(origin).run_id,
         forked_from_step_id=row["forked_from_step"],
+        queue=row["queue_name"] or "",
+        priority=row["priority"],
+        input_argument=row["input_argument"],
     )
 
 
-def _input_json(row: sa.RowMapping) -> str | None:
-    """Returns the input as it was sent, from DBOS's portable arguments; None for a foreign workflow's own format."""
+def _stored_input(row: sa.RowMapping) -> str | None:
+    """Returns the input, or the pointer to it; None for a foreign workflow's own format."""
     if row["serialization"] != PORTABLE or row["inputs"] is None:
         return None
-    arguments = json.loads(row["inputs"])
+    stored = str(row["inputs"])
+    return stored if parse(stored) else input_json(stored, row["input_argument"])
+
+
+def input_json(stored: str, argument: str | None) -> str:
+    """Returns the input as it was sent, from DBOS's portable arguments.
+
+    Args:
+        stored: The arguments.
+        argument: The one that is the whole input; None when their names are the input's members.
+    """
+    arguments = json.loads(stored)
     named = arguments.get("namedArgs") or {}
-    argument = row["input_argument"]
     value: Any = named
     if argument is not None:
         # A parent may have called it by position.

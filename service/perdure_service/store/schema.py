@@ -221,4 +221,17 @@ MIGRATIONS: tuple[Migration, ...] = (
         ("CREATE INDEX IF NOT EXISTS payload_use_by_sha256 ON perdure.payload_use (sha256, workflow_id)",),
     ),
     Migration(_AFTER_DOCUMENTS + 16, "agent_max_running", (_ADD_TO_AGENT + "max_running INT NOT NULL DEFAULT 0",)),
+    # When executions of a queue with a rate limit have begun, those of the last periods.
+    Migration(
+        _AFTER_DOCUMENTS + 17,
+        "queue_start",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.queue_start (
+                 queue TEXT NOT NULL,
+                 started_at TIMESTAMPTZ NOT NULL,
+                 workflow_id TEXT NOT NULL,
+                 PRIMARY KEY (queue, started_at, workflow_id)
+               )""",
+        ),
+    ),
 )

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 from perdure_service.agents import context as agents_context
 from perdure_service.agents import resources
+from perdure_service.domain.queues import Queues
 from perdure_service.durable.context import current_run
 from perdure_service.durable.crash import MortalRuntime
 from perdure_service.durable.leases import new_executor_id
@@ -53,6 +54,7 @@ class Engine:
             # The database is this engine's alone, so what a dead one left is taken back at once.
             owns_database=True,
             park_after=settings.park_after,
+            queues=Queues.of_settings(settings.queues),
         )
         self.mortal = MortalRuntime(runtime, lambda: _tell(loop, die))
         self._tailer = Tailer(

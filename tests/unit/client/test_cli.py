@@ -18,10 +18,10 @@ import grpc
 import pytest
 import typer
 from perdure.v1 import agent_catalog_service_pb2 as catalog
+from perdure.v1 import agent_run_pb2, run_event_pb2
 from perdure.v1 import agent_run_service_pb2 as runs
 from perdure.v1 import approval_service_pb2 as approvals
 from perdure.v1 import operator_service_pb2 as operators
-from perdure.v1 import run_event_pb2
 from perdure_client import Client, RunState
 from perdure_client._transport import (
     CANCEL_RUN,
@@ -32,9 +32,11 @@ from perdure_client._transport import (
     LIST_AGENTS,
     LIST_APPROVALS,
     LIST_EXECUTORS,
+    LIST_QUEUES,
     LIST_RUN_EVENTS,
     LIST_RUNS,
     LIST_STEPS,
+    LIST_STRANDED_RUNS,
     SIGNAL_RUN,
     START_AGENT,
     WAIT_RUN,
@@ -68,6 +70,8 @@ COMMANDS = [
     "reject",
     "agents",
     "executors",
+    "queues",
+    "stranded",
 ]
 
 
@@ -414,6 +418,15 @@ async def test_steps_and_events(server: ScriptedServer, perdure: Invoke) -> None
     assert len((await perdure("events", "r", "-o", "table")).stdout.splitlines()) == 2
 
 
+async def test_events_of_a_log_without_its_beginning_say_so(server: ScriptedServer, perdure: Invoke) -> None:
+    server.script(LIST_RUN_EVENTS, *[runs.ListRunEventsResponse(events=[log_event(5)])] * 3)
+    result = await perdure("events", "r")
+    assert [event["sequence"] for event in objects(result)] == [5]
+    assert result.stderr == "the events before 5 are no longer kept\n"
+    for choice in (("--kind", "log"), ("--after", "4")):
+        assert (await perdure("events", "r", *choice)).stderr == ""
+
+
 async def test_signal_and_cancel(server: ScriptedServer, perdure: Invoke) -> None:
     server.script(SIGNAL_RUN, runs.SignalRunResponse(created=True))
     server.script(CANCEL_RUN, runs.CancelRunResponse(run=run_message(state="CANCELLED")))
@@ -612,6 +625,50 @@ async def test_executors_are_listed_from_the_admin_address(
     assert re.search(r"host-1 +ALIVE +3/10 +1 ", result.stdout), result.output
     assert not server.asked(LIST_EXECUTORS)[1].include_gone
     assert (await perdure(*elsewhere, "executors")).exit_code == 3
+
+
+async def test_queues_are_listed_with_their_limits(server: ScriptedServer, perdure: Invoke) -> None:
+    wide = operators.Queue(queue="perdure", running=7)
+    mail = operators.Queue(queue="mail", global_concurrency=4, rate_limit=10, queued=2, running=4, worker_concurrency=3)
+    mail.rate_period.FromTimedelta(timedelta(minutes=1))
+    mail.oldest_queued_time.FromDatetime(datetime.now(UTC) - timedelta(minutes=5))
+    answer = operators.ListQueuesResponse(queues=[mail, wide])
+    server.script(LIST_QUEUES, answer, answer)
+    first, second = objects(await perdure("queues", "-o", "json", "--admin-address", server.address))
+    assert (first["queue"], first["global_concurrency"], first["queued"]) == ("mail", 4, 2)
+    assert (second["rate_period"], second["oldest_queued_time"]) == (None, None)
+    result = await perdure("queues", "-o", "table", "--admin-address", server.address)
+    assert re.search(r"mail +2 +4 +5 min .* ago +3 +4 +10 in 1 min", result.stdout), result.output
+
+
+async def test_stranded_runs_are_listed_with_what_can_be_done(server: ScriptedServer, perdure: Invoke) -> None:
+    runs_found = [
+        operators.StrandedRun(
+            namespace="a", run_id=f"run-{number}", agent="greet", agent_version="3", application_version="7",
+            state=run_message(state="QUEUED").state, reason=operators.STRANDED_REASON_NO_EXECUTOR_OF_VERSION,
+            advice=f"fork run-{number}", create_time=datetime.now(UTC),
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    newer = operators.StrandedRun(run_id="run-9", agent="other", reason=77, advice="wait")  # type: ignore[arg-type]
+    answer = operators.ListStrandedRunsResponse(runs=[*runs_found, newer])
+    server.script(LIST_STRANDED_RUNS, answer, answer, answer, operators.ListStrandedRunsResponse())
+    there = ("stranded", "--admin-address", server.address)
+    result = await perdure(*there)
+    first, *_, last = objects(result)
+    assert (first["namespace"], first["run_id"], first["agent_version"], first["application_version"]) == (
+        "a", "run-0", "3", "7",
+    )  # fmt: skip
+    assert (first["state"], first["reason"], first["advice"]) == ("QUEUED", "NO_EXECUTOR_OF_VERSION", "fork run-0")
+    assert (last["reason"], last["create_time"]) == ("UNKNOWN", None)
+    result = await perdure(*there, "-o", "table")
+    assert re.search(r"run-2 +a +greet@3 +QUEUED +7 ", result.stdout), result.output
+    assert result.stderr.splitlines() == ["run-0: fork run-0", "run-9: wait"], "each kind is explained once"
+    result = await perdure(*there, "-n", "2")
+    assert len(objects(result)) == 2
+    assert "There are more than these 2" in result.stderr
+    result = await perdure(*there, "-o", "table")
+    assert (result.stdout, result.stderr) == ("", "No run is stranded.\n")
 
 
 async def test_a_server_without_an_admin_port_is_told_from_one_that_is_not_there(

@@ -20,17 +20,18 @@ AsyncClient AsyncWatch AsyncWatching AttemptReset ChildStarted Client ClientClos
 Contention CursorOutOfRange DeadlineExceeded Decision Deletion Draining EventData EventKind ExecutorInfo ExecutorState
 FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue KeysUnavailable LogLine
 ModelUsage NamespaceNotFound NotFound OutputDelta Overloaded PayloadTooLarge PerdureError PermissionDenied Progress
-ProtocolViolation Published QuotaExceeded Recovered ResourceExhausted RevisionConflict Run RunConflict RunEvent
-RunFailed RunFinished RunForked RunInputMismatch RunNotFound RunState RunTrace ServerUnavailable SignalReceived
+ProtocolViolation Published QueueInfo QuotaExceeded Recovered ResourceExhausted RevisionConflict Run RunConflict
+RunEvent RunFailed RunFinished RunForked RunInputMismatch RunNotFound RunState RunTrace ServerUnavailable SignalReceived
 SpanKind SpanLink SpanStatus StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded
-StoreUnavailable TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
+StoreUnavailable StrandedReason StrandedRun
+TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
 Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching
 __version__
 """
 
 METHOD_NAMES = """
 address agents approvals approve cancel close decide delete_runs events executors fork get get_agent get_approval list
-namespace reject run signal start steps trace wait watch watch_approvals
+namespace queues reject run signal start steps stranded trace wait watch watch_approvals
 """
 
 

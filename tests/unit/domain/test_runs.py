@@ -106,4 +106,5 @@ def test_every_combination_has_a_state_and_only_terminal_statuses_are_terminal()
 )
 def test_the_log_last_told_of_what_the_run_waits_for(waiting_for: str | None, state: RunState) -> None:
     assert logged_state("PENDING", waiting_for=waiting_for, execution=1) is state
+    assert logged_state("DELAYED", waiting_for=waiting_for, execution=1) is state, "parked"
     assert logged_state("ENQUEUED", waiting_for=waiting_for, execution=1) is RunState.QUEUED

@@ -52,6 +52,10 @@ class Log:
         self.now -= 10
         return self.state("QUEUED", **{"from": "RUNNING", "reason": "its executor is gone"})
 
+    def park(self, state: str = "AWAITING_INPUT", **data: Any) -> Log:
+        self.state(state, **{"from": state, "parked": True, **data})
+        return self.state("QUEUED", **{"from": state, "reason": "what it waited for is there"})
+
     def start(self, step_id: int, name: str = "ask") -> Log:
         return self.add(EventKind.STEP_STARTED, step_id, name, 1, max_attempts=3)
 
@@ -122,6 +126,22 @@ def test_what_an_executors_death_cut_off_ends_at_the_recovery_and_the_gap_shows(
     ]
     [gap] = [span for span in log.spans() if span.name == "wait recovery"]
     assert gap.attributes[telemetry.FROM_EXECUTOR_ID] == "host-1"
+
+
+def test_a_run_that_is_parked_has_lost_no_execution_and_its_wait_goes_on_outside() -> None:
+    log = Log().start(1).succeed(1)
+    log.state("AWAITING_INPUT", **{"from": "RUNNING", "waiting_for": "signal:go"})
+    log.park(waiting_for="signal:go").claim().succeed(2, name="DBOS.recv").state("SUCCEEDED", **{"from": "RUNNING"})
+    assert told(log.spans()) == [
+        (0, "agent_run research", 90, 180, "ok", ""),
+        (1, "execution", 100, 140, "unset", ""),
+        (2, "step ask", 110, 120, "ok", ""),
+        (3, "attempt", 110, 120, "ok", ""),
+        (2, "wait signal go", 130, 140, "unset", ""),
+        (1, "wait parked", 140, 150, "unset", ""),
+        (1, "wait queued", 150, 160, "unset", ""),
+        (1, "execution", 160, 180, "ok", ""),
+    ]
 
 
 def test_an_attempt_that_never_came_is_none() -> None:
@@ -255,6 +275,9 @@ def test_a_trace_is_read_from_its_top_parents_first() -> None:
         seen.add(span.span_id)
 
 
+HAPPENINGS = ["start", "retry", "succeed", "fail", "ask", "decide", "sleep", "wake", "recover", "park"]
+
+
 @st.composite
 def logs(draw: st.DrawFn) -> Log:
     """A log of any length that executors, people and reapers might write."""
@@ -267,7 +290,7 @@ def logs(draw: st.DrawFn) -> Log:
         if not running:
             log.claim()
             continue
-        match draw(st.sampled_from(["start", "retry", "succeed", "fail", "ask", "decide", "sleep", "wake", "recover"])):
+        match draw(st.sampled_from(HAPPENINGS)):
             case "start":
                 step_id += 1
                 open_steps[step_id] = 1
@@ -290,6 +313,8 @@ def logs(draw: st.DrawFn) -> Log:
                 log.state("SLEEPING", waiting_for="sleep")
             case "wake":
                 log.state("RUNNING")
+            case "park" if not open_steps:
+                log.park("SLEEPING", waiting_for="sleep")
             case "recover":
                 open_steps.clear()
                 log.recover(draw(st.integers(0, 30)))

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.load.__main__ import BENCHMARKS
 from tests.load.frame import DOCUMENT, Result, Series, put, table, write_results
-from tests.load.recovery import BENCHMARK
 
 
 def result() -> Result:
@@ -50,6 +50,7 @@ def test_results_go_between_the_marks_of_their_name_and_again(tmp_path: Path) ->
 
 
 def test_the_document_has_a_place_for_every_benchmark() -> None:
-    put(DOCUMENT.read_text(encoding="utf-8"), BENCHMARK.name, "")
+    for name in BENCHMARKS:
+        put(DOCUMENT.read_text(encoding="utf-8"), name, "")
     with pytest.raises(ValueError, match="no place for nothing"):
         put("", "nothing", "")

@@ -41,7 +41,13 @@ def test_a_namespace_is_a_field_of_the_request_itself_where_there_is_one():
         ]
         assert nested == []
         if "namespace" not in method.input_type.fields_by_name:
-            assert name.partition("/")[2] in {"ListAgents", "GetAgent", "ListExecutors"}
+            assert name.partition("/")[2] in {
+                "ListAgents",
+                "GetAgent",
+                "ListExecutors",
+                "ListQueues",
+                "ListStrandedRuns",
+            }
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))
@@ -90,4 +96,4 @@ def test_the_roles_are_those_of_the_documentation():
         by_role.setdefault(needed.role.value, set()).add(name.partition("/")[2])
     assert by_role["operator"] == {"StartAgent", "SignalRun", "CancelRun", "ForkRun"}
     assert by_role["approver"] == {"DecideApproval"}
-    assert by_role["admin"] == {"DeleteRuns", "ListExecutors"}
+    assert by_role["admin"] == {"DeleteRuns", "ListExecutors", "ListQueues", "ListStrandedRuns"}

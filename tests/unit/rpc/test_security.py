@@ -17,11 +17,14 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from perdure.v1 import agent_catalog_service_pb2 as catalog_pb
+from perdure.v1 import agent_run_pb2 as run_pb
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2 as approval_pb
 from perdure.v1 import operator_service_pb2 as operator_pb
 from perdure.v1.operator_service_pb2_grpc import OperatorServiceStub
 from perdure_service.domain.executors import Executor, ExecutorState
+from perdure_service.domain.runs import RunKey, RunState
+from perdure_service.domain.stranded import StrandedReason, StrandedRun
 from perdure_service.durable.requests import Page
 from perdure_service.errors import ConfigurationError, RunNotFound
 from perdure_service.rpc import audit, security
@@ -275,6 +278,35 @@ async def test_executors_are_listed_at_the_admin_port_and_nowhere_else(service, 
     )  # fmt: skip
     assert page.next_page_token == "more"
     assert service.calls == [("list_executors", (), {"include_gone": True, "page_size": 7, "page_token": ""})]
+
+
+STRANDED = StrandedRun(
+    RunKey.of_api("a", "run-1"), "greet", "3", "7", RunState.QUEUED, StrandedReason.NO_EXECUTOR_OF_VERSION, None,
+    True, NOON,
+)  # fmt: skip
+
+
+async def test_stranded_runs_are_listed_at_the_admin_port_and_nowhere_else(service, provider):
+    service.script["list_stranded"] = lambda **_: Page([STRANDED], "more")
+    request = operator_pb.ListStrandedRunsRequest(page_size=7)
+    async with serving(service, auth=provider.settings(), admin_address="127.0.0.1:0") as served:
+        failure = await _refused(OperatorServiceStub(served.channel).ListStrandedRuns(request, metadata=bearer()))
+        assert failure is grpc.StatusCode.UNIMPLEMENTED
+        async with channel_to(served.admin_port) as admin:
+            stub = OperatorServiceStub(admin)
+            page = await stub.ListStrandedRuns(request, metadata=bearer())
+            operator = bearer(perdure_roles=["operator", "approver"])
+            assert dict((await failing(stub.ListStrandedRuns(request, metadata=operator))).info.metadata) == {
+                "role": "admin"
+            }
+    (found,) = page.runs
+    assert (found.namespace, found.run_id, found.agent, found.agent_version) == ("a", "run-1", "greet", "3")
+    assert (found.application_version, found.create_time.ToSeconds()) == ("7", int(NOON.timestamp()))
+    assert found.state == run_pb.AGENT_RUN_STATE_QUEUED
+    assert found.reason == operator_pb.STRANDED_REASON_NO_EXECUTOR_OF_VERSION
+    assert "`perdure --namespace a cancel run-1`, then `perdure --namespace a fork run-1`" in found.advice
+    assert page.next_page_token == "more"
+    assert service.calls == [("list_stranded", (), {"page_size": 7, "page_token": ""})]
 
 
 async def _refused(call: Any) -> grpc.StatusCode:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from perdure_client._events import (
     ApprovalDecided,
     ApprovalRequested,
+    ArtifactWritten,
     AttemptReset,
     ChildStarted,
     LogLine,
@@ -99,6 +100,8 @@ class EventLines:
             case ModelUsage(model=model, input_tokens=sent, output_tokens=received):
                 asked = f"{step} asked {one_line(model)}" if model else f"{step} asked a model"
                 return f"{asked}: {sent} tokens sent, {received} received"
+            case ArtifactWritten(name=name, media_type=media_type, size_bytes=size_bytes):
+                return f"artifact {clean(name)} ({clean(media_type)}, {size_bytes} bytes)"
             case RunForked(from_run_id=origin, from_step_id=step_id):
                 return f"forked from {clean(origin)}, goes on at step {step_id}; what is told of earlier steps is its"
             case OutputDelta() | UnknownData():

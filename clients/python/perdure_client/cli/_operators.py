@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
-from typing import Annotated
+from itertools import islice
+from typing import Annotated, TypeVar
 
 import typer
 from rich.text import Text
 
-from perdure_client._client import Client
 from perdure_client._config import DEFAULT_ADMIN_ADDRESS, is_loopback
 from perdure_client._errors import ServerUnavailable
-from perdure_client._types import ExecutorInfo, ExecutorState
+from perdure_client._types import ExecutorInfo, ExecutorState, QueueInfo, StrandedRun
 from perdure_client.cli._context import OutputOption, session_of
-from perdure_client.cli._output import Output, chosen, say, write_json_line, write_rows
-from perdure_client.cli._text import age, jsonable, local_time
+from perdure_client.cli._output import Output, chosen, say, write_item, write_json_line, write_rows
+from perdure_client.cli._text import RUN_STYLES, age, clean, jsonable, local_time, short_duration
+
+T = TypeVar("T")
 
 _STYLES = {ExecutorState.ALIVE: "green", ExecutorState.EXPIRED: "red", ExecutorState.GONE: "dim"}
+
+
+AdminAddressOption = Annotated[
+    str,
+    typer.Option(envvar="PERDURE_ADMIN_ADDRESS", help="Where the server serves operators; another than --address."),
+]
 
 
 def executors(
     context: typer.Context,
     include_gone: Annotated[bool, typer.Option("--all", "-a", help="Those that are gone, too.")] = False,
-    admin_address: Annotated[
-        str,
-        typer.Option(envvar="PERDURE_ADMIN_ADDRESS", help="Where the server serves operators; another than --address."),
-    ] = DEFAULT_ADMIN_ADDRESS,
+    admin_address: AdminAddressOption = DEFAULT_ADMIN_ADDRESS,
     output: OutputOption = None,
 ) -> None:
     """Lists the processes that execute runs, the living first. Needs the role admin.
@@ -37,7 +43,8 @@ def executors(
     """
     form = chosen(output)
     with closing(replace(session_of(context), address=admin_address)) as session:
-        found = _listed(session.client, include_gone)
+        client = session.client
+        found = _listed(lambda: client.executors(include_gone=include_gone))
         if form is Output.JSON:
             for executor in found:
                 write_json_line(jsonable(executor))
@@ -47,9 +54,66 @@ def executors(
             say("No executors. Start one with `perdure-server dev` or `perdure-server serve`.")
 
 
-def _listed(client: Client, include_gone: bool) -> list[ExecutorInfo]:
+def queues(
+    context: typer.Context, admin_address: AdminAddressOption = DEFAULT_ADMIN_ADDRESS, output: OutputOption = None
+) -> None:
+    """Lists the queues: their limits, and what waits and runs in each. Needs the role admin.
+
+    Examples:
+      perdure queues
+      perdure queues -o json | jq 'select(.queued > 0)'
+    """
+    form = chosen(output)
+    with closing(replace(session_of(context), address=admin_address)) as session:
+        client = session.client
+        found = _listed(lambda: client.queues())
+        if form is Output.JSON:
+            for queue in found:
+                write_json_line(jsonable(queue))
+        elif not write_rows(
+            ("QUEUE", "QUEUED", "RUNNING", "OLDEST", "PER EXECUTOR", "AT ONCE", "RATE"),
+            (_queue_row(item) for item in found),
+        ):
+            say("No queues. A server makes them when it starts.")
+
+
+def stranded(
+    context: typer.Context,
+    limit: Annotated[int, typer.Option("--limit", "-n", min=1, help="At most this many.")] = 100,
+    admin_address: AdminAddressOption = DEFAULT_ADMIN_ADDRESS,
+    output: OutputOption = None,
+) -> None:
+    """Lists the runs that no living executor can continue, and what can be done. Needs the role admin.
+
+    Examples:
+      perdure stranded
+      perdure stranded --limit 1000 -o json
+    """
+    form = chosen(output)
+    with closing(replace(session_of(context), address=admin_address)) as session:
+        client = session.client
+        found = _listed(lambda: islice(client.stranded(), limit + 1))
+        more, found = len(found) > limit, found[:limit]
+        if form is not Output.TABLE:
+            for run in found:
+                write_item(run, form)
+        elif not write_rows(
+            ("RUN", "NAMESPACE", "AGENT", "STATE", "VERSION", "AGE", "REASON"), (_stranded_row(run) for run in found)
+        ):
+            say("No run is stranded.")
+        else:
+            # Runs of one version and agent have the same ways out: one of each is explained.
+            told = {(run.application_version, run.agent, run.agent_version, run.reason): run for run in reversed(found)}
+            for run in reversed(told.values()):
+                say(f"{clean(run.run_id)}: {clean(run.advice)}")
+        if more:
+            say(f"There are more than these {limit}; see --limit.")
+
+
+def _listed(read: Callable[[], Iterable[T]]) -> list[T]:
+    """Returns what a call lists; explains the absence of a server on this machine."""
     try:
-        return list(client.executors(include_gone=include_gone))
+        return list(read())
     except ServerUnavailable as error:
         if is_loopback(error.metadata.get("address", "")):
             # A server that has been started need not have this port.
@@ -61,6 +125,18 @@ def _listed(client: Client, include_gone: bool) -> list[ExecutorInfo]:
         raise
 
 
+def _stranded_row(run: StrandedRun) -> tuple[str | Text, ...]:
+    return (
+        run.run_id,
+        run.namespace,
+        f"{run.agent}@{run.agent_version}" if run.agent_version else run.agent,
+        Text(str(run.state), style=RUN_STYLES.get(run.state, "")),
+        run.application_version,
+        age(run.create_time) if run.create_time else "",
+        Text(str(run.reason), style="red"),
+    )
+
+
 def _row(executor: ExecutorInfo) -> tuple[str | Text, ...]:
     return (
         executor.executor_id,
@@ -70,4 +146,19 @@ def _row(executor: ExecutorInfo) -> tuple[str | Text, ...]:
         f"{age(executor.start_time)} ago" if executor.start_time else "",
         local_time(executor.expire_time),
         executor.address,
+    )
+
+
+def _queue_row(queue: QueueInfo) -> tuple[str | Text, ...]:
+    rate = (
+        f"{queue.rate_limit} in {short_duration(queue.rate_period)}" if queue.rate_limit and queue.rate_period else ""
+    )
+    return (
+        clean(queue.queue),
+        str(queue.queued),
+        str(queue.running),
+        f"{age(queue.oldest_queued_time)} ago" if queue.oldest_queued_time else "",
+        str(queue.worker_concurrency or ""),
+        str(queue.global_concurrency or ""),
+        rate,
     )

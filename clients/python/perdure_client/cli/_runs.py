@@ -104,6 +104,10 @@ def start(
     fail_if_exists: Annotated[
         bool, typer.Option("--fail-if-exists", help="Fail when the run id exists, even with the same input.")
     ] = False,
+    queue: Annotated[str, typer.Option(help="The queue whose limits count for it. Without it: the agent's own.")] = "",
+    priority: Annotated[
+        int, typer.Option(min=0, max=2**31 - 1, help="Which waiting runs of a queue come first: the lower the sooner.")
+    ] = 0,
     validate_only: ValidateOption = False,
     watch: WatchOption = False,
     children: ChildrenOption = None,
@@ -134,6 +138,8 @@ def start(
         deadline=deadline,
         conflict_policy=ConflictPolicy.FAIL if fail_if_exists else ConflictPolicy.USE_EXISTING,
         validate_only=validate_only,
+        queue=queue,
+        priority=priority,
     )
     go_on(session, run, watch=watch, wait=wait, validate_only=validate_only, style=output, children=children)
 
@@ -244,7 +250,11 @@ def events(
     """
     formatted = EventLines(session_of(context).prefix)
     form = chosen(output)
+    first = True
     for event in session_of(context).client.events(run, kinds=kind or ()):
+        if first and not kind and event.sequence > max(1, after + 1):
+            say(f"the events before {event.sequence} are no longer kept")
+        first = False
         if event.sequence <= after:
             continue
         if form is not Output.TABLE:
@@ -344,6 +354,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("ended", local_time(run.end_time)),
         ("deadline", local_time(run.deadline_time)),
         ("executor", clean(run.executor_id)),
+        ("queue", clean(run.queue + (f", priority {run.priority}" if run.priority else ""))),
         ("labels", clean(" ".join(f"{key}={value}" for key, value in sorted(run.labels.items())))),
         ("context", clean(run.context_id)),
         ("parent", clean(run.parent_run_id)),
