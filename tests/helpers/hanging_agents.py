@@ -14,7 +14,10 @@ from tests.helpers.agents import counter, effect
 
 HANGS_S = 600.0
 
-__all__ = ["counter", "hanging", "hanging_sync", "waiting_sync"]
+BETWEEN_S = 3.0
+"""Longer than it takes to hand a run over, and shorter than the server goes on to live."""
+
+__all__ = ["between_steps", "counter", "hanging", "hanging_sync", "waiting_sync"]
 
 
 def has_hung() -> bool:
@@ -62,3 +65,22 @@ def quick_step() -> str:
 def waiting_sync() -> list[str]:
     """Holds its thread while it waits for a signal."""
     return [quick_step(), str(DBOS.recv("more", timeout_seconds=HANGS_S))]
+
+
+@DBOS.step()
+def plain_step(what: str) -> str:
+    """Leaves an effect without the product's help, which a dead execution would not get."""
+    run_id = str(DBOS.workflow_id).split(".")[1]
+    with resources().engine.begin() as conn:
+        conn.execute(
+            sa.text("INSERT INTO public.test_effect (run_id, what) VALUES (:id, :what)"), {"id": run_id, "what": what}
+        )
+    return what
+
+
+@agent(name="between-steps")
+def between_steps() -> str:
+    """Works in its own code between two steps."""
+    plain_step("before")
+    time.sleep(BETWEEN_S)
+    return plain_step("after")

@@ -105,6 +105,8 @@ def _start_all(at_a: Rpc, url: str) -> dict[str, str]:
     runs["slow"] = at_a.start("counter", {"steps": 2, "delay_s": SLOW_STEP_S})
     eventually(lambda: effects(url, runs["slow"]) == ["count 0"])
     eventually(lambda: len(effects(url, runs["short"])) >= 3)
+    runs["between"] = at_a.start("between-steps")
+    eventually(lambda: effects(url, runs["between"]) == ["before"])
     return runs
 
 
@@ -143,6 +145,12 @@ def _says_draining(url: str) -> bool:
     return bool(rows[0][0])
 
 
+def wake(stop: Stop) -> None:
+    """Sends what two of the runs wait for, once."""
+    for name in HANDED_OVER_AT_ONCE:
+        stop.at_b.signal(stop.runs[name], "hello", request_id=f"wakes {name}")
+
+
 def test_it_ends_well_and_in_time_although_a_step_hangs_in_its_thread(stop: Stop) -> None:
     assert stop.status == 0
     assert stop.took_s < DRAIN_S + GRACE_S
@@ -170,7 +178,7 @@ def test_a_start_at_it_is_kept_or_refused_for_a_moment(stop: Stop) -> None:
 
 
 def test_what_waits_or_is_between_two_steps_goes_on_elsewhere_while_it_still_stops(stop: Stop) -> None:
-    assert {*HANDED_OVER_AT_ONCE, "short", "slow"} <= stop.early
+    assert {*HANDED_OVER_AT_ONCE, "short", "slow", "between"} <= stop.early
 
 
 def test_steps_in_progress_finish_and_are_not_repeated(stop: Stop) -> None:
@@ -186,15 +194,20 @@ def test_steps_that_hang_are_repeated_elsewhere(stop: Stop) -> None:
         assert effects(stop.url, stop.runs[name]) == ["hangs", "hangs"]
 
 
+def test_code_between_two_steps_that_goes_on_after_the_hand_over_begins_no_step(stop: Stop) -> None:
+    assert stop.at_b.output_of(stop.runs["between"]) == "after"
+    assert effects(stop.url, stop.runs["between"]) == ["before", "after"]
+
+
 def test_what_waits_is_woken_by_its_signal_elsewhere(stop: Stop) -> None:
-    stop.at_b.signal(stop.runs["listening"], "hello")
-    stop.at_b.signal(stop.runs["waiting-sync"], "hello")
+    wake(stop)
     assert stop.at_b.output_of(stop.runs["listening"]) == ["hello"]
     assert stop.at_b.output_of(stop.runs["waiting-sync"]) == ["quick", "hello"]
     assert effects(stop.url, stop.runs["waiting-sync"]) == ["quick"]
 
 
 def test_a_hand_over_says_so_and_counts_no_attempt(stop: Stop) -> None:
+    wake(stop)
     for name, run_id in stop.runs.items():
         stop.at_b.end_of(run_id)
         log = judge.assert_consistent(stop.url, f"default.{run_id}.r")
