@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from perdure.v1 import agent_run_pb2
 from perdure.v1 import agent_run_service_pb2 as pb
+from perdure_client import ArtifactNotFound, Client
 from perdure_service.domain.payloads import MARK, Pointer
 from perdure_service.store import payloads
 from perdure_service.store.engine import create_engine
@@ -157,6 +161,23 @@ def test_artifacts_are_told_and_read_by_name(rpc: Rpc) -> None:
         read(rpc, run_id)
     with refused("INVALID_ARGUMENT", "INVALID_FIELD", "offset"):
         read(rpc, run_id, -1, name="inside")
+
+
+def test_the_client_and_its_command_read_what_fits_no_message(rpc: Rpc, server: ServerProcess) -> None:
+    with Client(server.address) as client:
+        run_id = client.start("keeper", {"size": HUGE, "seed": 6}).run_id
+        assert client.wait(run_id).output == client.get(run_id).output == noise(HUGE, 6)
+        writer = client.start("writer", {"size": LARGE})
+        client.wait(writer)
+        assert client.read_artifact(writer, "inside").decode() == noise(LARGE, 7)
+        assert b"".join(client.artifact(writer, "inside")).decode() == noise(LARGE, 7)
+        with pytest.raises(ArtifactNotFound):
+            client.read_artifact(writer, "none")
+    command = [Path(sys.executable).with_name("perdure"), "--address", server.address]
+    shown = subprocess.run([*command, "read", writer.run_id, "inside"], capture_output=True, check=True)
+    assert shown.stdout.decode() == noise(LARGE, 7)
+    listed = subprocess.run([*command, "artifacts", writer.run_id, "-o", "json"], capture_output=True, check=True)
+    assert [json.loads(line)["name"] for line in listed.stdout.splitlines()] == ["inside", "twice"]
 
 
 def test_a_payload_goes_with_the_last_run_that_uses_it(rpc: Rpc, server: ServerProcess) -> None:

@@ -102,6 +102,11 @@ EVENTS: list[tuple[EventKind, dict[str, Any], dict[str, Any]]] = [
         {"model": "small", "input_tokens": 7, "output_tokens": 3},
     ),
     (EventKind.FORKED, {"from_run_id": "foo", "from_step_id": 3}, {"from_run_id": "foo", "from_step_id": 3}),
+    (
+        EventKind.ARTIFACT,
+        {"name": "report", "media_type": "text/csv", "size_bytes": 3, "sha256": "ab" * 32},
+        {"name": "report", "media_type": "text/csv", "size_bytes": 3, "sha256": "ab" * 32},
+    ),
 ]
 
 
@@ -263,6 +268,8 @@ def test_a_run_has_all_its_fields():
         caller="ann",
         forked_from_run_id="old",
         forked_from_step_id=4,
+        input_bytes=7,
+        output_bytes=4,
     )
     filled = {field.name for field, _ in message.ListFields()}
     assert filled == {field.name for field in agent_run_pb2.AgentRun.DESCRIPTOR.fields}
