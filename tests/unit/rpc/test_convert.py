@@ -231,6 +231,8 @@ def test_a_run_has_all_its_fields():
         caller="ann",
         forked_from_run_id="old",
         forked_from_step_id=4,
+        queue="mail",
+        priority=7,
     )
     message = convert.agent_run(run, full=True)
     assert message == agent_run_pb2.AgentRun(
@@ -261,6 +263,8 @@ def test_a_run_has_all_its_fields():
         caller="ann",
         forked_from_run_id="old",
         forked_from_step_id=4,
+        queue="mail",
+        priority=7,
     )
     filled = {field.name for field, _ in message.ListFields()}
     assert filled == {field.name for field in agent_run_pb2.AgentRun.DESCRIPTOR.fields}
