@@ -238,6 +238,8 @@ def test_a_run_has_all_its_fields():
         forked_from_step_id=4,
         input_bytes=7,
         output_bytes=4,
+        queue="mail",
+        priority=7,
     )
     message = convert.agent_run(run, full=True)
     assert message == agent_run_pb2.AgentRun(
@@ -270,6 +272,8 @@ def test_a_run_has_all_its_fields():
         forked_from_step_id=4,
         input_bytes=7,
         output_bytes=4,
+        queue="mail",
+        priority=7,
     )
     filled = {field.name for field, _ in message.ListFields()}
     assert filled == {field.name for field in agent_run_pb2.AgentRun.DESCRIPTOR.fields}
