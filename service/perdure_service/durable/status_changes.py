@@ -179,7 +179,7 @@ class StatusDatabase(ClaimDatabase):
         def finish(conn: sa.Connection) -> None:
             unused[:] = deletions.delete_ours(conn, ids)
 
-        operation = Operation(None, finish=finish, done=lambda: self.payloads.forget_objects(unused))
+        operation = Operation(None, finish=finish, done=lambda: self.payloads.forget_objects(unused), deletes=ids)
         operation.begin = partial(check, operation) if check else partial(deletions.lock, workflow_ids=ids)
         with self.operations.open(operation):
             super()._delete_workflows(ids)
