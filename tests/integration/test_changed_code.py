@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 from perdure_service.domain.runs import Failure
@@ -10,6 +13,7 @@ from perdure_service.testing import BlockingHarness, BlockingRun
 
 from tests.helpers.changed_agents import AFTERWARDS, BODIES, PROGRAM_OF
 from tests.helpers.databases import DatabaseServer
+from tests.helpers.server import ROOT
 from tests.helpers.waiting import scaled
 
 OTHER_STEPS = {
@@ -61,8 +65,18 @@ def run_id(agent: str, program: str, catches: bool = False) -> str:
     return f"{agent}-{program.replace(' ', '-')}{'-catches' if catches else ''}"
 
 
+def load_documented() -> None:
+    """Declares the agent of the documents that has a patch."""
+    text = (ROOT / "service" / "docs" / "writing-agents.md").read_text(encoding="utf-8")
+    (block,) = (one for one in re.findall(r"^```python\n(.*?)^```$", text, re.M | re.S) if "DBOS.patch_async(" in one)
+    module = ModuleType("documented_patch")
+    sys.modules[module.__name__] = module
+    exec(compile(block, module.__name__, "exec"), vars(module))
+
+
 @pytest.fixture(scope="module")
 def harness(database_server: DatabaseServer) -> Iterator[BlockingHarness]:
+    load_documented()
     with BlockingHarness(database_url=database_server.url, timeout_s=scaled(15)) as harness:
         yield harness
 
@@ -138,3 +152,10 @@ def test_a_patch_takes_new_runs_to_the_new_path_and_keeps_them_there(harness: Bl
         harness.signal(run, "go", "went")
     assert [run.result() for run in new] == [["first", "renamed", "second", "went"], ["one", "more", "two", "went"]]
     assert [name for who, name in BODIES if who == "new-1"] == ["first", "renamed", "second"]
+
+
+def test_the_patch_of_the_documents_is_a_step_of_its_own_in_new_runs(harness: BlockingHarness) -> None:
+    run = harness.start("parcel", {"item": "tea"}, run_id="documented")
+    assert run.result() == "sent packed tea"
+    done = [event.step_name for event in run.events() if event.kind == "step_succeeded"]
+    assert done == ["parcel.pack", "DBOS.patch-weigh-first", "parcel.weigh", "parcel.send"]

@@ -18,10 +18,10 @@ import grpc
 import pytest
 import typer
 from perdure.v1 import agent_catalog_service_pb2 as catalog
-from perdure.v1 import agent_run_pb2, run_event_pb2
 from perdure.v1 import agent_run_service_pb2 as runs
 from perdure.v1 import approval_service_pb2 as approvals
 from perdure.v1 import operator_service_pb2 as operators
+from perdure.v1 import run_event_pb2
 from perdure_client import Client, RunState
 from perdure_client._transport import (
     CANCEL_RUN,

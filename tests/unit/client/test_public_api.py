@@ -31,8 +31,8 @@ __version__
 """
 
 METHOD_NAMES = """
-address agents approvals approve artifact cancel close decide delete_runs events executors fork get get_agent get_approval
-list namespace queues read_artifact reject run signal start steps stranded trace wait watch watch_approvals
+address agents approvals approve artifact cancel close decide delete_runs events executors fork get get_agent
+get_approval list namespace queues read_artifact reject run signal start steps stranded trace wait watch watch_approvals
 """
 
 
