@@ -6,6 +6,7 @@
 `PERDURE_CHAOS_SQLSTATE=40001`  every third transaction that writes events fails with this SQLSTATE, raised
                                 by the database.
 `PERDURE_CHAOS_LOSE_CLAIMS=1`   the first claim of each run is committed, and its reply is lost.
+`PERDURE_CHAOS_CLOCK_SKEW_S=n`  its clock is n seconds ahead of the database's; the monotonic one stays.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from typing import Any
 
 import psycopg
 import sqlalchemy as sa
+from perdure_service.durable import executions, inbox, owners, service
 from perdure_service.durable import operation as seam
-from perdure_service.durable import owners
+from perdure_service.rpc import agent_runs, requests
 
 from tests.helpers import agents
 from tests.helpers.server import KILLED
@@ -28,8 +32,8 @@ from tests.helpers.server import KILLED
 KILL_AT = int(os.environ.get("PERDURE_CHAOS_KILL_AT", "0"))
 AMBIGUOUS = bool(os.environ.get("PERDURE_CHAOS_AMBIGUOUS"))
 SQLSTATE = os.environ.get("PERDURE_CHAOS_SQLSTATE", "")
-
 LOSE_CLAIMS = bool(os.environ.get("PERDURE_CHAOS_LOSE_CLAIMS"))
+CLOCK_SKEW_S = int(os.environ.get("PERDURE_CHAOS_CLOCK_SKEW_S", "0"))
 
 _points = itertools.count(1)
 _transactions = itertools.count(1)
@@ -82,6 +86,28 @@ def _claims_for_the_first_time(operation: seam.Operation) -> bool:
         for event in events
     )
 
+
+_time, _time_ns = time.time, time.time_ns
+_begin = executions.Execution.__init__
+
+
+class _SkewedDatetime(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        return datetime.fromtimestamp(time.time(), tz)
+
+
+def _begin_skewed(execution: executions.Execution, *arguments: Any, **rest: Any) -> None:
+    _begin(execution, *arguments, **rest)
+    execution.begun_ns = time.time_ns()  # the default was bound before the clock was set
+
+
+if CLOCK_SKEW_S:
+    time.time = lambda: _time() + CLOCK_SKEW_S
+    time.time_ns = lambda: _time_ns() + CLOCK_SKEW_S * 1_000_000_000
+    executions.Execution.__init__ = _begin_skewed  # type: ignore[method-assign]
+    for module in (agent_runs, requests, inbox, service):
+        module.datetime = _SkewedDatetime  # type: ignore[attr-defined]
 
 if LOSE_CLAIMS:
     owners.GRACE_S = 1.0

@@ -1,0 +1,170 @@
+"""Fleets that lose their servers, one after another and all at once, and one with a server whose clock is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+from perdure_client import Client, EventKind
+
+from tests.helpers import judge
+from tests.helpers.ledger import Task, assert_ledger, create_ledger
+from tests.helpers.server import ServerProcess, sql
+from tests.helpers.waiting import eventually, scaled
+
+AGENTS = ("tests.helpers.chaos", "tests.helpers.ledger")
+TTL_S = scaled(1)
+SETTINGS = {"PERDURE_LEASE_TTL": str(TTL_S), "PERDURE_PARK_AFTER": "0.2"}
+"""So short that runs are found parked and not parked by every fault."""
+PLANS: tuple[list[Task], ...] = (
+    ["enter", "enter", "enter", "enter", "enter"],
+    ["enter", "hear", "enter", "hear", "enter"],
+    ["enter", "ask", "enter"],
+    ["enter", "sleep", "child", "enter"],
+)
+SKEW_S = 3600
+
+
+@pytest.fixture(scope="module")
+def url(database_url: str) -> str:
+    create_ledger(database_url)
+    return database_url
+
+
+@contextmanager
+def fleet(url: str, count: int) -> Iterator[list[ServerProcess]]:
+    """Serves a database with some servers until the end of the `with`."""
+    servers = [ServerProcess(url, *AGENTS, command="serve", **SETTINGS) for _ in range(count)]
+    try:
+        start_together(servers)
+        yield servers
+    finally:
+        for server in servers:
+            server.__exit__()
+
+
+def start_together(servers: list[ServerProcess]) -> None:
+    with ThreadPoolExecutor(len(servers)) as pool:
+        list(pool.map(ServerProcess.start, servers))
+
+
+def expected_of(plan: list[Task]) -> tuple[list[object], list[str]]:
+    """Returns the output and the entries of a plan whose signals are numbers from 0 and whose approvals are given."""
+    signals = itertools.count()
+    told: list[object] = []
+    for number, task in enumerate(plan):
+        answers: dict[Task, object] = {
+            "enter": f"entry {number}", "ask": True, "sleep": "slept", "child": f"child {number}",
+        }  # fmt: skip
+        told.append(next(signals) if task == "hear" else answers[task])
+    return told, [f"entry {number}" for number, task in enumerate(plan) if task == "enter"]
+
+
+class Callers:
+    """Callers that start a run, watch it, answer what it asks and check its output, until they are told to stop.
+
+    Attributes:
+        finished: The plans of the runs that have come to their end, by run id.
+    """
+
+    def __init__(self, client: Client) -> None:
+        self.finished: dict[str, list[Task]] = {}
+        self._client = client
+        self._over = threading.Event()
+
+    def call(self, plan: list[Task]) -> None:
+        """Brings runs with a plan to their end, one after another."""
+        while not self._over.is_set():
+            run = self._client.start("planned", {"plan": plan, "delay_s": 0.05, "sleep_s": 0.3})
+            signals = itertools.count()
+            for _ in range(plan.count("hear")):
+                self._client.signal(run, "more", next(signals))
+            seen: list[int] = []
+            for event in self._client.watch(run).events():
+                seen.append(event.sequence)
+                if event.kind is EventKind.APPROVAL_REQUESTED:
+                    self._client.approve(next(iter(self._client.approvals(run=run))))
+            assert seen == list(range(1, len(seen) + 1)), "all of it, and once"
+            assert self._client.get(run).output == expected_of(plan)[0]
+            self.finished[run.run_id] = plan
+
+    def stop(self) -> None:
+        """Lets every caller finish what it is at."""
+        self._over.set()
+
+
+@contextmanager
+def under_load(client: Client) -> Iterator[tuple[Callers, Callable[[int], None]]]:
+    """Makes callers call until the end of the `with`; yields them, and what waits until some more runs have ended."""
+    callers = Callers(client)
+    with ThreadPoolExecutor(len(PLANS)) as pool:
+        calls: list[Future[None]] = [pool.submit(callers.call, plan) for plan in PLANS]
+
+        def go_on(runs: int) -> None:
+            known = len(callers.finished)
+
+            def more() -> bool:
+                for call in calls:
+                    if call.done():
+                        call.result()
+                return len(callers.finished) >= known + runs
+
+            eventually(more, 60, what=f"{runs} more runs come to their end")
+
+        try:
+            yield callers, go_on
+        finally:
+            callers.stop()
+    for call in calls:
+        call.result()
+
+
+def judge_all(url: str, finished: dict[str, list[Task]]) -> int:
+    """Fails unless every run and its children are whole; returns how many bodies were repeated."""
+    repeated = 0
+    for run_id, plan in finished.items():
+        workflow_id = f"default.{run_id}.r"
+        log = judge.assert_consistent(url, workflow_id)
+        entries = expected_of(plan)[1]
+        repeated += assert_ledger(url, workflow_id, log, entries)
+        assert judge.text_of(log) == "".join(f"{entry}\n" for entry in entries)
+    with sql(url) as connection:
+        rows = connection.execute(
+            "SELECT s.workflow_uuid, s.status FROM dbos.workflow_status s JOIN perdure.run r "
+            "ON r.workflow_id = s.workflow_uuid WHERE s.name = 'ledger.child'"
+        ).fetchall()
+    for workflow_id, status in rows:
+        assert status == "SUCCESS"
+        log = judge.assert_consistent(url, workflow_id)
+        (what,) = {str(judge.output_of(url, workflow_id))}
+        repeated += assert_ledger(url, workflow_id, log, [what])
+    with sql(url) as connection:
+        left = connection.execute("SELECT workflow_id FROM perdure.run WHERE ended_at IS NULL").fetchall()
+    assert left == [], "every start that was acknowledged has come to its end"
+    return repeated
+
+
+def client_of(servers: list[ServerProcess]) -> Client:
+    addresses = ",".join(server.address for server in servers)
+    return Client(f"ipv4:{addresses}", timeout=scaled(30), reconnect_timeout=scaled(60))
+
+
+def test_servers_that_are_killed_in_turn_and_all_at_once_under_load_lose_nothing(url: str) -> None:
+    with fleet(url, 3) as servers, client_of(servers) as client:
+        with under_load(client) as (callers, go_on):
+            for server in servers:
+                go_on(3)
+                server.kill()
+                go_on(1)
+                server.start()
+            go_on(3)
+            for server in servers:
+                server.kill()
+            start_together(servers)
+            go_on(3)
+        judge_all(url, callers.finished)
+        assert len(callers.finished) >= 16
