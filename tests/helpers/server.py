@@ -62,6 +62,8 @@ class ServerProcess:
             "PERDURE_EMBEDDER__API_KEY": marks.SECRET,
             "PERDURE_QUEUE_POLL_INTERVAL": "0.1",
             "PERDURE_WATCH_POLL_INTERVAL": "0.3",
+            # Tests of other things must not depend on how long this machine lets a run wait.
+            "PERDURE_PARK_AFTER": "600",
             "GRPC_VERBOSITY": "ERROR",
             **self.environment,
             **environment,

@@ -41,7 +41,10 @@ def test_everything_about_a_run_and_its_children_goes(rpc: Rpc, database_url: st
     large = ended(rpc, "counter", {"steps": 1, "note": "x" * 100_000})
     before = rows_of(database_url, run_id) | rows_of(database_url, asked) | rows_of(database_url, large)
     with sql(database_url) as connection:
-        everywhere = {f"{schema}.{table}" for schema, table, _ in tables(connection)} - {"perdure.report"}
+        everywhere = {f"{schema}.{table}" for schema, table, _ in tables(connection)} - {
+            "perdure.report",
+            "perdure.queue_start",
+        }
     assert set(before) == everywhere, "the three runs have rows in every table there is"
     response = delete(rpc, run_id, asked, large)
     assert response.deleted_count == 5, "three runs, and two children of the first"

@@ -33,6 +33,8 @@ ELSEWHERE = {
     "Overloaded": "test_limits.py",
     "QuotaExceeded": "test_limits.py",
     "TooManyStreams": "test_limits.py",
+    "ArtifactNotFound": "test_payloads.py",
+    "OffsetOutOfRange": "test_payloads.py",
 }
 """Rows that this module does not provoke: where they are, or why there is nothing to provoke."""
 BREAK = """

@@ -158,7 +158,7 @@ def test_calls_that_the_database_keeps_waiting_are_bounded_and_the_rest_is_refus
             eventually(one_is_refused)
         # The lock is gone: whatever waited is served.
         served = [future for future in sent if future.exception(scaled(20)) is None]
-    assert THREADS <= len(served) <= most
+    assert THREADS <= len(served) < len(sent), "one was refused at once"
     assert {(refusal.code.name, refusal.reason, refusal.retry_delay_s) for refusal in refusals} == {
         ("RESOURCE_EXHAUSTED", "OVERLOADED", 1.0)
     }

@@ -171,9 +171,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "WatchRun": {"include_children": True},
     "ListRuns": {}, "GetRun": {}, "WaitRun": {}, "ListRunEvents": {}, "ListSteps": {},
     "GetRunTrace": {}, "ListApprovals": {}, "GetApproval": {}, "WatchApprovals": {},
+    "ReadArtifact": {"input": True},
 }  # fmt: skip
 """How to ask each method that has a namespace; ids are added by the name of their field."""
-WITHOUT_NAMESPACE = {"ListAgents", "GetAgent", "ListExecutors", "ListStrandedRuns"}
+WITHOUT_NAMESPACE = {"ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns"}
 ID_FIELDS = ("run_id", "run_ids", "parent_run_id", "approval_id")
 
 

@@ -107,7 +107,7 @@ class OwnerWatch:
             self._engine,
             "owners.requeue_lost",
             lambda conn: executors.give_back_own(
-                conn, dict(lost), QUEUE, now_ms(), self._ledger.adopt, "its executor never began it"
+                conn, dict(lost), QUEUE, now_ms(), self._ledger.adopt, "its executor never began it", recovered=True
             ),
         )
         ids = [one.workflow_id for one in given_back]

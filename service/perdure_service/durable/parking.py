@@ -210,9 +210,7 @@ class WaitingDatabase(StatusDatabase):
             if execution is not None and execution.dead:
                 self.refuse_dead(execution)
 
-    def await_workflow_result(
-        self, workflow_id: str, polling_interval: float, *, fail_if_missing: bool = False
-    ) -> Any:
+    def await_workflow_result(self, workflow_id: str, polling_interval: float, *, fail_if_missing: bool = False) -> Any:
         execution = self._who_waits_for(workflow_id)
         if execution is None:
             return super().await_workflow_result(workflow_id, polling_interval, fail_if_missing=fail_if_missing)

@@ -15,7 +15,6 @@ UNAVAILABLE after some seconds, and repeats its call.
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 import uuid
@@ -34,7 +33,7 @@ from perdure_service.durable.substitutes import substitute
 from perdure_service.errors import Contention, Overloaded, StoreUnavailable
 from perdure_service.store import payloads
 from perdure_service.store.objects import Objects
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import JITTER, retrying
 
 T = TypeVar("T")
 
@@ -199,7 +198,7 @@ class Payloads:
 
     def _sweeps(self) -> None:
         # Not all servers at once, and not at the start of each.
-        while not self._closed.wait(SWEEP_EVERY_S * random.uniform(0.5, 1.5)):
+        while not self._closed.wait(SWEEP_EVERY_S * JITTER.uniform(0.5, 1.5)):
             try:
                 if deleted := self.sweep():
                     log.info("payloads.swept", count=deleted)

@@ -14,7 +14,6 @@ each skips what the other one has locked.
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -27,7 +26,7 @@ from perdure_service.durable.leases import Lease, renewal_interval_s
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.transactions import QUEUE
 from perdure_service.store import executors
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import JITTER, retrying
 
 MAX_BATCHES = 1_000
 """Batches that one take-back works through; the rest waits for the next."""
@@ -114,7 +113,7 @@ class Reaper:
         return count
 
     def _run(self) -> None:
-        while not self._stop.wait(renewal_interval_s(self._ttl) * random.uniform(0.5, 1.5)):
+        while not self._stop.wait(renewal_interval_s(self._ttl) * JITTER.uniform(0.5, 1.5)):
             if not self._lease.held_for(self._ttl):
                 continue
             try:

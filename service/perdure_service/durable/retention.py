@@ -20,7 +20,6 @@ leaves the rest of that batch for its next round.
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from perdure_service.durable.deletions import BATCH_RUNS, Changed, delete_famili
 from perdure_service.durable.runtime import Runtime
 from perdure_service.store import deletions, retention
 from perdure_service.store.retention import Ended
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import JITTER, retrying
 from perdure_service.telemetry import METERS
 from perdure_service.telemetry import metrics as m
 
@@ -125,7 +124,7 @@ class Retention:
 
     def _run(self) -> None:
         rest_s = self._rest_s
-        while not self._stop.wait(rest_s * random.uniform(0.5, 1.5)):
+        while not self._stop.wait(rest_s * JITTER.uniform(0.5, 1.5)):
             began = time.monotonic()
             rest_s = self._rest_s
             try:

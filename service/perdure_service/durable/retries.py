@@ -17,7 +17,6 @@ Every repeat begins its transaction anew inside the same `Operation`, which reco
 from __future__ import annotations
 
 import functools
-import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from dbos import _sys_db, _sys_db_postgres
 from dbos._utils import retriable_postgres_exception
 
 from perdure_service.durable.substitutes import substitute
-from perdure_service.store.sqlstates import CONFLICTS, QUERY_CANCELED, sqlstate_of
+from perdure_service.store.sqlstates import CONFLICTS, JITTER, QUERY_CANCELED, sqlstate_of
 
 FIRST_CONFLICT_PAUSE_S = 0.005
 MAX_CONFLICT_PAUSE_S = 0.25
@@ -56,7 +55,7 @@ class Pauses:
     def next_s(self, error: Exception) -> float | None:
         """Returns how long to wait before the next attempt, in seconds; None when a repeat is of no use."""
         if isinstance(error, sa.exc.TimeoutError):
-            return POOL_PAUSE_S * random.uniform(0.5, 1.5)
+            return POOL_PAUSE_S * JITTER.uniform(0.5, 1.5)
         if not retriable_postgres_exception(error):
             return None
         if sqlstate_of(error) in CONFLICTS | {QUERY_CANCELED}:
@@ -65,7 +64,7 @@ class Pauses:
         else:
             pause_s = min(FIRST_LOST_PAUSE_S * 2.0**self.losses, MAX_LOST_PAUSE_S)
             self.losses = min(self.losses + 1, 16)
-        return float(pause_s * random.uniform(0.5, 1.5))
+        return float(pause_s * JITTER.uniform(0.5, 1.5))
 
 
 def repeated(*_backoffs: float, sys_db: Any = None) -> Callable[[F], F]:

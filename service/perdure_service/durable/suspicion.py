@@ -23,7 +23,6 @@ the renewal that was seen is not the last one, and nothing is changed.
 
 from __future__ import annotations
 
-import random
 import socket
 import threading
 import time
@@ -34,7 +33,7 @@ import sqlalchemy as sa
 import structlog
 
 from perdure_service.store import suspects
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import JITTER, retrying
 from perdure_service.store.suspects import Peer
 
 SILENT_INTERVALS = 1.5
@@ -169,7 +168,7 @@ class Suspicion:
         return declared
 
     def _run(self) -> None:
-        while not self._stop.wait(self._pause_s * random.uniform(1.0, 1.1)):
+        while not self._stop.wait(self._pause_s * JITTER.uniform(1.0, 1.1)):
             try:
                 self.look()
             except Exception as error:  # noqa: BLE001 - logged; the leases do it all the same

@@ -10,7 +10,6 @@ Two wakers at once: the second finds no mark. A waker and the parker: see `parki
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +19,7 @@ import structlog
 
 from perdure_service.durable.executions import Executions
 from perdure_service.store import parked
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import JITTER, retrying
 
 SWEEP_S = 5.0
 """How often, on average, all parked runs are looked at; what nobody here knows of waits so long at most, about."""
@@ -90,7 +89,7 @@ class Waker:
                 return count
 
     def _run(self) -> None:
-        next_sweep = time.monotonic() + self._sweep_s * random.uniform(0.5, 1.5)
+        next_sweep = time.monotonic() + self._sweep_s * JITTER.uniform(0.5, 1.5)
         while True:
             with self._changed:
                 while not self._stopping and not self._nudged and (left_s := next_sweep - time.monotonic()) > 0:
@@ -102,7 +101,7 @@ class Waker:
                 for first in range(0, len(nudged), BATCH):
                     self._wake(nudged[first : first + BATCH])
                 if time.monotonic() >= next_sweep:
-                    next_sweep = time.monotonic() + self._sweep_s * random.uniform(0.5, 1.5)
+                    next_sweep = time.monotonic() + self._sweep_s * JITTER.uniform(0.5, 1.5)
                     if self.sweep():
                         log.info("parked.woken_by_sweep")
             except Exception as error:  # noqa: BLE001 - logged; the next sweep finds them

@@ -116,6 +116,8 @@ def waits_for_a_connection(seconds: float) -> Iterator[None]:
 class PatientPool(sa.pool.QueuePool):
     """A pool in which each thread has a patience of its own: a run waits, a caller is told soon to come again."""
 
+    _sqla_logger_namespace = "sqlalchemy.pool.QueuePool"  # not ours, whose level is another
+
     @property
     def _timeout(self) -> float:
         patience_s: float | None = getattr(_local, "patience_s", None)

@@ -155,7 +155,7 @@ def requeue_orphans(
         """),
         {"application": APPLICATION, "limit": BATCH},
     ).fetchall()
-    return _give_back(conn, found, queue, now_ms, adopt, "its executor is gone", crashed=True)
+    return _give_back(conn, found, queue, now_ms, adopt, "its executor is gone", crashed=True, recovered=True)
 
 
 def find_running(conn: sa.Connection, executor_id: str, older_than_s: float) -> list[tuple[str, str | None]]:
@@ -183,6 +183,8 @@ def give_back_own(
     now_ms: int,
     adopt: Callable[[sa.Connection, Sequence[str]], object],
     reason: str,
+    *,
+    recovered: bool = False,
 ) -> list[Requeued]:
     """Gives back runs of the executor that calls: those it stops to execute, or was given and never executed.
 
@@ -196,6 +198,7 @@ def give_back_own(
         now_ms: As of `requeue_orphans`.
         adopt: As of `requeue_orphans`.
         reason: Why, for people.
+        recovered: Whether the log tells of it as of a recovery: nobody knows how the execution ended.
     """
     found = conn.execute(
         sa.text(f"""
@@ -206,7 +209,7 @@ def give_back_own(
         {"ids": sorted(tokens_by_id), "limit": BATCH},
     ).fetchall()
     still = [row[:4] for row in found if row[4] == tokens_by_id[row[0]]]
-    return _give_back(conn, still, queue, now_ms, adopt, reason, crashed=False)
+    return _give_back(conn, still, queue, now_ms, adopt, reason, crashed=False, recovered=recovered)
 
 
 def still_own(conn: sa.Connection, tokens_by_id: Mapping[str, str | None]) -> set[str]:
@@ -229,10 +232,11 @@ def _give_back(
     reason: str,
     *,
     crashed: bool,
+    recovered: bool,
 ) -> list[Requeued]:
     """Puts locked running rows (id, executor, when it was last seen, now) back into the queue, with their events.
 
-    A crash is told by `recovered`, and counts as an attempt; else the execution ended in good order.
+    A crash counts as an attempt. Unless the log tells of it by `recovered`, the execution ended in good order.
     """
     if not found:
         return []
@@ -253,10 +257,10 @@ def _give_back(
         gap_ms = 0 if seen is None else max(0, int((now - seen).total_seconds() * 1000))
         state, execution = before[workflow_id]
         told: dict[str, Any] = {"from": state, "to": RunState.QUEUED, "reason": reason}
-        if not crashed:
+        if not recovered:
             told["handed_over"] = True
         events = [Event(EventKind.STATE_CHANGED, now_ms, told, execution=execution)]
-        if crashed:
+        if recovered:
             lost = {"from_executor_id": executor_id or "", "gap_ms": gap_ms}
             events.insert(0, Event(EventKind.RECOVERED, now_ms, lost, execution=execution))
         event_log.append(conn, Pack(workflow_id, events))

@@ -69,6 +69,9 @@ FIRST_BACKOFF_S = 0.02
 MAX_BACKOFF_S = 1.0
 
 T = TypeVar("T")
+JITTER = random.Random()
+"""What pauses are spread by. Not the global one: threads that draw from that disturb whoever has seeded it."""
+
 log = structlog.get_logger(__name__)
 
 
@@ -143,7 +146,7 @@ def retrying(engine: sa.Engine, name: str, fn: Callable[[sa.Connection], T], *, 
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             code = sqlstate_of(error)
             repeatable = code in CONFLICTS or is_connection_lost(error)
-            backoff_s = min(FIRST_BACKOFF_S * 4 ** (attempt - 1), MAX_BACKOFF_S) * random.uniform(0.5, 1.5)
+            backoff_s = min(FIRST_BACKOFF_S * 4 ** (attempt - 1), MAX_BACKOFF_S) * JITTER.uniform(0.5, 1.5)
             late = time.monotonic() + backoff_s - started > budget.total_seconds()
             if not repeatable or late or attempt == MAX_ATTEMPTS:
                 told = translate(error)

@@ -11,6 +11,7 @@ from perdure_client import (
     ApprovalDecided,
     ApprovalRequested,
     ApprovalState,
+    ArtifactWritten,
     AttemptReset,
     ChildStarted,
     EventKind,
@@ -86,6 +87,10 @@ EVENTS: list[tuple[dict[str, Any], Any]] = [
     (
         {"usage": {"model": "small", "input_tokens": 7, "output_tokens": 3}},
         ModelUsage(model="small", input_tokens=7, output_tokens=3),
+    ),
+    (
+        {"artifact": {"name": "a.csv", "media_type": "text/csv", "size_bytes": 3, "sha256": "ab"}},
+        ArtifactWritten(name="a.csv", media_type="text/csv", size_bytes=3, sha256="ab"),
     ),
     ({}, UnknownData()),
 ]
