@@ -26,7 +26,7 @@ test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE
 	.venv/bin/python -m pytest $(WORKERS) tests/unit tests/integration tests/chaos tests/e2e
 
 chaos: .venv/installed  ## Run the chaos tests at every point there is, not at some that the seed chooses
-	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest tests/chaos
+	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest $(WORKERS) tests/chaos
 
 lint: style types layers api generated  ## Check style, types, layers, the API, and that generated code is current
 
