@@ -29,7 +29,7 @@ test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE
 	.venv/bin/python -m pytest $(WORKERS) tests/unit tests/integration tests/chaos tests/e2e
 
 chaos: .venv/installed  ## Run the chaos tests at every point there is, not at some that the seed chooses
-	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest tests/chaos
+	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest $(WORKERS) tests/chaos
 
 bench: .venv/installed  ## Measure, some minutes (BENCH='recovery --kills 10', --help; --write puts the tables into the documents)
 	.venv/bin/python -m tests.load $(BENCH)
