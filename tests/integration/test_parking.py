@@ -275,8 +275,10 @@ def test_parking_counts_no_crash(harness: BlockingHarness) -> None:
     workflow_id = run.run.key.workflow_id
     for number in range(1, times + 1):
         eventually(
-            lambda number=number: run.get().execution == number  # type: ignore[misc]
-            and row(harness, workflow_id)["parked_for"] == "signal:go"
+            lambda number=number: (
+                run.get().execution == number  # type: ignore[misc]
+                and row(harness, workflow_id)["parked_for"] == "signal:go"
+            )
         )
         assert row(harness, workflow_id)["recovery_attempts"] == 0
         harness.signal(run, "go", number)
