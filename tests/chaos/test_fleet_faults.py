@@ -13,7 +13,8 @@ from perdure_client import Client, EventKind
 
 from tests.helpers import judge
 from tests.helpers.ledger import Task, assert_ledger, create_ledger
-from tests.helpers.server import ServerProcess, sql
+from tests.helpers.rpc import Rpc, duration, in_seconds, state_of
+from tests.helpers.server import ServerProcess, create_effects_table, sql
 from tests.helpers.waiting import eventually, scaled
 
 AGENTS = ("tests.helpers.chaos", "tests.helpers.ledger")
@@ -27,11 +28,18 @@ PLANS: tuple[list[Task], ...] = (
     ["enter", "sleep", "child", "enter"],
 )
 SKEW_S = 3600
+SHORT_S = 1.0
+"""Of sleeps, delays and deadlines."""
+LATE_S = 12
+"""How much later a busy machine may be: far from an hour."""
+WORKS = 20
+"""Steps of a run that works through two deaths."""
 
 
 @pytest.fixture(scope="module")
 def url(database_url: str) -> str:
     create_ledger(database_url)
+    create_effects_table(database_url)
     return database_url
 
 
@@ -168,3 +176,98 @@ def test_servers_that_are_killed_in_turn_and_all_at_once_under_load_lose_nothing
             go_on(3)
         judge_all(url, callers.finished)
         assert len(callers.finished) >= 16
+
+
+# ---- a server whose clock is wrong -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def skewed_pair(url: str, skew_s: int) -> Iterator[tuple[ServerProcess, ServerProcess, Rpc, Rpc]]:
+    """Serves with a server whose clock is wrong, and one of which it is right, which is yet to be started."""
+    wrong = ServerProcess(url, *AGENTS, command="serve", PERDURE_CHAOS_CLOCK_SKEW_S=str(skew_s), **SETTINGS)
+    right = ServerProcess(url, *AGENTS, command="serve", **SETTINGS)
+    try:
+        wrong.start()
+        with Rpc(wrong.address) as at_wrong, Rpc(right.address) as at_right:
+            yield wrong, right, at_wrong, at_right
+    finally:
+        wrong.__exit__()
+        right.__exit__()
+
+
+def executors_of(url: str) -> set[str]:
+    """Returns the executors that nobody has declared gone."""
+    with sql(url) as connection:
+        rows = connection.execute("SELECT executor_id FROM perdure.executor WHERE tombstoned_at IS NULL").fetchall()
+    return {row[0] for row in rows}
+
+
+def parked_s(url: str, run_id: str) -> float:
+    """Returns for how long a run is parked yet, by the database's clock; 0 when it is not."""
+    query = (
+        "SELECT delay_until_epoch_ms / 1000.0 - extract(epoch FROM now()) FROM dbos.workflow_status "
+        "WHERE workflow_uuid = %s AND status = 'DELAYED'"
+    )
+    with sql(url) as connection:
+        row = connection.execute(query, (f"default.{run_id}.r",)).fetchone()
+    return 0.0 if row is None else float(row[0])
+
+
+@pytest.mark.parametrize("skew_s", [SKEW_S, -SKEW_S], ids=["an hour ahead", "an hour behind"])
+def test_a_server_whose_clock_is_wrong_is_early_and_late_for_nothing(url: str, skew_s: int) -> None:
+    with skewed_pair(url, skew_s) as (_, right, at_wrong, at_right):
+        # Alone: a parked sleep ends by the database's clock, and what is left of it is told by the one it began by.
+        plans: dict[str, list[Task]] = {}
+        slept = at_wrong.start("planned", {"plan": ["sleep", "enter"], "sleep_s": SHORT_S})
+        plans[slept] = ["sleep", "enter"]
+        assert at_wrong.output_of(slept) == ["slept", "entry 1"]
+        right.start()
+        living = eventually(lambda: len(found := executors_of(url)) == 2 and found, 20, what="only these two are alive")
+        delayed = at_wrong.start("planned", {"plan": ["enter"]}, delay=duration(SHORT_S))
+        plans[delayed] = ["enter"]
+        asking = at_wrong.start("asker", {"timeout_s": SHORT_S})
+        limited = at_right.start("planned", {"plan": ["hear"]}, deadline_time=in_seconds(SHORT_S))
+        for run_id, state in (
+            (slept, "SUCCEEDED"),
+            (delayed, "SUCCEEDED"),
+            (asking, "SUCCEEDED"),
+            (limited, "EXPIRED"),
+        ):
+            run = at_right.end_of(run_id)
+            assert state_of(run) == state
+            took_s = (run.end_time.ToMilliseconds() - run.create_time.ToMilliseconds()) / 1000
+            # A deadline is the caller's time, from a moment before the run was created.
+            assert SHORT_S - 0.5 <= took_s < SHORT_S + scaled(LATE_S), run_id
+        assert at_right.output_of(asking)["state"] == "EXPIRED"
+
+        # Leases are the database's: neither takes the other one for dead, nor loses what it executes.
+        working = at_wrong.start("planned", {"plan": ["enter"] * 6, "delay_s": TTL_S / 2})
+        plans[working] = ["enter"] * 6
+        assert len(at_right.output_of(working)) == 6
+        assert at_right.get(working).execution == 1
+        assert executors_of(url) == living, "nobody was declared gone"
+        assert judge_all(url, plans) == 0
+
+
+@pytest.mark.parametrize("skew_s", [SKEW_S, -SKEW_S], ids=["an hour ahead", "an hour behind"])
+def test_a_server_whose_clock_is_wrong_is_taken_from_and_takes_over_in_time(url: str, skew_s: int) -> None:
+    """A sleep ends by the clock it began by, as DBOS records it: for another host it is shifted, not lost."""
+    plan: list[Task] = ["enter"] * WORKS
+    with skewed_pair(url, skew_s) as (wrong, right, at_wrong, at_right):
+        working = at_wrong.start("planned", {"plan": plan, "delay_s": 0.3})
+        sleeping = at_wrong.start("planned", {"plan": ["sleep", "enter"], "sleep_s": SHORT_S})
+        at_wrong.until(sleeping, "SLEEPING")
+        wrong.kill()
+        right.start()
+        eventually(lambda: at_right.get(working).execution == 2, LATE_S, what="the right one takes over")
+        if skew_s < 0:
+            assert at_right.output_of(sleeping) == ["slept", "entry 1"], "to the right one it is over"
+        else:
+            eventually(lambda: parked_s(url, sleeping) > SKEW_S / 2, LATE_S, what="it sleeps on")
+            assert parked_s(url, sleeping) <= SKEW_S + SHORT_S
+            assert state_of(at_right.cancel(sleeping)) == "CANCELLED", "whoever does not want to wait need not"
+        wrong.start()
+        right.kill()
+        eventually(lambda: at_wrong.get(working).execution == 3, LATE_S, what="the wrong one takes over")
+        assert len(at_wrong.output_of(working)) == WORKS
+        judge_all(url, {working: plan} | ({sleeping: ["sleep", "enter"]} if skew_s < 0 else {}))

@@ -18,10 +18,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
+from types import ModuleType
 from typing import Any
 
 import psycopg
 import sqlalchemy as sa
+from grpc._cython import cygrpc
 from perdure_service.durable import executions, inbox, owners, service
 from perdure_service.durable import operation as seam
 from perdure_service.rpc import agent_runs, requests
@@ -106,6 +108,9 @@ def _begin_skewed(execution: executions.Execution, *arguments: Any, **rest: Any)
 
 
 if CLOCK_SKEW_S:
+    # gRPC is told of a call's deadline as a time to live, and adds that to the clock of its C core.
+    cygrpc.time = ModuleType("time")
+    cygrpc.time.__dict__.update(time.__dict__)
     time.time = lambda: _time() + CLOCK_SKEW_S
     time.time_ns = lambda: _time_ns() + CLOCK_SKEW_S * 1_000_000_000
     executions.Execution.__init__ = _begin_skewed  # type: ignore[method-assign]
