@@ -62,7 +62,7 @@ class StateChanged:
 
     Attributes:
         from_state: The state before; None in the first event.
-        to_state: The state from now on.
+        to_state: The state from now on. The same as before when the run was parked: it waits on, outside of memory.
         reason: Why, for people; empty when there is nothing to say.
         failure: Why it failed, when `to_state` is FAILED.
         until_time: Until when, when `to_state` is SLEEPING or SCHEDULED.

@@ -287,6 +287,14 @@ def test_plain_lines_tell_the_same_story() -> None:
     ]
 
 
+def test_a_run_that_is_parked_is_not_told_to_ask_again() -> None:
+    asks, waits = "asks: Publish?", RunState.AWAITING_INPUT
+    assert lines_of(
+        StateChanged(to_state=waits, from_state=RunState.RUNNING, reason=asks),
+        StateChanged(to_state=waits, from_state=waits, reason=asks),
+    ) == ["AWAITING_INPUT: asks: Publish?", "parked, still AWAITING_INPUT"]
+
+
 def test_streamed_text_comes_in_whole_lines_and_what_is_left_before_the_next_event_of_its_step() -> None:
     formatted = EventLines()
     told = [

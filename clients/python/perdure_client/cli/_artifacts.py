@@ -37,7 +37,7 @@ def artifacts(context: typer.Context, run: RunArgument, output: OutputOption = N
 def read(
     context: typer.Context,
     run: RunArgument,
-    name: Annotated[str, typer.Argument(help="The artifact's name.", show_default=False)],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The artifact's name.", show_default=False)],
 ) -> None:
     """Writes the bytes of an artifact to standard output.
 

@@ -62,6 +62,8 @@ class EventLines:
     def _text(self, event: RunEvent) -> str:
         step = one_line(event.step_name) or f"step {event.step_id}"
         match event.data:
+            case StateChanged(from_state=before, to_state=state) if before is state:
+                return f"parked, still {state}"  # what it waits for was told when the wait began
             case StateChanged(to_state=state, reason=reason, failure=failure):
                 why = one_line(str(failure)) if failure else one_line(reason)
                 again = f", execution {event.execution}" if event.execution > 1 else ""
