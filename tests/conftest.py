@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import chaos_report, marks
+from tests.helpers import marks
 from tests.helpers.databases import FORMS, DatabaseServer, given_server, url_in_form
 
 HERE = Path(__file__).parent
@@ -20,7 +20,6 @@ SEED = int(os.environ.get("PERDURE_TEST_SEED") or random.SystemRandom().randrang
 os.environ["PERDURE_TEST_SEED"] = str(SEED)  # the workers of pytest-xdist are made later, and take it from here
 _outcomes: dict[str, Counter[str]] = {}
 _logged_marks: set[str] = set()
-_chaos: list[dict[str, int]] = []
 
 
 def pytest_report_header() -> list[str]:
@@ -88,8 +87,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for title, text in report.sections:
         if title.startswith(("Captured log", "Captured stderr")):
             _logged_marks.update(f"{report.nodeid}: {line}" for line in marks.marks_in(text))
-    if report.when == "teardown":
-        _chaos.extend(value for name, value in report.user_properties if name == chaos_report.PROPERTY)  # type: ignore[misc]
     if report.when == "call" or report.skipped:
         _count(report.nodeid, "skipped" if report.skipped else "ran")
     elif report.failed:
@@ -117,20 +114,15 @@ def _skipped_folders(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Fails for a folder skipped as a whole (nothing was shown), a mark in a log, and what chaos lost or doubled."""
+    """A folder that was skipped as a whole is a failure: nothing was shown. So is a payload or a secret in a log."""
     if hasattr(session.config, "workerinput"):
         return  # a worker of pytest-xdist has seen a part only; every report reaches the process that made it
-    bad = _skipped_folders(session.config) or _logged_marks or chaos_report.is_bad(_chaos)
-    if bad and session.exitstatus == pytest.ExitCode.OK:
+    if (_skipped_folders(session.config) or _logged_marks) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Names the folders that were skipped, the tests that logged what they must not, and what the chaos tests found."""
-    if summary := chaos_report.lines(_chaos, SEED):
-        terminalreporter.section("chaos")
-        for line in summary:
-            terminalreporter.write_line(line, red=chaos_report.is_bad(_chaos))
+    """Names the folders that were skipped, and the tests that logged what they must not."""
     for line in sorted(_logged_marks):
         terminalreporter.write_line(f"ERROR: a payload or a secret was logged by {line}", red=True)
     for folder in _skipped_folders(config):

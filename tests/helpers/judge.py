@@ -8,7 +8,6 @@ from typing import Any
 
 from perdure_service.domain.events import PUBLISH_STEP, Event, EventKind, decode_events
 
-from tests.helpers import chaos_report
 from tests.helpers.server import effects, sql
 
 DONE = {EventKind.STEP_SUCCEEDED, EventKind.STEP_FAILED, EventKind.PUBLISHED, EventKind.CHILD_STARTED}
@@ -24,11 +23,8 @@ def log_of(database_url: str, workflow_id: str) -> list[Event]:
         ).fetchall()
     log: list[Event] = []
     previous: int | None = None
-    chaos_report.count(chaos_report.CHECKED, len(rows))
     for first, count, previous_first, text in rows:
         events = decode_events(text, first)
-        chaos_report.count(chaos_report.LOST, max(0, first - len(log) - 1))
-        chaos_report.count(chaos_report.DOUBLED, max(0, len(log) + 1 - first))
         assert first == len(log) + 1, f"a gap before {first}"
         assert len(events) == count
         assert previous_first == previous
@@ -54,28 +50,22 @@ def assert_consistent(database_url: str, workflow_id: str, end: str = "SUCCEEDED
         for e in log
         if e.kind is EventKind.STATE_CHANGED and e.data["to"] in ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED")
     ]
-    chaos_report.count(chaos_report.LOST, not ends)
-    chaos_report.count(chaos_report.DOUBLED, max(0, len(ends) - 1))
     assert [e.data["to"] for e in ends] == [end]
     assert log[-1] is ends[0], "the terminal event is the last"
     done = [e for e in log if e.kind in DONE and (e.kind is not EventKind.PUBLISHED or e.step_name == PUBLISH_STEP)]
     told = Counter(e.step_id for e in done)
-    chaos_report.count(chaos_report.DOUBLED, sum(told.values()) - len(told))
     assert set(told.values()) <= {1}, f"a step was told of twice: {told}"
     recorded = {n: name for n, name in checkpoints_of(database_url, workflow_id).items() if name != "DBOS.sleep"}
     told_names = {e.step_id: e.step_name for e in done if e.step_name != "DBOS.sleep"}
     streamed = {
         e.step_id: e.step_name for e in log if e.kind is EventKind.OUTPUT_DELTA and e.step_name == "DBOS.writeStream"
     }
-    chaos_report.count(chaos_report.CHECKED, len(recorded))
-    chaos_report.count(chaos_report.LOST, len(recorded.keys() ^ (told_names | streamed).keys()))
     assert recorded == told_names | streamed
     assert _usage_of(database_url, workflow_id) == tuple(
         sum(event.data[name] for event in log if event.kind is EventKind.USAGE)
         for name in ("input_tokens", "output_tokens")
     ), "the run's usage is what its log adds up to"
     _assert_states_follow(log)
-    chaos_report.count(chaos_report.RUNS, 1)
     return log
 
 
@@ -96,10 +86,6 @@ def _assert_states_follow(log: list[Event]) -> None:
 def assert_effects(database_url: str, run_id: str, log: list[Event], *expected: str, deaths: int) -> None:
     """Fails unless each effect happened, in order, and only steps in progress at a death were done again."""
     done = effects(database_url, run_id)
-    chaos_report.count(chaos_report.CHECKED, len(done))
-    chaos_report.count(chaos_report.REPEATED, len(done) - len(set(done)))
-    chaos_report.count(chaos_report.LOST, len(set(expected) - set(done)))
-    chaos_report.count(chaos_report.DOUBLED, max(0, len(done) - len(expected) - deaths))
     assert list(dict.fromkeys(done)) == list(expected)
     repeated = len(done) - len(expected)
     assert 0 <= repeated <= deaths, f"{repeated} effects repeated by {deaths} deaths: {done}"

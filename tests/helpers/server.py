@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 from perdure_service.store.engine import parse_url
 
-from tests.helpers import chaos_report, marks
+from tests.helpers import marks
 from tests.helpers.forked import ForkedServer
 from tests.helpers.waiting import eventually, free_port, scaled
 
@@ -21,9 +21,6 @@ ROOT = Path(__file__).parents[2]
 READY = "perdure serves on"
 KILLED = 137
 """The exit status of a server that `tests.helpers.chaos` has killed."""
-LOST_REPLY = "chaos: a commit's reply is lost"
-REFUSED = "chaos: a transaction is refused"
-"""What it prints at each fault of these kinds, to be counted."""
 
 
 class ServerProcess:
@@ -89,15 +86,12 @@ class ServerProcess:
         assert process is not None
         process.send_signal(signal.SIGKILL)
         process.wait()
-        chaos_report.fault("kills")
         self.check_log()
 
     def wait_for_end(self, timeout: float = 30) -> int:
         """Waits until it has ended by itself; returns its exit status."""
         assert self._process is not None
-        status = self._process.wait(scaled(timeout))
-        chaos_report.fault("kills at a point", status == KILLED)
-        return status
+        return self._process.wait(scaled(timeout))
 
     def stop(self) -> int:
         """SIGTERM; returns its exit status."""
