@@ -12,14 +12,33 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import marks
+from tests.helpers import chaos_report, marks
 from tests.helpers.databases import FORMS, DatabaseServer, given_server, url_in_form
 
 HERE = Path(__file__).parent
 SEED = int(os.environ.get("PERDURE_TEST_SEED") or random.SystemRandom().randrange(2**32))
 os.environ["PERDURE_TEST_SEED"] = str(SEED)  # the workers of pytest-xdist are made later, and take it from here
+CHAOS_FOLDER = "PERDURE_TEST_CHAOS_FOLDER"
 _outcomes: dict[str, Counter[str]] = {}
 _logged_marks: set[str] = set()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes the folder in which the chaos tests of all workers, which are made later, count."""
+    if not hasattr(config, "workerinput"):
+        os.environ[CHAOS_FOLDER] = tempfile.mkdtemp(prefix="perdure-chaos-")
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Removes it."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ.pop(CHAOS_FOLDER), ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def chaos_folder() -> str:
+    """The folder in which chaos tests count what they break and find."""
+    return os.environ[CHAOS_FOLDER]
 
 
 def pytest_report_header() -> list[str]:
@@ -114,15 +133,23 @@ def _skipped_folders(config: pytest.Config) -> list[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A folder that was skipped as a whole is a failure: nothing was shown. So is a payload or a secret in a log."""
+    """A folder that was skipped as a whole is a failure: nothing was shown. So is a payload or a secret in a log, or a
+    run that the chaos tests found to have lost or doubled something.
+    """
     if hasattr(session.config, "workerinput"):
         return  # a worker of pytest-xdist has seen a part only; every report reaches the process that made it
-    if (_skipped_folders(session.config) or _logged_marks) and session.exitstatus == pytest.ExitCode.OK:
+    sound = chaos_report.read(Path(os.environ[CHAOS_FOLDER])).sound
+    if (_skipped_folders(session.config) or _logged_marks or not sound) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Names the folders that were skipped, and the tests that logged what they must not."""
+    """Sums up the chaos tests; names the folders that were skipped, and the tests that logged what they must not."""
+    chaos = chaos_report.read(Path(os.environ[CHAOS_FOLDER])).lines(SEED)
+    if chaos:
+        terminalreporter.section("chaos")
+    for line in chaos:
+        terminalreporter.write_line(line)
     for line in sorted(_logged_marks):
         terminalreporter.write_line(f"ERROR: a payload or a secret was logged by {line}", red=True)
     for folder in _skipped_folders(config):

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers import judge
+from tests.helpers import chaos_report, judge
 from tests.helpers.rpc import Rpc
 from tests.helpers.server import ServerProcess, create_effects_table, sql
 from tests.helpers.waiting import eventually, scaled
@@ -81,6 +81,7 @@ def test_a_zombie_writes_nothing_and_ends(url: str, living: Rpc, where: str) -> 
             if where == "outside":
                 rpc.output_of(freezing)
                 os.kill(pid, signal.SIGSTOP)
+                chaos_report.fault("servers frozen")
         try:
             eventually(lambda: _is_frozen(pid), what="it is frozen")
             runs = [asking, listening, sleeping, *([freezing] if where != "outside" else [])]

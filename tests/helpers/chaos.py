@@ -28,7 +28,7 @@ from perdure_service.durable import executions, inbox, owners, service
 from perdure_service.durable import operation as seam
 from perdure_service.rpc import agent_runs, requests
 
-from tests.helpers import agents
+from tests.helpers import agents, chaos_report
 from tests.helpers.server import KILLED
 
 KILL_AT = int(os.environ.get("PERDURE_CHAOS_KILL_AT", "0"))
@@ -58,6 +58,7 @@ def _point(name: str) -> None:
 def _broken_write(operation: seam.Operation, conn: sa.Connection) -> None:
     _write(operation, conn)
     if SQLSTATE and operation._events and next(_transactions) % 3 == 0:
+        chaos_report.refused(SQLSTATE)
         conn.execute(sa.text("SELECT public.test_raise(:code)"), {"code": SQLSTATE})
     if _tells(operation):
         _point(f"written {sorted(operation._events)}")
@@ -72,9 +73,11 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
         if _tells(operation):
             _point(f"committed {sorted(operation._events)}")
             if AMBIGUOUS and operation.attempts == 1 and not _claims_for_the_first_time(operation):
+                chaos_report.fault("replies to COMMIT lost")
                 lost = psycopg.OperationalError("server closed the connection unexpectedly")
                 raise sa.exc.OperationalError("COMMIT", None, lost, connection_invalidated=True)
             if LOSE_CLAIMS and _claims_for_the_first_time(operation):
+                chaos_report.fault("replies to COMMIT lost")
                 raise sa.exc.OperationalError("COMMIT", None, psycopg.OperationalError("lost"))
 
     with _run(operations, operation, begin_and_lose) as conn:

@@ -8,6 +8,7 @@ from typing import Any
 
 from perdure_service.domain.events import PUBLISH_STEP, Event, EventKind, decode_events
 
+from tests.helpers import chaos_report
 from tests.helpers.server import effects, sql
 
 DONE = {EventKind.STEP_SUCCEEDED, EventKind.STEP_FAILED, EventKind.PUBLISHED, EventKind.CHILD_STARTED}
@@ -21,6 +22,7 @@ def log_of(database_url: str, workflow_id: str) -> list[Event]:
             "WHERE workflow_id = %s ORDER BY first_sequence",
             (workflow_id,),
         ).fetchall()
+    _count_gaps(workflow_id, rows)
     log: list[Event] = []
     previous: int | None = None
     for first, count, previous_first, text in rows:
@@ -31,6 +33,17 @@ def log_of(database_url: str, workflow_id: str) -> list[Event]:
         previous = first
         log += events
     return log
+
+
+def _count_gaps(workflow_id: str, rows: list[Any]) -> None:
+    """Counts the events that are missing, or there twice, in packs that do not follow each other."""
+    expected, lost, doubled = 1, 0, 0
+    for first, count, *_ in rows:
+        lost += max(0, first - expected)
+        doubled += max(0, expected - first)
+        expected = max(expected, first + count)
+    if lost or doubled:
+        chaos_report.judged(workflow_id, lost=lost, doubled=doubled)
 
 
 def checkpoints_of(database_url: str, workflow_id: str) -> dict[int, str]:
@@ -50,16 +63,27 @@ def assert_consistent(database_url: str, workflow_id: str, end: str = "SUCCEEDED
         for e in log
         if e.kind is EventKind.STATE_CHANGED and e.data["to"] in ("SUCCEEDED", "FAILED", "CANCELLED", "EXPIRED")
     ]
-    assert [e.data["to"] for e in ends] == [end]
-    assert log[-1] is ends[0], "the terminal event is the last"
     done = [e for e in log if e.kind in DONE and (e.kind is not EventKind.PUBLISHED or e.step_name == PUBLISH_STEP)]
     told = Counter(e.step_id for e in done)
-    assert set(told.values()) <= {1}, f"a step was told of twice: {told}"
     recorded = {n: name for n, name in checkpoints_of(database_url, workflow_id).items() if name != "DBOS.sleep"}
     told_names = {e.step_id: e.step_name for e in done if e.step_name != "DBOS.sleep"}
     streamed = {
         e.step_id: e.step_name for e in log if e.kind is EventKind.OUTPUT_DELTA and e.step_name == "DBOS.writeStream"
     }
+    again = _begun_after_the_end(log)
+    chaos_report.judged(
+        workflow_id,
+        finished=len(ends) > 0,
+        repeated=_begun_again(log),
+        checkpoints=len(recorded),
+        events=len(log),
+        lost=len(recorded.items() ^ (told_names | streamed).items()) + (not ends),
+        doubled=sum(told.values()) - len(told) + max(0, len(ends) - 1) + len(again),
+    )
+    assert [e.data["to"] for e in ends] == [end]
+    assert log[-1] is ends[0], "the terminal event is the last"
+    assert set(told.values()) <= {1}, f"a step was told of twice: {told}"
+    assert not again, f"steps that were done began again: {again}"
     assert recorded == told_names | streamed
     assert _usage_of(database_url, workflow_id) == tuple(
         sum(event.data[name] for event in log if event.kind is EventKind.USAGE)
@@ -67,6 +91,23 @@ def assert_consistent(database_url: str, workflow_id: str, end: str = "SUCCEEDED
     ), "the run's usage is what its log adds up to"
     _assert_states_follow(log)
     return log
+
+
+def _begun_again(log: list[Event]) -> int:
+    """Returns how many steps began again in a later execution, as far as the log tells: their process had died."""
+    began = {(e.step_id, e.execution) for e in log if e.kind is EventKind.STEP_STARTED}
+    return len(began) - len({step_id for step_id, _ in began})
+
+
+def _begun_after_the_end(log: list[Event]) -> list[int]:
+    done: set[int] = set()
+    again = []
+    for event in log:
+        if event.kind is EventKind.STEP_STARTED and event.step_id in done:
+            again.append(event.step_id)
+        elif event.kind in (EventKind.STEP_SUCCEEDED, EventKind.STEP_FAILED):
+            done.add(event.step_id)
+    return again
 
 
 def _usage_of(database_url: str, workflow_id: str) -> tuple[int, ...]:
@@ -86,8 +127,15 @@ def _assert_states_follow(log: list[Event]) -> None:
 def assert_effects(database_url: str, run_id: str, log: list[Event], *expected: str, deaths: int) -> None:
     """Fails unless each effect happened, in order, and only steps in progress at a death were done again."""
     done = effects(database_url, run_id)
-    assert list(dict.fromkeys(done)) == list(expected)
     repeated = len(done) - len(expected)
+    chaos_report.judged(
+        f"default.{run_id}.r",
+        repeated=max(0, repeated),
+        effects=len(done),
+        lost=len(set(expected) - set(done)),
+        doubled=max(0, repeated - deaths),
+    )
+    assert list(dict.fromkeys(done)) == list(expected)
     assert 0 <= repeated <= deaths, f"{repeated} effects repeated by {deaths} deaths: {done}"
 
 

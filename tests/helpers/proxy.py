@@ -15,6 +15,7 @@ from pathlib import Path
 import sqlalchemy as sa
 from perdure_service.store.engine import parse_url
 
+from tests.helpers import chaos_report
 from tests.helpers.databases import url_in_form
 
 ENCRYPTION_REQUESTS = (80877103, 80877104)
@@ -112,12 +113,15 @@ class DatabaseProxy:
 
     def cut(self) -> None:
         """Ends all connections; new ones are closed as soon as they are made."""
+        if not self._closed:
+            chaos_report.fault("database away")
         with self._lock:
             self._cut = True
             self._end_all()
 
     def refuse(self) -> None:
         """Ends all connections; new ones are refused, as by a host where nobody listens."""
+        chaos_report.fault("database away")
         with self._lock:
             self._cut = True
             _shut(self._listener)
@@ -137,6 +141,7 @@ class DatabaseProxy:
 
     def freeze(self) -> None:
         """Makes all connections half open: they are accepted, and kept, and nothing goes through any more."""
+        chaos_report.fault("database silent")
         self._frozen.set()
 
     def lose_replies(self, pattern: str, times: int = 1) -> LostReply:
@@ -267,6 +272,7 @@ class DatabaseProxy:
         for message in _messages(connection.from_server, keep=True):
             if message[:1] == b"C" and message[5:].startswith(b"COMMIT"):
                 order.lost += 1
+                chaos_report.fault("replies to COMMIT lost")
                 return False
             if message[:1] in (b"E", b"C"):
                 # The server has not committed: there is nothing to lose. The next one counts.

@@ -13,7 +13,7 @@ from pathlib import Path
 import psycopg
 from perdure_service.store.engine import parse_url
 
-from tests.helpers import marks
+from tests.helpers import chaos_report, marks
 from tests.helpers.forked import ForkedServer
 from tests.helpers.waiting import eventually, free_port, scaled
 
@@ -84,6 +84,8 @@ class ServerProcess:
         """kill -9."""
         process = self._process
         assert process is not None
+        if process.poll() is None:
+            chaos_report.fault("killed from outside")
         process.send_signal(signal.SIGKILL)
         process.wait()
         self.check_log()
@@ -91,13 +93,17 @@ class ServerProcess:
     def wait_for_end(self, timeout: float = 30) -> int:
         """Waits until it has ended by itself; returns its exit status."""
         assert self._process is not None
-        return self._process.wait(scaled(timeout))
+        status = self._process.wait(scaled(timeout))
+        if status == KILLED:
+            chaos_report.fault("killed at a point of the seam")
+        return status
 
     def stop(self) -> int:
         """SIGTERM; returns its exit status."""
         process = self._process
         if process is None or process.poll() is not None:
             return 0 if process is None else process.returncode
+        chaos_report.fault("stopped by SIGTERM")
         process.terminate()
         try:
             return process.wait(scaled(30))

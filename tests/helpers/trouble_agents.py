@@ -14,6 +14,7 @@ from perdure_service.agents.resources import resources
 from perdure_service.durable import operation as seam
 from perdure_service.durable import owners
 
+from tests.helpers import chaos_report
 from tests.helpers.agents import FlakyError, count_one, effect, plain_child
 
 FREEZE_AT = os.environ.get("PERDURE_TROUBLE_FREEZE", "")
@@ -27,6 +28,7 @@ def freeze() -> None:
     """Stops this process, as a machine that hangs does, until it gets SIGCONT; a second time it does nothing."""
     if not _frozen:
         _frozen.append(True)
+        chaos_report.fault("servers frozen")
         os.kill(os.getpid(), signal.SIGSTOP)
 
 
