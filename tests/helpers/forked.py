@@ -1,4 +1,4 @@
-"""Servers as processes that are forked from one which has imported everything already: a start takes a part of a second.
+"""Servers as processes that are forked from one which has imported everything: a start takes a part of a second.
 
 The process that is forked from has imported the product and has no threads; the agents, and all that reads the
 environment, are imported by the server itself. What a server does after that is what `perdure-server` does.
