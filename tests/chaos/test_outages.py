@@ -95,7 +95,7 @@ def test_a_database_that_says_nothing_is_left_and_found_again(url: str, proxy: D
     environment = {"PERDURE_STATEMENT_TIMEOUT": "1", "PERDURE_LEASE_TTL": "1.5"}
     separator = "&" if "?" in proxy.url else "?"
     with (
-        ServerProcess(f"{proxy.url}{separator}connect_timeout=2", **environment) as server,
+        ServerProcess(f"{proxy.url}{separator}connect_timeout=2", PERDURE_TEST_EFFECTS_URL=url, **environment) as server,
         Rpc(server.address) as rpc,
     ):
         run_id = rpc.start("counter", {"steps": 40, "delay_s": 0.05})
@@ -118,7 +118,7 @@ def test_a_database_that_says_nothing_is_left_and_found_again(url: str, proxy: D
 
 def test_after_an_outage_nobody_has_lost_anything_and_not_all_come_back_at_once(url: str, proxy: DatabaseProxy) -> None:
     with ExitStack() as stack:
-        servers = [ServerProcess(proxy.url, command="serve") for _ in range(SERVERS)]
+        servers = [ServerProcess(proxy.url, command="serve", PERDURE_TEST_EFFECTS_URL=url) for _ in range(SERVERS)]
         for server in servers:
             stack.callback(server.__exit__)
         with ThreadPoolExecutor(SERVERS) as pool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from datetime import timedelta
 from typing import Any, Literal
@@ -16,9 +17,14 @@ from pydantic import BaseModel
 from tests.helpers import marks
 
 
+EFFECTS_URL = os.environ.get("PERDURE_TEST_EFFECTS_URL", "")
+"""The database of the effects, where the server's own may be away: another system is not."""
+
+
 def effect(what: str) -> None:
     """Leaves a trace, in a transaction of its own, as a side effect in another system would."""
-    with resources().engine.begin() as conn:
+    engine = sa.create_engine(EFFECTS_URL, poolclass=sa.NullPool) if EFFECTS_URL else resources().engine
+    with engine.begin() as conn:
         conn.execute(
             sa.text("INSERT INTO public.test_effect (run_id, what) VALUES (:run_id, :what)"),
             {"run_id": run.id, "what": what},

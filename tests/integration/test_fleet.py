@@ -156,6 +156,7 @@ def test_a_database_that_is_away_for_several_leases_ends_no_executor_and_repeats
     proxy = DatabaseProxy(url)
     # What waits stays in memory, so that a second execution can only come of a give-back.
     environment = {"PERDURE_LEASE_TTL": str(SHORT_TTL_S), "PERDURE_PARK_AFTER": NOT_PARKED_S}
+    environment["PERDURE_TEST_EFFECTS_URL"] = url
     servers = [ServerProcess(proxy.url, command="serve", **environment) for _ in range(2)]
     try:
         start_together(servers)

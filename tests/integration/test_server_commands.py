@@ -358,7 +358,8 @@ def proxy(own_database_url: str) -> Iterator[DatabaseProxy]:
 def test_calls_fail_soon_while_the_database_is_away_and_runs_go_on_after(
     own_database_url: str, proxy: DatabaseProxy
 ) -> None:
-    with ServerProcess(proxy.url, PERDURE_PARK_AFTER="3600") as server, Rpc(server.address) as rpc:
+    environment = {"PERDURE_PARK_AFTER": "3600", "PERDURE_TEST_EFFECTS_URL": own_database_url}
+    with ServerProcess(proxy.url, **environment) as server, Rpc(server.address) as rpc:
         run_id = rpc.start("counter", {"steps": 30, "delay_s": 0.05})
         waiting = rpc.start("listener", {})
         asking = rpc.start("asker", {})
