@@ -15,13 +15,13 @@ import pytest
 from perdure_client import Client, Run, RunEvent
 
 from tests.helpers import everything_agent, judge
-from tests.helpers.server import KILLED, ServerProcess, create_effects_table
+from tests.helpers.server import KILLED, ServerProcess, create_effects_table, effects
 from tests.helpers.waiting import eventually, scaled
 
 ALL_POINTS = bool(os.environ.get("PERDURE_TEST_ALL_POINTS"))
 """Whether to die at all of them (`make chaos`), not at some that the seed chooses."""
 
-POINTS = {"in memory": 40, "parked": 56}
+POINTS = {"in memory": 38, "parked": 44}
 """Points of the run, its child's included, by where it waits; some more lie behind its end."""
 PARK_AFTER = {"in memory": "600", "parked": "0"}
 SAMPLED = 3
@@ -116,9 +116,8 @@ def _judge(url: str, driver: Driver, ended: Run, *, deaths: int) -> None:
     (started,) = [event for event in log if event.kind == "child_started"]
     child_id = started.data["child_run_id"]
     child_log = judge.assert_consistent(url, workflow_id.removesuffix("r") + child_id.replace(f"{run_id}.", "r-"))
-    judge.assert_effects(
-        url, run_id, log, *(body for body in everything_agent.BODIES if body != "child"), deaths=deaths
-    )
+    own = [body for body in everything_agent.BODIES if body != "child"]
+    judge.assert_effects(url, run_id, log, *own, deaths=deaths)
     judge.assert_effects(url, child_id, child_log, "child", deaths=deaths)
     paid = next(event.step_id for event in log if event.step_name == "everything.pay")
     key = f"{workflow_id}:{paid}"
@@ -155,3 +154,28 @@ def test_a_kill_at_every_boundary_of_a_run_that_does_everything(url: str, rng: r
             _judge(url, driver, driver.join(), deaths=int(died))
             server.kill()
     assert deaths > 0
+
+
+@pytest.mark.timeout(300)
+def test_every_step_whose_body_runs_twice_is_recorded_once_and_applied_once(url: str) -> None:
+    with _server(url, "in memory") as server:
+        for body in everything_agent.BODIES:
+            server.start(PERDURE_CHAOS_DIE_AFTER=body)
+            driver = Driver(server, f"twice-{body}")
+            _start_again(server)
+            _judge(url, driver, driver.join(), deaths=1)
+            child_id = next(event.run_id for event in driver.family if event.run_id != driver.run_id)
+            done = effects(url, child_id if body == "child" else driver.run_id)
+            assert done.count(body) == 2, "the death was between the body and its checkpoint"
+            server.kill()
+    ((_, attempts, _),) = everything_agent.ledger_of(url, "twice-pay")
+    assert attempts == 2, "the payment was asked for twice, with one key"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("waits", POINTS)
+def test_every_commit_whose_reply_is_lost_once_is_written_once(url: str, waits: str) -> None:
+    with _server(url, waits) as server:
+        server.start(PERDURE_CHAOS_AMBIGUOUS="1")
+        driver = Driver(server, f"lost-replies-{waits.replace(' ', '-')}")
+        _judge(url, driver, driver.join(), deaths=0)

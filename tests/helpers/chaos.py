@@ -2,7 +2,8 @@
 
 `PERDURE_CHAOS_KILL_AT=n`       dies, as by kill -9, at the nth point: each commit of the seam has two, "everything is
                                 written but nothing committed" and "committed, but nobody knows it yet".
-`PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam but first claims happens, and its reply is lost, once.
+`PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam but first claims happens, and its reply is lost, once; of the
+                                claims of a run that was parked the first one, as each repeat is a claim of its own.
 `PERDURE_CHAOS_SQLSTATE=40001`  every third transaction that writes events fails with this SQLSTATE, raised
                                 by the database.
 `PERDURE_CHAOS_LOSE_CLAIMS=1`   the first claim of each run is committed, and its reply is lost.
@@ -33,6 +34,7 @@ LOSE_CLAIMS = bool(os.environ.get("PERDURE_CHAOS_LOSE_CLAIMS"))
 
 _points = itertools.count(1)
 _transactions = itertools.count(1)
+_claims_lost: set[str] = set()
 _write = seam.Operation.write
 _run = seam.Operations._run
 
@@ -66,7 +68,7 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
             yield conn
         if _tells(operation):
             _point(f"committed {sorted(operation._events)}")
-            if AMBIGUOUS and operation.attempts == 1 and not _claims_for_the_first_time(operation):
+            if AMBIGUOUS and operation.attempts == 1 and not _is_spared(operation):
                 chaos_report.fault("replies to COMMIT lost")
                 lost = psycopg.OperationalError("server closed the connection unexpectedly")
                 raise sa.exc.OperationalError("COMMIT", None, lost, connection_invalidated=True)
@@ -78,6 +80,21 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
         yield conn
 
 
+def _is_spared(operation: seam.Operation) -> bool:
+    """Whether it claims a run for the first time, or one of which a claim's reply was lost already."""
+    if _claims_for_the_first_time(operation):
+        return True
+    claimed = {
+        workflow_id
+        for workflow_id, events in operation._events.items()
+        for event in events
+        if event.data.get("from") == "QUEUED" and event.data.get("to") == "RUNNING"
+    }
+    spared = bool(claimed & _claims_lost)
+    _claims_lost.update(claimed)
+    return spared
+
+
 def _claims_for_the_first_time(operation: seam.Operation) -> bool:
     return any(
         event.data.get("from") == "QUEUED" and event.data.get("to") == "RUNNING" and event.execution == 1
@@ -86,7 +103,7 @@ def _claims_for_the_first_time(operation: seam.Operation) -> bool:
     )
 
 
-if LOSE_CLAIMS:
+if LOSE_CLAIMS or AMBIGUOUS:
     owners.GRACE_S = 1.0
     owners.LOOKS_PER_SEARCH = 1
 

@@ -40,7 +40,8 @@ def create_ledger(database_url: str) -> None:
     """Makes the other system's table: one row for each key, however often it was asked for."""
     with sql(database_url) as connection:
         connection.execute(
-            "CREATE TABLE IF NOT EXISTS public.test_ledger (key TEXT PRIMARY KEY, run_id TEXT, attempts INT, amount INT)"
+            "CREATE TABLE IF NOT EXISTS public.test_ledger "
+            "(key TEXT PRIMARY KEY, run_id TEXT, attempts INT, amount INT)"
         )
 
 
