@@ -10,12 +10,13 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from perdure_client import Client, Run, RunEvent
 
-from tests.helpers import everything_agent, judge
-from tests.helpers.server import KILLED, ServerProcess, create_effects_table, effects
+from tests.helpers import chaos_report, everything_agent, judge
+from tests.helpers.server import KILLED, ServerProcess, create_effects_table, effects, sql
 from tests.helpers.waiting import eventually, scaled
 
 ALL_POINTS = bool(os.environ.get("PERDURE_TEST_ALL_POINTS"))
@@ -179,3 +180,51 @@ def test_every_commit_whose_reply_is_lost_once_is_written_once(url: str, waits: 
         server.start(PERDURE_CHAOS_AMBIGUOUS="1")
         driver = Driver(server, f"lost-replies-{waits.replace(' ', '-')}")
         _judge(url, driver, driver.join(), deaths=0)
+
+
+def test_the_judge_counts_what_is_lost_and_what_is_doubled(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Broken by hand, and counted apart from the other tests."""
+    with _server(url, "in memory") as server, Client(server.start().address) as client:
+        client.start("counter", {"steps": 2}, run_id="tampered")
+        assert client.wait("tampered").succeeded
+    workflow_id = "default.tampered.r"
+    whole = judge.assert_consistent(url, workflow_id)
+    monkeypatch.setenv(chaos_report.FOLDER, str(tmp_path))
+
+    def counted(judging: Callable[[], object]) -> tuple[int, int]:
+        with pytest.raises(AssertionError):
+            judging()
+        summary = chaos_report.read(tmp_path)
+        for path in tmp_path.iterdir():
+            path.unlink()
+        return summary.total("lost"), summary.total("doubled")
+
+    def judged() -> tuple[int, int]:
+        return counted(lambda: judge.assert_consistent(url, workflow_id))
+
+    seen = [(event.sequence, str(event.kind)) for event in whole]
+    assert counted(lambda: judge.assert_watched(seen[:-1], whole, workflow_id)) == (1, 0)
+    assert counted(lambda: judge.assert_watched([*seen, seen[-1]], whole, workflow_id)) == (0, 1)
+    assert counted(lambda: judge.assert_ledger("tampered", [("k", 1, 5), ("l", 1, 5)], "k", 5, deaths=0)) == (0, 1)
+    assert counted(lambda: judge.assert_ledger("tampered", [], "k", 5, deaths=0)) == (1, 0)
+    done = ("count 0", "count 1")
+    assert counted(lambda: judge.assert_effects(url, "tampered", whole, *done, "count 2", deaths=0)) == (1, 0)
+    with sql(url) as connection:
+        connection.execute("INSERT INTO public.test_effect (run_id, what) VALUES ('tampered', 'count 1')")
+    assert counted(lambda: judge.assert_effects(url, "tampered", whole, *done, deaths=0)) == (0, 1)
+    with sql(url) as connection:
+        connection.execute(
+            "DELETE FROM dbos.operation_outputs WHERE workflow_uuid = %s AND function_id = 2", [workflow_id]
+        )
+    assert judged() == (1, 0), "a step that was told and has no checkpoint"
+    with sql(url) as connection:
+        connection.execute(
+            "DELETE FROM perdure.run_event WHERE workflow_id = %s AND first_sequence = "
+            "(SELECT min(first_sequence) FROM perdure.run_event WHERE workflow_id = %s AND first_sequence > 1)",
+            [workflow_id, workflow_id],
+        )
+    lost, doubled = judged()
+    assert lost >= 1, "a gap in the log"
+    assert doubled == 0
