@@ -28,7 +28,7 @@ demo-crash: .venv/installed  ## Kill a server in the middle of a run, and watch 
 test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE_TEST_DATABASE_URL)
 	.venv/bin/python -m pytest $(WORKERS) tests/unit tests/integration tests/chaos tests/e2e
 
-chaos: .venv/installed  ## Run the chaos tests at every point there is, not at some that the seed chooses
+chaos: .venv/installed  ## Run the chaos tests at every point there is, and sum up what was broken and found
 	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest $(WORKERS) tests/chaos
 
 bench: .venv/installed  ## Measure, some minutes (BENCH='recovery --kills 10', --help; --write puts the tables into the documents)

@@ -2,7 +2,8 @@
 
 `PERDURE_CHAOS_KILL_AT=n`       dies, as by kill -9, at the nth point: each commit of the seam has two, "everything is
                                 written but nothing committed" and "committed, but nobody knows it yet".
-`PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam but claims happens, and its reply is lost, once.
+`PERDURE_CHAOS_AMBIGUOUS=1`     each commit of the seam but first claims happens, and its reply is lost, once; of the
+                                claims of a run that was parked the first one, as each repeat is a claim of its own.
 `PERDURE_CHAOS_SQLSTATE=40001`  every third transaction that writes events fails with this SQLSTATE, raised
                                 by the database.
 `PERDURE_CHAOS_LOSE_CLAIMS=1`   the first claim of each run is committed, and its reply is lost.
@@ -39,6 +40,7 @@ CLOCK_SKEW_S = int(os.environ.get("PERDURE_CHAOS_CLOCK_SKEW_S", "0"))
 
 _points = itertools.count(1)
 _transactions = itertools.count(1)
+_claims_lost: set[str] = set()
 _write = seam.Operation.write
 _run = seam.Operations._run
 
@@ -72,7 +74,7 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
             yield conn
         if _tells(operation):
             _point(f"committed {sorted(operation._events)}")
-            if AMBIGUOUS and operation.attempts == 1 and not _claims(operation):
+            if AMBIGUOUS and operation.attempts == 1 and not _is_spared(operation):
                 chaos_report.fault("replies to COMMIT lost")
                 lost = psycopg.OperationalError("server closed the connection unexpectedly")
                 raise sa.exc.OperationalError("COMMIT", None, lost, connection_invalidated=True)
@@ -84,13 +86,19 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
         yield conn
 
 
-def _claims(operation: seam.Operation) -> bool:
-    """Whether it takes runs: nobody repeats that, so a run whose every claim is lost would never begin."""
-    return any(
-        event.data.get("from") == "QUEUED" and event.data.get("to") == "RUNNING"
-        for events in operation._events.values()
+def _is_spared(operation: seam.Operation) -> bool:
+    """Whether it claims a run for the first time, or one of which a claim's reply was lost already."""
+    if _claims_for_the_first_time(operation):
+        return True
+    claimed = {
+        workflow_id
+        for workflow_id, events in operation._events.items()
         for event in events
-    )
+        if event.data.get("from") == "QUEUED" and event.data.get("to") == "RUNNING"
+    }
+    spared = bool(claimed & _claims_lost)
+    _claims_lost.update(claimed)
+    return spared
 
 
 def _claims_for_the_first_time(operation: seam.Operation) -> bool:
@@ -126,7 +134,7 @@ if CLOCK_SKEW_S:
     for module in (agent_runs, requests, inbox, service):
         module.datetime = _SkewedDatetime  # type: ignore[attr-defined]
 
-if LOSE_CLAIMS:
+if LOSE_CLAIMS or AMBIGUOUS:
     owners.GRACE_S = 1.0
     owners.LOOKS_PER_SEARCH = 1
 

@@ -139,6 +139,31 @@ def assert_effects(database_url: str, run_id: str, log: list[Event], *expected: 
     assert 0 <= repeated <= deaths, f"{repeated} effects repeated by {deaths} deaths: {done}"
 
 
+def assert_ledger(run_id: str, rows: list[tuple[str, int, int]], key: str, amount: int, *, deaths: int) -> None:
+    """Fails unless the one key of a run was booked once, asked for again by steps in progress at a death only."""
+    booked = [(row_key, booked) for row_key, _, booked in rows]
+    attempts = sum(attempts for _, attempts, _ in rows)
+    chaos_report.judged(
+        f"ledger of {run_id}",
+        effects=attempts,
+        lost=not rows,
+        doubled=max(0, len(rows) - 1),
+    )
+    assert booked == [(key, amount)]
+    assert 1 <= attempts <= 1 + deaths, f"the key was asked for {attempts} times with {deaths} deaths"
+
+
+def assert_watched(seen: list[tuple[int, str]], log: list[Event], workflow_id: str) -> None:
+    """Fails unless a watcher has seen a run's whole log, each event once and in order."""
+    expected = [(event.sequence, str(event.kind)) for event in log]
+    chaos_report.judged(
+        f"watch of {workflow_id}",
+        lost=len(set(expected) - set(seen)),
+        doubled=len(seen) - len(set(seen)),
+    )
+    assert seen == expected
+
+
 def text_of(log: list[Event], stream: str = "text") -> str:
     """Returns what a client has of a stream in the end: the deltas that no `attempt_reset` made void."""
     pieces: list[tuple[int, str]] = []

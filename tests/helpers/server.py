@@ -90,6 +90,11 @@ class ServerProcess:
         process.wait()
         self.check_log()
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether it was started, and has ended since."""
+        return self._process is not None and self._process.poll() is not None
+
     def wait_for_end(self, timeout: float = 30) -> int:
         """Waits until it has ended by itself; returns its exit status."""
         assert self._process is not None
