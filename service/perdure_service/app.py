@@ -74,6 +74,7 @@ def check(settings: Settings, report: Report) -> bool:
         findings += diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify))
     except ConfigurationError as error:
         findings.append(diagnosis.Finding("error", error.message))
+    findings += diagnosis.object_store(settings.payloads)
     if not any(finding.severity == "error" for finding in findings):
         findings += diagnosis.stranded_runs(database_url(settings), settings.application_version)
     for finding in findings:

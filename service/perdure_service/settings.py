@@ -331,7 +331,10 @@ class Settings(BaseSettings):
         "1", description="The deployment's version: runs continue on executors of the same version only."
     )
     max_running: int = Field(
-        1_000, ge=1, le=100_000, description="Runs at once, those that wait included; more are queued."
+        1_000,
+        ge=1,
+        le=100_000,
+        description="Runs at once, with those that wait and are not parked yet; more are queued.",
     )
     queues: Annotated[dict[str, QueueSettings], NoDecode] = Field(
         default_factory=dict,

@@ -276,6 +276,20 @@ def test_check_prints_the_settings_without_secrets_and_says_that_all_is_well(dat
     assert "secret-key" not in result.stdout
 
 
+def test_check_tries_the_object_store(database_url: str) -> None:
+    given = {
+        "PERDURE_PAYLOADS__S3_BUCKET": "payloads",
+        "PERDURE_PAYLOADS__S3_ENDPOINT": f"http://127.0.0.1:{free_port()}",
+        "PERDURE_PAYLOADS__S3_ACCESS_KEY_ID": "me",
+        "PERDURE_PAYLOADS__S3_SECRET_ACCESS_KEY": "secret-key",
+    }
+    result = perdure_server("check", PERDURE_DATABASE_URL=database_url, **given)
+    (warning,) = [line for line in result.stdout.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith("warning: The object store does not answer; start it, or correct PERDURE_PAYLOADS__")
+    assert result.stdout.splitlines()[-1] == "ready to serve"
+    assert "secret-key" not in result.stdout
+
+
 def test_check_prints_each_variable_as_one_would_set_it(database_url: str) -> None:
     given = {"PERDURE_LEASE_TTL": "PT30S", "PERDURE_MODEL__NAME": "small", "PERDURE_NAMESPACES": "a,b"}
     result = perdure_server("check", PERDURE_DATABASE_URL=database_url, **given)

@@ -19,7 +19,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service.durable.payloads import Payloads
 from perdure_service.errors import StoreUnavailable
 from perdure_service.settings import PayloadSettings
-from perdure_service.store import payloads
+from perdure_service.store import diagnosis, payloads
 from perdure_service.store.engine import create_engine
 from perdure_service.store.s3 import S3Objects
 
@@ -53,16 +53,19 @@ class ObjectStore:
             "PERDURE_PAYLOADS__S3_SECRET_ACCESS_KEY": SECRET,
         }
 
+    def settings(self, **changed: str) -> PayloadSettings:
+        """The same for the parts of a server."""
+        given = {
+            "s3_endpoint": f"http://127.0.0.1:{self.port}",
+            "s3_bucket": "payloads",
+            "s3_access_key_id": ACCESS,
+            "s3_secret_access_key": SECRET,
+        }
+        return PayloadSettings.model_validate(given | changed)
+
     def objects(self) -> S3Objects:
         """A client of it."""
-        return S3Objects(
-            PayloadSettings(
-                s3_endpoint=f"http://127.0.0.1:{self.port}",
-                s3_bucket="payloads",
-                s3_access_key_id=ACCESS,
-                s3_secret_access_key=SECRET,  # type: ignore[arg-type]
-            )
-        )
+        return S3Objects(self.settings())
 
     def start(self) -> None:
         """Starts it and waits until it serves."""
@@ -141,3 +144,31 @@ def test_a_caller_is_told_that_the_store_is_away(database_url: str, store: Objec
     with pytest.raises(StoreUnavailable, match="object store"):
         large.stow("x" * 100_000, patient=False)
     engine.dispose()
+
+
+def test_a_bucket_that_does_not_exist_is_a_store_that_is_away_and_not_an_object(store: ObjectStore) -> None:
+    objects = store.objects()
+    objects.put("a", b"kept")
+    (store.folder / "payloads").rename(store.folder / "renamed")
+    for call in (
+        lambda: objects.put("b", b"x"),
+        lambda: objects.read("a", 0, 4),
+        lambda: objects.delete("a"),
+        lambda: next(objects.all()),
+    ):
+        with pytest.raises(StoreUnavailable):
+            call()
+    (store.folder / "renamed").rename(store.folder / "payloads")
+    assert objects.read("a", 0, 4) == b"kept"
+
+
+def test_what_is_wrong_with_the_store_is_told_in_words_of_ours(store: ObjectStore) -> None:
+    def found(**changed: str) -> str:
+        return " ".join(finding.text for finding in diagnosis.object_store(store.settings(**changed)))
+
+    assert found() == ""
+    assert list(store.objects().all()) == [], "what was tried out is deleted"
+    assert found(s3_bucket="missing").startswith("The object store has no such bucket; ")
+    assert found(s3_secret_access_key="wrong").startswith("The object store does not know the key; ")
+    store.kill()
+    assert found().startswith("The object store does not answer; ")

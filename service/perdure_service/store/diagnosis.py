@@ -1,4 +1,7 @@
-"""Says what is wrong with a database before a server starts on it: a sentence each, with the way out, no secrets."""
+"""Says what is wrong with a database, or an object store, before a server starts on it.
+
+A sentence each, with the way out, no secrets.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
@@ -14,6 +17,10 @@ from sqlalchemy.engine import URL
 from perdure_service.errors import ConfigurationError, StoreUnavailable
 from perdure_service.store import migrations, sqlstates, stranded
 from perdure_service.store.engine import create_engine, is_cockroach
+from perdure_service.store.s3 import S3Objects
+
+if TYPE_CHECKING:
+    from perdure_service.settings import PayloadSettings
 
 STATEMENT_TIMEOUT = timedelta(seconds=10)
 TABLES_SHOWN = 3
@@ -98,6 +105,21 @@ def stranded_runs(url: str, application_version: str) -> list[Finding]:
     counted = "1 run is" if count == 1 else f"{count} runs are"
     text = f"{counted} stranded: no living executor has the version and the agent; `perdure stranded` says what to do."
     return [Finding("warning", text)]
+
+
+def object_store(settings: PayloadSettings) -> list[Finding]:
+    """Returns what is wrong with the object store, if one is set. Writes an object there, and deletes it."""
+    if settings.s3_bucket is None:
+        return []
+    try:
+        S3Objects(settings).try_out()
+    except ConfigurationError as error:
+        return [Finding("error", error.message)]
+    except StoreUnavailable as error:
+        # A warning: `serve` starts, and what is large waits until the store can be used.
+        why = _why_no_object(str(error.__cause__))
+        return [Finding("warning", f"The object store {why} Large values wait until it can be used.")]
+    return []
 
 
 _SETTINGS = "SELECT current_setting('synchronous_commit'), current_setting('fsync')"
@@ -188,6 +210,26 @@ _REASONS: tuple[tuple[str, str], ...] = (
     (r"read-only|hot standby", "{place} is a read-only standby; give the URL of the primary."),
     (r"\bSSL\b|certificate", "{place}: TLS fails; correct sslmode and certificates in the URL."),
 )
+
+
+# What the store says, by S3's own codes. The text has more than these, and is not for people.
+_OBJECT_REASONS: tuple[tuple[str, str], ...] = (
+    (r"NoSuchBucket", "has no such bucket; create it, or correct PERDURE_PAYLOADS__S3_BUCKET."),
+    (
+        r"InvalidAccessKeyId|SignatureDoesNotMatch",
+        "does not know the key; correct PERDURE_PAYLOADS__S3_ACCESS_KEY_ID and PERDURE_PAYLOADS__S3_SECRET_ACCESS_KEY.",
+    ),
+    (r"AuthorizationHeaderMalformed|PermanentRedirect", "is in another region; correct PERDURE_PAYLOADS__S3_REGION."),
+    (r"AccessDenied", "refuses; let the key put, get, list and delete objects of the bucket."),
+    (r"error sending request", "does not answer; start it, or correct PERDURE_PAYLOADS__S3_ENDPOINT."),
+)
+
+
+def _why_no_object(said: str) -> str:
+    for pattern, text in _OBJECT_REASONS:
+        if re.search(pattern, said):
+            return text
+    return "cannot be used; see its log, and the settings PERDURE_PAYLOADS__S3_…."
 
 
 def _why_not_connected(url: URL, error: BaseException) -> str:

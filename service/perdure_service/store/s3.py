@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ CONNECT_TIMEOUT, TIMEOUT = timedelta(seconds=3), timedelta(seconds=30)
 """How long a connection, and one whole request, may take."""
 RETRIES, RETRY_TIMEOUT = 2, timedelta(seconds=5)
 """How often, and for how long, a request is repeated before the store counts as away."""
+NO_BUCKET = "NoSuchBucket"
+"""What S3 says instead of NoSuchKey. The library tells of both as a file that is not there."""
 
 
 class S3Objects:
@@ -64,15 +67,21 @@ class S3Objects:
         with _translated():
             try:
                 return bytes(obstore.get_range(self._store, self._prefix + key, start=offset, length=size))
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if NO_BUCKET in str(error):
+                    raise
                 return None
 
     def delete(self, key: str) -> None:
         """See `Objects`."""
         import obstore
 
-        with _translated(), suppress(FileNotFoundError):
-            obstore.delete(self._store, self._prefix + key)
+        with _translated():
+            try:
+                obstore.delete(self._store, self._prefix + key)
+            except FileNotFoundError as error:
+                if NO_BUCKET in str(error):
+                    raise
 
     def all(self) -> Iterator[tuple[str, datetime]]:
         """See `Objects`."""
@@ -83,6 +92,18 @@ class S3Objects:
                 for found in page:
                     yield found["path"].removeprefix(self._prefix), found["last_modified"]
 
+    def try_out(self) -> None:
+        """Writes an object of its own, reads, lists and deletes it. What it leaves when it fails is swept.
+
+        Raises:
+            StoreUnavailable: The store is away, or refuses one of these.
+        """
+        key = f"check/{uuid.uuid4()}"
+        self.put(key, b"perdure")
+        self.read(key, 0, 1)
+        next(self.all(), None)
+        self.delete(key)
+
 
 @contextmanager
 def _translated() -> Iterator[None]:
@@ -91,7 +112,7 @@ def _translated() -> Iterator[None]:
 
     try:
         yield
-    except BaseError as error:
+    except (BaseError, FileNotFoundError) as error:
         raise StoreUnavailable(
             f"The object store is away, or refuses ({type(error).__name__}); wait and repeat the call."
         ) from error
