@@ -336,9 +336,11 @@ class Story(RuleBasedStateMachine):
 
     def _judge(self, run: Model) -> None:
         log = judge.assert_consistent(self.fleet.url, run.workflow_id, end=run.over)
-        kinds = [event.kind for event in log]
-        assert kinds.count(EventKind.SIGNAL_RECEIVED) == len(run.heard)
-        assert kinds.count(EventKind.APPROVAL_DECIDED) == len(run.decided)
+        assert [event.kind for event in log].count(EventKind.SIGNAL_RECEIVED) == len(run.heard)
+        decided = [event.data["state"] for event in log if event.kind is EventKind.APPROVAL_DECIDED]
+        if run.cancelled and decided[len(run.decided) :]:
+            assert decided.pop() == "WITHDRAWN", "it was open when the run was cancelled"
+        assert decided == ["APPROVED" if run.decided[number] else "REJECTED" for number in sorted(run.decided)]
         if not run.cancelled:
             assert_ledger(self.fleet.url, run.workflow_id, log, run.entries)
             assert judge.text_of(log) == "".join(f"{entry}\n" for entry in run.entries)

@@ -25,7 +25,7 @@ from typing import Any
 import psycopg
 import sqlalchemy as sa
 from grpc._cython import cygrpc
-from perdure_service.durable import executions, inbox, owners, service
+from perdure_service.durable import executions, owners, service
 from perdure_service.durable import operation as seam
 from perdure_service.rpc import agent_runs, requests
 
@@ -131,7 +131,7 @@ if CLOCK_SKEW_S:
     time.time = lambda: _time() + CLOCK_SKEW_S
     time.time_ns = lambda: _time_ns() + CLOCK_SKEW_S * 1_000_000_000
     executions.Execution.__init__ = _begin_skewed  # type: ignore[method-assign]
-    for module in (agent_runs, requests, inbox, service):
+    for module in (agent_runs, requests, service):
         module.datetime = _SkewedDatetime  # type: ignore[attr-defined]
 
 if LOSE_CLAIMS or AMBIGUOUS:

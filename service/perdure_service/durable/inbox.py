@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 import structlog
 
@@ -55,8 +55,9 @@ class Mailbox:
 
 
 def _recent(approval: Approval) -> bool:
-    """Whether an approval was asked so lately that a watcher may have missed that it was pending."""
-    return datetime.now(UTC) - approval.create_time < timedelta(seconds=OVERLAP_S)
+    """Whether an approval was pending so shortly that a watcher may have missed that; both times are the database's."""
+    closed_at = approval.decide_time
+    return closed_at is not None and closed_at - approval.create_time < timedelta(seconds=OVERLAP_S)
 
 
 class Inbox:

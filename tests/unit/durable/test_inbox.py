@@ -12,7 +12,9 @@ from perdure_service.durable.inbox import OVERLAP_S, Inbox, Mailbox
 from tests.helpers.waiting import eventually_async
 from tests.unit.rpc.doubles import an_approval
 
-LONG_AGO = datetime.now(UTC) - timedelta(seconds=2 * OVERLAP_S)
+ANOTHER_CLOCK = datetime.now(UTC) - timedelta(hours=1)
+"""A time of the database's, as a host sees it whose clock is an hour ahead."""
+SHORT, LONG = timedelta(seconds=1), timedelta(seconds=2 * OVERLAP_S)
 
 
 def asked(number: int, revision: int = 1, state: ApprovalState = ApprovalState.PENDING, **changes: object) -> Approval:
@@ -39,8 +41,9 @@ async def test_what_came_before_the_first_reading_is_not_told_again() -> None:
 
 async def test_what_was_decided_before_anybody_could_see_it_pending_is_told_if_it_is_new() -> None:
     mailbox = Mailbox("default")
-    decided = asked(1, 2, ApprovalState.APPROVED, create_time=datetime.now(UTC))
-    mailbox.put([decided, asked(2, 2, ApprovalState.APPROVED, create_time=LONG_AGO)])
+    approved, asked_at = ApprovalState.APPROVED, ANOTHER_CLOCK
+    decided = asked(1, 2, approved, create_time=asked_at, decide_time=asked_at + SHORT)
+    mailbox.put([decided, asked(2, 2, approved, create_time=asked_at, decide_time=asked_at + LONG)])
     assert await mailbox.take() == [decided]
 
 
