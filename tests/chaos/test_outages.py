@@ -95,7 +95,9 @@ def test_a_database_that_says_nothing_is_left_and_found_again(url: str, proxy: D
     environment = {"PERDURE_STATEMENT_TIMEOUT": "1", "PERDURE_LEASE_TTL": "1.5"}
     separator = "&" if "?" in proxy.url else "?"
     with (
-        ServerProcess(f"{proxy.url}{separator}connect_timeout=2", PERDURE_TEST_EFFECTS_URL=url, **environment) as server,
+        ServerProcess(
+            f"{proxy.url}{separator}connect_timeout=2", PERDURE_TEST_EFFECTS_URL=url, **environment
+        ) as server,
         Rpc(server.address) as rpc,
     ):
         run_id = rpc.start("counter", {"steps": 40, "delay_s": 0.05})

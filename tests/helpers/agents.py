@@ -16,7 +16,6 @@ from pydantic import BaseModel
 
 from tests.helpers import marks
 
-
 EFFECTS_URL = os.environ.get("PERDURE_TEST_EFFECTS_URL", "")
 """The database of the effects, where the server's own may be away: another system is not."""
 
