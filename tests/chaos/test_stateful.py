@@ -32,7 +32,7 @@ from perdure.v1.agent_run_pb2 import AgentRun
 from perdure.v1.approval_pb2 import Approval
 from perdure_service.domain.events import EventKind
 
-from tests.helpers import judge
+from tests.helpers import chaos_report, judge
 from tests.helpers.ledger import Task, assert_ledger, create_ledger
 from tests.helpers.rpc import TERMINAL, Rpc, new_id, refusal_of, state_of
 from tests.helpers.server import ServerProcess, sql
@@ -133,6 +133,7 @@ class Fleet:
         process = self.servers[side]._process
         assert process is not None
         executor_id = re.findall('"executor_id": "([^"]+)"', self.servers[side].log[self._seen[side] :])[0]
+        chaos_report.fault("servers frozen")
         os.kill(process.pid, signal.SIGSTOP)
         try:
             eventually(lambda: self._is_gone(executor_id), 20, what="the frozen server is declared gone")

@@ -125,6 +125,7 @@ def _begin_skewed(execution: executions.Execution, *arguments: Any, **rest: Any)
 
 
 if CLOCK_SKEW_S:
+    chaos_report.fault("clocks an hour wrong")
     # gRPC is told of a call's deadline as a time to live, and adds that to the clock of its C core.
     cygrpc.time = ModuleType("time")
     cygrpc.time.__dict__.update(time.__dict__)

@@ -22,6 +22,7 @@ Fault = Literal[
     "killed from outside",
     "stopped by SIGTERM",
     "servers frozen",
+    "clocks an hour wrong",
     "replies to COMMIT lost",
     "step bodies whose process died before their checkpoint",
     "database away",

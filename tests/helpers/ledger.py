@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any, Literal
 
 import sqlalchemy as sa
@@ -11,6 +12,7 @@ from perdure_service.agents import agent, run
 from perdure_service.agents.resources import resources
 from perdure_service.domain.events import Event, EventKind
 
+from tests.helpers import chaos_report
 from tests.helpers.server import sql
 
 Task = Literal["enter", "hear", "ask", "sleep", "child"]
@@ -72,18 +74,21 @@ async def planned(plan: list[Task], delay_s: float = 0.0, sleep_s: float = 0.5) 
     return told
 
 
-def assert_ledger(database_url: str, workflow_id: str, log: list[Event], expected: list[str]) -> int:
-    """Fails unless a run has made each entry under one key, and repeated at most what was in progress at a death.
-
-    Returns:
-        How many bodies were repeated.
-    """
+def assert_ledger(database_url: str, workflow_id: str, log: list[Event], expected: list[str]) -> None:
+    """Fails unless a run has made each entry under one key, and repeated at most what was in progress at a death."""
     with sql(database_url) as connection:
         rows = connection.execute(
             "SELECT what, times FROM public.test_ledger WHERE workflow_id = %s", (workflow_id,)
         ).fetchall()
-    assert sorted(what for what, _ in rows) == sorted(expected), "an entry was lost, or made under two keys"
+    made = Counter(what for what, _ in rows)
     repeated = sum(times - 1 for _, times in rows)
     deaths = [event.kind for event in log].count(EventKind.RECOVERED)
+    chaos_report.judged(
+        workflow_id,
+        effects=len(rows),
+        repeated=repeated,
+        lost=(Counter(expected) - made).total(),
+        doubled=(made - Counter(expected)).total() + max(0, repeated - deaths),
+    )
+    assert made == Counter(expected), "an entry was lost, or made under two keys"
     assert repeated <= deaths, f"{repeated} bodies repeated by {deaths} deaths: {rows}"
-    return repeated
