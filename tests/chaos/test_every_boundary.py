@@ -91,7 +91,7 @@ class Driver:
             self._started.set()
 
     def _drive(self) -> None:
-        self._client.start("everything", {}, run_id=self.run_id)
+        self._client.start("everything-at-once", {}, run_id=self.run_id)
         self._started.set()
         (approval,) = eventually(lambda: list(self._client.approvals(run=self.run_id)), 30)
         self._client.approve(approval, comment="yes")

@@ -96,7 +96,7 @@ def test_a_database_that_says_nothing_is_left_and_found_again(url: str, proxy: D
     separator = "&" if "?" in proxy.url else "?"
     with (
         ServerProcess(
-            f"{proxy.url}{separator}connect_timeout=2", PERDURE_TEST_EFFECTS_URL=url, **environment
+            f"{proxy.url}{separator}connect_timeout=2", PERDURE_TEST_EFFECTS_URL=url, PERDURE_PARK_AFTER="5", **environment
         ) as server,
         Rpc(server.address) as rpc,
     ):

@@ -128,7 +128,7 @@ async def finish(number: int) -> int:
     return number
 
 
-@agent(name="everything")
+@agent(name="everything-at-once")
 async def everything() -> dict[str, Any]:
     """Works, tries again, publishes, has a child, asks, pays, sleeps, is told something, finishes."""
     told: dict[str, Any] = {}
