@@ -13,6 +13,8 @@ from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import Run
 from perdure_service.durable import metering
 from perdure_service.durable import operation as seam
+from perdure_service.durable.claims import Claim, ClaimDatabase
+from perdure_service.durable.placement import Placement
 from perdure_service.durable.requests import StartCommand
 from perdure_service.durable.service import RunService
 from perdure_service.durable.system_database import PerdureSystemDatabase
@@ -124,3 +126,26 @@ def test_what_goes_wrong_in_telling_of_an_end_does_not_reach_dbos(
     monkeypatch.setattr(metering, "run_ended", fails)
     assert harness.start("adder", {"steps": 1}).result() == 1
     assert outcomes == ["SUCCESS"]
+
+
+def test_what_a_claim_has_taken_is_run_when_it_fails_in_going_on(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, seen = ClaimDatabase._claim_some, list[str]()
+
+    def fails_in_going_on(database: ClaimDatabase, *arguments: Any) -> Claim:
+        if seen == ["took"]:
+            seen.append("failed")
+            raise lost()
+        claim = plain(database, *arguments)
+        if claim.taken and not seen:
+            seen.append("took")
+            claim.over_share = {("an agent that holds its share", "1")}
+        return claim
+
+    monkeypatch.setattr(ClaimDatabase, "_claim_some", fails_in_going_on)
+    monkeypatch.setattr(Placement, "_may_begin", lambda *_, **__: False)
+    run = harness.start("adder", {"steps": 1})
+    assert run.result() == 1
+    assert seen == ["took", "failed"]
+    assert run.get().execution == 1
