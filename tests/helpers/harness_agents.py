@@ -191,3 +191,15 @@ async def asks_model(question: str) -> str:
     """Asks a model twice."""
     first = await ask_model(question)
     return await ask_model(first)
+
+
+@DBOS.workflow()
+async def echoing_child(number: int) -> int:
+    return number
+
+
+@agent(name="gatherer")
+async def gatherer(children: int = 2) -> list[int]:
+    """Takes the results of its children at once."""
+    handles = [await DBOS.start_workflow_async(echoing_child, number) for number in range(children)]
+    return list(await asyncio.gather(*(handle.get_result() for handle in handles)))

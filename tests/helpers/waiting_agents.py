@@ -143,9 +143,9 @@ async def waits_for_either(seconds: float = 600.0) -> list[Any]:
 async def waits_with_a_limit_in_memory(how: str = "wait") -> int:
     """Waits for what never comes, with a limit that no database knows."""
     if how == "event":
-        return int(await DBOS.get_event_async("default.nobody.r", "never", timeout_seconds=1) is None)
+        return int(await DBOS.get_event_async("default.nobody.r", "never", timeout_seconds=2) is None)
     waiting = asyncio.ensure_future(DBOS.recv_async("never", timeout_seconds=600))
-    done, _ = await DBOS.asyncio_wait([waiting], timeout=1)
+    done, _ = await DBOS.asyncio_wait([waiting], timeout=2)
     waiting.cancel()
     return len(done) + 1
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from dbos import DBOS
 from perdure_service.domain.events import EventKind
+from perdure_service.durable import drain
 from perdure_service.testing import BlockingHarness, BlockingRun, RunFailed
 
 from tests.helpers import judge
@@ -265,6 +266,8 @@ def test_code_that_catches_everything_is_ended_all_the_same(harness: BlockingHar
 @pytest.mark.parametrize("how", ["wait", "event"])
 def test_what_only_this_process_can_end_keeps_its_run_in_memory(harness: BlockingHarness, how: str) -> None:
     run = harness.start("waits-with-a-limit-in-memory", {"how": how})
+    (execution,) = eventually(lambda: engine(harness).executions.of(run.run.key.workflow_id))
+    eventually(lambda: execution.waits and drain._rests(execution), 1.5, what="it rests, for a server that stops")
     assert run.result() == 1
     assert run.get().execution == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,11 +14,15 @@ from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import Run
 from perdure_service.durable import metering
 from perdure_service.durable import operation as seam
+from perdure_service.durable.claims import Claim, ClaimDatabase
+from perdure_service.durable.payloads import Payloads
+from perdure_service.durable.placement import Placement
 from perdure_service.durable.requests import StartCommand
 from perdure_service.durable.service import RunService
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.testing import BlockingHarness
 
+from tests.helpers import judge
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.waiting import scaled
 
@@ -124,3 +129,51 @@ def test_what_goes_wrong_in_telling_of_an_end_does_not_reach_dbos(
     monkeypatch.setattr(metering, "run_ended", fails)
     assert harness.start("adder", {"steps": 1}).result() == 1
     assert outcomes == ["SUCCESS"]
+
+
+def test_what_a_claim_has_taken_is_run_when_it_fails_in_going_on(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, seen = ClaimDatabase._claim_some, list[str]()
+
+    def fails_in_going_on(database: ClaimDatabase, *arguments: Any) -> Claim:
+        if seen == ["took"]:
+            seen.append("failed")
+            raise lost()
+        claim = plain(database, *arguments)
+        if claim.taken and not seen:
+            seen.append("took")
+            claim.over_share = {("an agent that holds its share", "1")}
+        return claim
+
+    monkeypatch.setattr(ClaimDatabase, "_claim_some", fails_in_going_on)
+    monkeypatch.setattr(Placement, "_may_begin", lambda *_, **__: False)
+    run = harness.start("adder", {"steps": 1})
+    assert run.result() == 1
+    assert seen == ["took", "failed"]
+    assert run.get().execution == 1
+
+
+def test_results_that_are_taken_at_once_are_each_recorded_and_told(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain_record, plain_stow = PerdureSystemDatabase.record_get_result, Payloads.stow
+    here, both = threading.local(), threading.Barrier(2)
+
+    def record(*arguments: Any, **rest: Any) -> None:
+        here.records = True
+        try:
+            plain_record(*arguments, **rest)
+        finally:
+            here.records = False
+
+    def stow(*arguments: Any, **rest: Any) -> Any:
+        if getattr(here, "records", False):
+            both.wait(scaled(10))
+        return plain_stow(*arguments, **rest)
+
+    monkeypatch.setattr(PerdureSystemDatabase, "record_get_result", record)
+    monkeypatch.setattr(Payloads, "stow", stow)
+    run = harness.start("gatherer")
+    assert run.result() == [0, 1]
+    judge.assert_consistent(harness.harness._url, run.run.key.workflow_id)

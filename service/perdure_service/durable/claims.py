@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
+import structlog
 
 from perdure_service.domain.queues import QueueLimits
 from perdure_service.durable import metering
@@ -33,6 +34,8 @@ from perdure_service.durable.operation import Operation
 from perdure_service.durable.placement import Room
 from perdure_service.durable.transactions import TransactionalDatabase, agent_of
 from perdure_service.store import queues
+
+log = structlog.get_logger()
 
 
 @dataclass
@@ -109,7 +112,15 @@ class ClaimDatabase(TransactionalDatabase):
             others_first: frozenset[AgentKey] = frozenset()
             fair = room.share is not None
             while room.left > 0:
-                claim = claim_more(others_first, fair)
+                try:
+                    claim = claim_more(others_first, fair)
+                except Exception as error:
+                    if not ids:
+                        raise
+                    # What is committed is this executor's, and nobody would begin it, or miss it, if DBOS never knew.
+                    log.info("queue.claim_cut_short", queue=queue.name, taken=len(ids), error=type(error).__name__)
+                    room.cut_short = True
+                    break
                 ids += claim.taken
                 if room.limit_reached:
                     break

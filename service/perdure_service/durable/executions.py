@@ -71,7 +71,7 @@ class Wait:
     """A durable wait of an execution.
 
     Attributes:
-        marks: What ends it, as `store.parked` spells it.
+        marks: What ends it, as `store.parked` spells it; none when nothing could wake a run that was parked on it.
         deadline: When it ends by itself, on the monotonic clock; None when it does not.
         at_once: Whether its end is known, so that waiting a while first tells nothing.
         event: Set when it may be over, and when the execution is.
@@ -298,7 +298,7 @@ class Execution:
             return None
         now = time.monotonic()
         soon = now + max(park_after_s, SETTLE_S)
-        if any(wait.deadline is not None and wait.deadline <= soon for wait in self.waits):
+        if any(not wait.marks or (wait.deadline is not None and wait.deadline <= soon) for wait in self.waits):
             return None
         quiet_s = SETTLE_S if all(wait.at_once for wait in self.waits) else max(park_after_s, SETTLE_S)
         return max(0.0, self.touched + quiet_s - now)

@@ -24,8 +24,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import sqlalchemy as sa
@@ -107,7 +107,7 @@ class WaitingDatabase(StatusDatabase):
         Raises:
             Parked: The run was parked.
         """
-        if execution is None or not wait.marks:
+        if execution is None:
             wait.event.wait(max(0.0, seconds))
             return
         until = time.monotonic() + seconds
@@ -122,7 +122,7 @@ class WaitingDatabase(StatusDatabase):
     async def nap_async(self, execution: Execution | None, wait: Wait, seconds: float) -> None:
         """Does the same without a thread."""
         until = time.monotonic() + seconds
-        if execution is None or not wait.marks:
+        if execution is None:
             while not wait.event.is_set() and (left_s := until - time.monotonic()) > 0:
                 await wait.event.wait_async(timeout=left_s)
             return
@@ -245,11 +245,11 @@ class WaitingDatabase(StatusDatabase):
         return found
 
     def get_event(self, *arguments: Any, **rest: Any) -> Any:
-        with _working(self._execution_here()):  # nothing tells of an event that was set, so nothing would wake it
+        with _in_memory(self._execution_here()):  # nothing tells of an event that was set, so nothing would wake it
             return super().get_event(*arguments, **rest)
 
     async def get_event_async(self, *arguments: Any, **rest: Any) -> Any:
-        with _working(self._execution_here()):
+        with _in_memory(self._execution_here()):
             return await super().get_event_async(*arguments, **rest)
 
     def _who_waits_for(self, workflow_id: str) -> Execution | None:
@@ -327,6 +327,20 @@ def _working(execution: Execution | None) -> AbstractContextManager[None]:
     return nullcontext() if execution is None else execution.working()
 
 
+@contextmanager
+def _in_memory(execution: Execution | None) -> Iterator[None]:
+    """Surrounds a call of DBOS's that waits, and on which its run is not parked.
+
+    It rests all the same, so that a server that stops hands it over at once. What the call still records after that,
+    the owner's fence refuses.
+    """
+    if execution is None:
+        yield
+        return
+    with execution.working(), execution.resting(Wait(())):
+        yield
+
+
 def _signal_marks(topic: str | None) -> tuple[str, ...]:
     """Returns the mark of a topic; none for one that a mark cannot hold, whose wait stays in memory."""
     name = NULL_TOPIC if topic is None else topic
@@ -367,7 +381,7 @@ def install(database: Callable[[], WaitingDatabase]) -> None:
     async def asyncio_wait(cls: Any, fs: Any, **options: Any) -> Any:
         # Its timeout is known to nobody but to this task, so a run that was parked would wait without one.
         limited = options.get("timeout") is not None
-        with _working(execution_of(get_local_dbos_context()) if limited else None):
+        with _in_memory(execution_of(get_local_dbos_context()) if limited else None):
             return await _plain_asyncio_wait(cls, fs, **options)
 
     def future_result(handle: Any, polling_interval_sec: float) -> Any:

@@ -62,6 +62,7 @@ class Room:
         taken: How many runs it has taken.
         left_over: How many it had found and let go, as their agent has no more room.
         limit_reached: Whether a limit that the fleet shares ended it.
+        cut_short: Whether it failed when it had taken some: nobody knows what else waits.
     """
 
     queue: str
@@ -72,6 +73,7 @@ class Room:
     taken: int = 0
     left_over: int = 0
     limit_reached: bool = False
+    cut_short: bool = False
 
     @property
     def left(self) -> int:
@@ -210,10 +212,11 @@ class Placement:
                 waits.for_queue |= room.bounded_by_queue
                 waits.for_slot |= not room.bounded_by_queue
             waits.for_queue |= room.limit_reached
+            waits.for_slot |= room.cut_short
             waits.for_agents |= room.full_agents
         more = room.taken > 0 and room.left <= 0 and not room.bounded_by_queue and self._slots_left() > 0
-        if more or room.left_over:
-            # There is more than one claim takes, or what it could not take was in the way of others.
+        if more or room.left_over or room.cut_short:
+            # There is more than one claim takes, or what it could not take was in the way of others, or it failed.
             self.wake(limits.name)
 
     def _room(self, limits: QueueLimits) -> Room:

@@ -17,6 +17,8 @@ appends, so its snapshot is newer than the lock. Reads of the log's end always c
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, cast
@@ -48,6 +50,8 @@ class RequestRepeated(Exception):
 
 class PerdureSystemDatabase(WaitingDatabase):
     """See the module. Created by DBOS through `install`."""
+
+    _numbering = threading.Lock()
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
@@ -417,7 +421,12 @@ class PerdureSystemDatabase(WaitingDatabase):
             return super().record_get_result(
                 result_workflow_id, output, error, serialization, ctx, started_at_epoch_ms=started_at_epoch_ms
             )
-        function_id = own.function_id if ctx is not None else own.function_id + 1
+        if ctx is None:
+            # DBOS counts here, not before the wait, and in a thread: of two results at once both would have one number.
+            with self._numbering:
+                ctx = copy.copy(own)
+                ctx.function_id = own.function_id = own.function_id + 1
+        function_id = ctx.function_id
         execution = self.executions.find(own.workflow_id, own.owner_xid)
         if execution is not None:
             self.refuse_dead(execution, retiring_too=False)
