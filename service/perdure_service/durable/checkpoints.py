@@ -22,7 +22,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, event_chars
-from perdure_service.durable import metering
+from perdure_service.durable import hops, metering
 from perdure_service.durable.executions import Execution, LogEnd
 from perdure_service.durable.operation import Operations
 from perdure_service.store.checkpoint_writer import CheckpointWriter
@@ -127,8 +127,13 @@ class Checkpoints:
             None when it must go the other way.
         """
         writer, slot = self._writer, execution.slot
-        if writer is None or self._operations.current is not None or not slot.acquire(blocking=wait):
+        if writer is None or self._operations.current is not None:
             return None
+        if not slot.acquire(blocking=False):
+            if not wait:
+                return None
+            hops.refuse_to_block()
+            slot.acquire()
         end = execution.log_end
         if end is None or slot.nested:
             slot.release()

@@ -34,7 +34,7 @@ from perdure_service.agents.catalogue import budget_of, queue_of
 from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
-from perdure_service.durable import metering, replay, values
+from perdure_service.durable import hops, metering, replay, values
 from perdure_service.durable.checkpoints import Call, Presented, adopted
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.ledger import StartRecord
@@ -400,8 +400,14 @@ class PerdureSystemDatabase(WaitingDatabase):
 
     @staticmethod
     def _committed(presented: Presented | None) -> bool:
-        """Waits for what was presented; returns whether the writer has written it."""
-        return presented is not None and presented.written.result()
+        """Waits for what was presented, or has what DBOS runs here wait; returns whether the writer has written it."""
+        if presented is None:
+            return False
+        deferral = hops.deferral()
+        if deferral is None:
+            return presented.written.result()
+        deferral.wait_for(presented.written)
+        return True
 
     def record_with_payload(
         self, result: OperationResultInternal, stowed: Stowed, events: Callable[[Execution], list[Event]]
