@@ -13,7 +13,9 @@ import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,7 +29,7 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
 from perdure_service.domain.queues import QueueLimits, Queues
-from perdure_service.domain.runs import RunStart
+from perdure_service.domain.runs import Run, RunStart, derive_state, epoch_ms
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import metering, parking, replay, retries, steps, system_database
 from perdure_service.durable.drain import Drain
@@ -44,7 +46,7 @@ from perdure_service.durable.reaper import Reaper
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.suspicion import Suspicion
-from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
+from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated, Written
 from perdure_service.durable.trace_writer import TraceWriter
 from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
@@ -53,7 +55,7 @@ from perdure_service.store import runs, traces
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach, reserve_connection
 from perdure_service.store.objects import Objects
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.telemetry import METERS, RunTracer
 from perdure_service.telemetry import metrics as m
 
@@ -73,6 +75,14 @@ DESTROY_TIMEOUT_S = 3.0
 
 LISTENER_POLL_S = 0.25
 """How often waits for signals are looked at where there is no LISTEN/NOTIFY (CockroachDB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What has become of a start: the workflow id of its run, and the run if this start has made it."""
+
+    workflow_id: str
+    run: Run | None = None
 
 
 class Runtime:
@@ -162,6 +172,8 @@ class Runtime:
         self._limit = OutputLimit(max_output_bytes)
         self._park_after = park_after
         self._max_recoveries = max_recoveries
+        self.ended: Callable[[Sequence[str]], None] = lambda _workflow_ids: None
+        """Told of runs that a commit of this process has ended; set by the service."""
         self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
         self.ledger.nudge = self._waker.nudge
         self.payloads = Payloads(engine, payload_threshold_bytes, objects)
@@ -327,6 +339,12 @@ class Runtime:
 
     def _committed(self, execution: Execution | None, workflow_id: str, packs: Sequence[Pack]) -> None:
         """Tells of a commit."""
+        if packs and packs[-1].events[-1].ends_run:
+            # Before anybody else is told: who waits for the end registers, and then looks at this.
+            execution_here = execution or self.executions.newest(workflow_id)
+            if execution_here is not None:
+                execution_here.ended = True
+            self.ended([workflow_id])
         with metering.telling(workflow_id):
             metering.committed(execution, packs)
             self.spans.committed(execution, workflow_id, packs)
@@ -341,7 +359,9 @@ class Runtime:
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
-    def start(self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool) -> str:
+    def start(
+        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
+    ) -> Started:
         """Commits the start of a run and, when this executor has a free slot, begins it. Blocks.
 
         Args:
@@ -351,8 +371,9 @@ class Runtime:
             server_made_id: Whether the request id alone tells of which run a repeat is.
 
         Returns:
-            The workflow id of the run: the one asked for, or, when the server makes ids, the one that this request
-            was given before. Whether the existing run is the one meant is for the caller to compare.
+            The run, if this call has made it. Else the workflow id of the one that exists: the one asked for, or, when
+            the server makes ids, the one that this request was given before. Whether the existing run is the one
+            meant is for the caller to compare.
         """
         database = self.database
         # Without arguments: DBOS would store them in the workflow's own format, and ours is JSON for all.
@@ -362,7 +383,7 @@ class Runtime:
         status["priority"] = start.priority
         status["inputs"], status["serialization"] = portable_inputs(arguments)
         if start.deadline_at is not None:
-            status["workflow_deadline_epoch_ms"] = int(start.deadline_at.timestamp() * 1000)
+            status["workflow_deadline_epoch_ms"] = epoch_ms(start.deadline_at)
         owner_xid = str(uuid.uuid4())
         begins_later = start.start_at is not None or bool(start.delay_s)
         if begins_later:
@@ -375,7 +396,7 @@ class Runtime:
             with database.bounded(), place as here:
                 if here and not database.stopping:
                     status["status"] = "PENDING"
-                mine = database.start_run(
+                written = database.start_run(
                     status,
                     start,
                     creator_xid=owner_xid,
@@ -383,14 +404,29 @@ class Runtime:
                     unique_request_id=start.request_id if server_made_id and start.request_id else None,
                 )
         except DBOSConflictingWorkflowError:
-            return start.key.workflow_id
+            return Started(start.key.workflow_id)
         except RequestRepeated:
-            with self.engine.begin() as conn:
-                found = runs.find_request(conn, start.key.namespace, start.request_id)
-            return found or start.key.workflow_id
-        if mine:
+            find = partial(runs.find_request, namespace=start.key.namespace, request_id=start.request_id)
+            found = reading(self.engine, "runs.find_request", find)
+            return Started(found or start.key.workflow_id)
+        run = self._as_written(agent, start, status["status"], written)  # before it moves on
+        if written.runs_here:
             self._begin(status, owner_xid)
-        return start.key.workflow_id
+        return Started(start.key.workflow_id, run)
+
+    def _as_written(self, agent: RegisteredAgent, start: RunStart, status: str, written: Written) -> Run | None:
+        """Returns a run that a start has made, as a read would find it."""
+        if written.created_at is None:
+            return None
+        here = status == "PENDING"
+        return Run.of_start(
+            start,
+            derive_state(status, waiting_for=None, open_approvals=0, end_reason=None, execution=1 if here else 0),
+            written.created_at,
+            executor_id=self.executor_id if here else "",
+            input_argument=agent.input_argument or None,
+            last_sequence=1,
+        )
 
     def _begin(self, status: Any, owner_xid: str) -> None:
         """Runs a run whose start is committed as ours."""
@@ -404,7 +440,7 @@ class Runtime:
     def _begin_ms(self, start: RunStart) -> int:
         """Returns when a delayed run begins, by the database's clock, in milliseconds since 1970."""
         if start.start_at is not None:
-            return int(start.start_at.timestamp() * 1000)
+            return epoch_ms(start.start_at)
         with self.engine.connect() as conn:
             now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
         return int((now.astimezone(UTC) + timedelta(seconds=start.delay_s or 0.0)).timestamp() * 1000)

@@ -21,6 +21,8 @@ import copy
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -34,6 +36,7 @@ from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
 from perdure_service.durable import metering, replay, values
 from perdure_service.durable.executions import Execution, now_ms
+from perdure_service.durable.ledger import StartRecord
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.parking import WaitingDatabase
 from perdure_service.durable.payloads import Stowed
@@ -42,6 +45,20 @@ from perdure_service.durable.transactions import QUEUE, agent_of
 
 GET_RESULT = "DBOS.getResult"
 """What DBOS records when a run takes the result of a child."""
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What has become of the write of a start.
+
+    Attributes:
+        runs_here: Whether this process must now run it.
+        created_at: When the run was created, by the database's clock, if it is certain that this write made it and
+            that it is as it was written; else None.
+    """
+
+    runs_here: bool
+    created_at: datetime | None = None
 
 
 class RequestRepeated(Exception):
@@ -63,11 +80,12 @@ class PerdureSystemDatabase(WaitingDatabase):
         creator_xid: str,
         input_argument: str | None,
         unique_request_id: str | None,
-    ) -> bool:
+    ) -> Written:
         """Writes DBOS's rows, the run and its first event in one transaction.
 
         Returns:
-            Whether this process must now run it: the row is PENDING and owned by `creator_xid`.
+            Whether this process must now run it: the row is PENDING and owned by `creator_xid`; and what is known of
+            a run that this call has made.
 
         Raises:
             RequestRepeated: The request has its run already, under another id.
@@ -87,7 +105,11 @@ class PerdureSystemDatabase(WaitingDatabase):
             execution = self.executions.find(status["workflow_uuid"], creator_xid)
             if execution is not None:
                 self.executions.remove(execution)
-        return mine
+        record: StartRecord | None = operation.facts.get("record")
+        if record is None or not created or operation.repeated:
+            # Somebody else's, or, between a lost reply and the repeat, perhaps no longer as it was written.
+            return Written(mine)
+        return Written(mine, record.created_at)
 
     def _insert_workflow_status(
         self, status: WorkflowStatusInternal, conn: Any, *, creator_xid: str | None, reuse_policy: Any = None
