@@ -29,7 +29,7 @@ from perdure_service.domain.events import Pack
 from perdure_service.domain.queues import QueueLimits, Queues
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
-from perdure_service.durable import metering, parking, replay, retries, steps, system_database
+from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
 from perdure_service.durable.drain import Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
 from perdure_service.durable.leases import Lease, lease_statement_timeout, renewal_interval_s
@@ -200,6 +200,7 @@ class Runtime:
         replay.install(
             self.executions, lambda: self.database, lambda child: self.database.result_of_parked_child(child)
         )
+        hops.install(replay.stage())
         parking.install(lambda: self.database)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
