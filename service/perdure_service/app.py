@@ -198,6 +198,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         max_recoveries=settings.max_recoveries,
         queues=queues,
         payload_threshold_bytes=settings.payload_threshold_bytes,
+        checkpoint_timeout=settings.statement_timeout if settings.batch_checkpoints else None,
         objects=S3Objects(settings.payloads) if settings.payloads.s3_bucket else None,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.

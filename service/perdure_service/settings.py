@@ -297,6 +297,10 @@ class Settings(BaseSettings):
         ge=timedelta(seconds=1),
         description="The longest a statement may take; schema changes have their own.",
     )
+    batch_checkpoints: bool = Field(
+        True,
+        description="Whether starts, steps, outcomes and events of many runs share a commit; else each has its own.",
+    )
     data_dir: Path | None = Field(
         None, description="Where dev keeps its embedded PostgreSQL. Unset: the user's data folder."
     )

@@ -59,6 +59,75 @@ SETTLE_S = 0.05
 """How long nothing of an execution may have moved before it is parked: between two calls its code is on its way."""
 
 
+class Slot:
+    """What lets one commit of an execution be under way: held by a thread, again and again, or by a commit itself.
+
+    A commit that no thread waits for holds it under its own name, from when its thread has handed it over until
+    whoever knows how it ended releases it, or takes it over to find out.
+    """
+
+    __slots__ = ("_depth", "_holder", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: object = None
+        self._depth = 0
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        """Takes it for this thread, which may have it already; returns whether it has it now."""
+        thread = threading.get_ident()
+        if self._holder == thread:
+            self._depth += 1
+            return True
+        if not self._lock.acquire(blocking=blocking):
+            return False
+        self._holder, self._depth = thread, 1
+        return True
+
+    def release(self) -> None:
+        """Gives it up as often as this thread has taken it."""
+        self._depth -= 1
+        if not self._depth:
+            self.release_by(threading.get_ident())
+
+    @property
+    def nested(self) -> bool:
+        """Whether this thread, which has it, has taken it more than once."""
+        return self._depth > 1
+
+    def hand_to(self, commit: object) -> None:
+        """Makes a commit hold what this thread has taken once."""
+        assert self._depth == 1, "an outer call of this thread goes on"
+        self._holder = commit
+
+    def take_over(self, commit: object) -> None:
+        """Makes this thread hold what a commit holds."""
+        assert self._holder is commit, "the commit does not hold it"
+        self._holder = threading.get_ident()
+
+    def release_by(self, holder: object) -> None:
+        """Gives it up for a holder; from any thread."""
+        assert self._holder == holder, "it is somebody else's"
+        self._holder, self._depth = None, 0
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass(frozen=True, slots=True)
+class LogEnd:
+    """The last pack of a run's log, as far as its execution knows: others may append behind it."""
+
+    first: int
+    """The sequence of its first event."""
+    last: int
+    """That of its last."""
+
+
 class Parked(BaseException):
     """Raised into the code of an execution whose run was parked; no failure, so `except Exception` lets it pass."""
 
@@ -125,7 +194,13 @@ class Execution:
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
-    slot: threading.RLock = field(default_factory=threading.RLock)
+    slot: Slot = field(default_factory=Slot)
+    log_end: LogEnd | None = None
+    """Where its next pack goes behind; None while it has committed none."""
+    unanswered: Any = None
+    """What the checkpoint writer was given and did not write, while it waits to be adopted; see `checkpoints`."""
+    serialization: str | None = None
+    """How DBOS stores its input and output, by DBOS's name; None when nobody has looked."""
     replaying: bool = False
     """Whether its code has not yet come to an operation that is not recorded."""
     fold: ExecutionFold | None = None
@@ -367,15 +442,24 @@ class Executions:
         self.left: Callable[[Execution], None] = lambda _execution: None
         """Is told of every execution that leaves, and has given up its slot; set by the placement."""
 
-    def add(self, execution: Execution) -> Execution:
-        """Adds an execution, and marks older ones of the same run dead."""
+    def add(self, execution: Execution, *, perhaps: bool = False) -> Execution:
+        """Adds an execution, and marks older ones of the same run dead.
+
+        Args:
+            execution: It.
+            perhaps: Whether it is of a start that may turn out to be of a run that exists: it ends no other one.
+        """
         execution._wake_writer = self._wake_writer
         with self._lock:
-            older = [
-                one
-                for (workflow_id, owner_xid), one in self._by_key.items()
-                if workflow_id == execution.key.workflow_id and owner_xid != execution.owner_xid
-            ]
+            older = (
+                []
+                if perhaps
+                else [
+                    one
+                    for (workflow_id, owner_xid), one in self._by_key.items()
+                    if workflow_id == execution.key.workflow_id and owner_xid != execution.owner_xid
+                ]
+            )
             known = self._by_key.setdefault((execution.key.workflow_id, execution.owner_xid), execution)
             if known is execution and not execution.counted:
                 execution.counted = True
@@ -489,10 +573,17 @@ class Executions:
 
 
 @contextmanager
-def slot_of(execution: Execution | None) -> Iterator[None]:
-    """Holds the slot of an execution, if there is one."""
+def slot_of(execution: Execution | None, adopted: object = None) -> Iterator[None]:
+    """Holds the slot of an execution, if there is one; what an adopted commit holds, it takes over."""
     if execution is None:
         yield
         return
-    with execution.slot:
+    if adopted is None:
+        execution.slot.acquire()
+    else:
+        execution.slot.take_over(adopted)
+        execution.unanswered = None
+    try:
         yield
+    finally:
+        execution.slot.release()

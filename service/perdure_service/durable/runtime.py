@@ -30,6 +30,7 @@ from perdure_service.domain.queues import QueueLimits, Queues
 from perdure_service.domain.runs import RunStart
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
+from perdure_service.durable.checkpoints import Checkpoints
 from perdure_service.durable.drain import Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
 from perdure_service.durable.leases import Lease, lease_statement_timeout, renewal_interval_s
@@ -50,8 +51,9 @@ from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
 from perdure_service.store import queues as store_queues
 from perdure_service.store import runs, traces
+from perdure_service.store.checkpoint_writer import WRITERS, CheckpointWriter
 from perdure_service.store.dbos_tables import APPLICATION
-from perdure_service.store.engine import is_cockroach, reserve_connection
+from perdure_service.store.engine import is_cockroach, reserve_connections
 from perdure_service.store.objects import Objects
 from perdure_service.store.sqlstates import retrying
 from perdure_service.telemetry import METERS, RunTracer
@@ -100,8 +102,13 @@ class Runtime:
         queues: Queues | None = None,
         payload_threshold_bytes: int = 2**16,
         objects: Objects | None = None,
+        checkpoint_timeout: timedelta | None = None,
     ) -> None:
-        """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
+        """Creates the runtime; `launch` starts it.
+
+        Arguments as in `Settings` and `Lease`; `checkpoint_timeout` is the statement timeout of the checkpoint writer,
+        without which every checkpoint is a transaction of its own.
+        """
         self.engine = engine
         self.executor_id = executor_id
         self.application_version = application_version
@@ -118,8 +125,9 @@ class Runtime:
         self._bells = Bells(queue_poll.total_seconds())
         self.placement.wake = self._bells.ring
         self.operations = Operations(hint, self._committed)
+        self.checkpoints = Checkpoints(self.operations)
         # Of its own: when all connections are in use this executor is busy, not dead, and must be able to say so.
-        self._lease_engine = reserve_connection(engine, lease_statement_timeout(lease_ttl))
+        self._lease_engine = reserve_connections(engine, lease_statement_timeout(lease_ttl))
 
         def given_back(workflow_ids: Sequence[str]) -> None:
             hint(workflow_ids)
@@ -160,6 +168,11 @@ class Runtime:
         self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, given_back, OWNER_WATCH_S)
         self._database: PerdureSystemDatabase | None = None
         self._limit = OutputLimit(max_output_bytes)
+        self._checkpoint_writer: CheckpointWriter | None = None
+        if checkpoint_timeout is not None:
+            reserved = reserve_connections(engine, checkpoint_timeout, WRITERS)
+            self._checkpoint_writer = CheckpointWriter(reserved, self.checkpoints.answer)
+            self.checkpoints.write_with(self._checkpoint_writer)
         self._park_after = park_after
         self._max_recoveries = max_recoveries
         self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
@@ -188,6 +201,8 @@ class Runtime:
         self.lease.start()
         taken_back = self._reaper.start()
         self._writer.start()
+        if self._checkpoint_writer is not None:
+            self._checkpoint_writer.start()
         self.payloads.start()
         self._traces.start()
         system_database.install(self._build)
@@ -275,6 +290,8 @@ class Runtime:
         deadline = time.monotonic() + max(timeout - STOP_RESERVE, timeout / 2).total_seconds()
         self.lease.drain()
         self._drain.run(deadline)
+        if self._checkpoint_writer is not None:
+            self._checkpoint_writer.stop()
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self.lease)
         self.payloads.close()
         with suppress(Exception):
@@ -318,10 +335,12 @@ class Runtime:
             limit=self._limit,
             park_after_s=self._park_after.total_seconds(),
             payloads=self.payloads,
+            checkpoints=self.checkpoints,
             **arguments,
         )
         database.nudge = self._waker.nudge
         database.poke = self.poke
+        database.write_alone = self._writer.write_now
         if self._database is None:
             self._database = database
         return database
@@ -332,8 +351,8 @@ class Runtime:
             metering.committed(execution, packs)
             self.spans.committed(execution, workflow_id, packs)
 
-    def _write_buffered(self, execution: Execution) -> None:
-        self.database.write_buffered(execution)
+    def _write_buffered(self, execution: Execution) -> bool:
+        return self.database.write_buffered(execution)
 
     @staticmethod
     def has_code_of(workflow_name: str) -> bool:
@@ -394,7 +413,14 @@ class Runtime:
         return start.key.workflow_id
 
     def _begin(self, status: Any, owner_xid: str) -> None:
-        """Runs a run whose start is committed as ours."""
+        """Runs a run whose start is committed as ours. Does not block, so a loop may call it."""
+        try:
+            with hops.refusing():
+                self._execute(status, owner_xid)
+        except hops.NeedsThread:
+            _dbos_instance()._executor.submit(self._execute, status, owner_xid)
+
+    def _execute(self, status: Any, owner_xid: str) -> None:
         try:
             with self.database.unbounded():
                 _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)

@@ -23,11 +23,12 @@ log = structlog.get_logger()
 class EventWriter:
     """Writes the buffers of executions, a transaction each, in a few threads; idle, it costs nothing."""
 
-    def __init__(self, write: Callable[[Execution], None]) -> None:
+    def __init__(self, write: Callable[[Execution], bool]) -> None:
         """Creates the writer.
 
         Args:
-            write: Commits what an execution has buffered, under its slot and its owner's lock.
+            write: Commits what an execution has buffered, under its slot and its owner's lock, or has it committed;
+                returns False when another commit of it is under way.
         """
         self._write = write
         self._due: queue.SimpleQueue[tuple[float, Execution] | None] = queue.SimpleQueue()
@@ -50,6 +51,10 @@ class EventWriter:
             self._pending.add(execution)
         self._due.put((time.monotonic() + LINGER_S, execution))
 
+    def write_now(self, execution: Execution) -> None:
+        """Has an execution looked at at once: what the checkpoint writer did not write of it must be written alone."""
+        self._due.put((0.0, execution))
+
     def stop(self) -> None:
         """Ends the threads after what is due now."""
         for _ in self._threads:
@@ -64,20 +69,14 @@ class EventWriter:
             time.sleep(max(0.0, due - time.monotonic()))
             with self._lock:
                 self._pending.discard(execution)
-            if not execution.has_events or execution.dead:
-                continue
-            if not execution.slot.acquire(blocking=False):
-                # What waits rides on the commit that is under way, or is next. That may be repeated for long, and these
-                # threads are for all runs.
-                self.wake(execution)
-                continue
             try:
-                self._write(execution)
+                if not self._write(execution):
+                    # What waits rides on the commit that is under way, or is next. That may be repeated for long, and
+                    # these threads are for all runs.
+                    self.wake(execution)
             except Exception as error:  # noqa: BLE001 - logged; kept for the next try
                 # The events are back in the buffer; they go with the next checkpoint, or with the next wake.
                 log.warning("event_writer.failed", run_id=execution.key.run_id, error=type(error).__name__)
                 time.sleep(LINGER_S)
                 if not execution.dead:
                     self.wake(execution)
-            finally:
-                execution.slot.release()

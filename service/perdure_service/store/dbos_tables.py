@@ -9,6 +9,7 @@ SCHEMA = "dbos"
 
 STATUS = f"{SCHEMA}.workflow_status"
 INPUT = f"{SCHEMA}.workflow_input"
+OUTPUT = f"{SCHEMA}.workflow_output"
 OUTPUTS = f"{SCHEMA}.operation_outputs"
 NOTIFICATIONS = f"{SCHEMA}.notifications"
 QUEUES = f"{SCHEMA}.queues"

@@ -181,16 +181,17 @@ def create_engine(
     return engine
 
 
-def reserve_connection(engine: sa.Engine, statement_timeout: timedelta) -> sa.Engine:
-    """Returns an engine of one connection for what must not stand in line behind everything else: the lease.
+def reserve_connections(engine: sa.Engine, statement_timeout: timedelta, connections: int = 1) -> sa.Engine:
+    """Returns an engine for what must not stand in line behind everything else: the lease, the checkpoints.
 
     Args:
         engine: Of whose database and settings.
         statement_timeout: As of `create_engine`.
+        connections: How many it may have.
     """
     return create_engine(
         engine.url.render_as_string(hide_password=False),
-        pool_size=1,
+        pool_size=connections,
         statement_timeout=statement_timeout,
         idle_in_transaction_timeout=SHORTEST_IDLE_IN_TRANSACTION,
     )

@@ -20,8 +20,12 @@ def execution_of(name: str, writer: EventWriter) -> Execution:
 def test_a_run_whose_commit_is_repeated_keeps_no_other_one_waiting() -> None:
     written: list[str] = []
 
-    def write(execution: Execution) -> None:
+    def write(execution: Execution) -> bool:
+        if not execution.slot.acquire(blocking=False):
+            return False
         written.extend(event.data["message"] for event in execution.take())
+        execution.slot.release()
+        return True
 
     writer = EventWriter(write)
     writer.start()
