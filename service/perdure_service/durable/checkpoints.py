@@ -129,6 +129,7 @@ class Checkpoints:
         Returns:
             None when it must go the other way.
         """
+        _refuse_to_wait()
         writer, slot = self._writer, execution.slot
         if writer is None or self._operations.current is not None:
             return None
@@ -158,6 +159,7 @@ class Checkpoints:
         self, row: CheckpointRow, execution: Execution | None, after: Callable[[Written], None]
     ) -> Presented | None:
         """Gives the writer the start of a run, with the execution that begins with it; see `present`."""
+        _refuse_to_wait()
         writer = self._writer
         if writer is None or self._operations.current is not None:
             return None
@@ -182,6 +184,12 @@ class Checkpoints:
             self._operations.hint([one.pack.workflow_id for one in committed])
         for one, written in answered:
             one.done(written)
+
+
+def _refuse_to_wait() -> None:
+    """Is called before anything is presented: who has no deferral to leave the answer with is about to wait for it."""
+    if hops.deferral() is None:
+        hops.refuse_to_block()
 
 
 def adopted(execution: Execution | None, call: Call) -> Presented | None:

@@ -27,6 +27,7 @@ from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
 from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import Failure, RunKey, RunState
 from perdure_service.domain.trace_fold import ExecutionFold
+from perdure_service.durable.recording import Recording
 from perdure_service.telemetry import RunSpan
 
 AgentKey = tuple[str, str]
@@ -208,6 +209,8 @@ class Execution:
     """What its committed events say of its spans; None while nobody wants any."""
     attempt_spans: dict[int, RunSpan] = field(default_factory=dict)
     """The spans of attempts that the log does not yet have as over, by their ids."""
+    recording: Recording = field(default_factory=Recording)
+    """What was recorded of the run when it began."""
     followed: bool = False
     """Whether its code has come to an operation that is recorded."""
     diverged: Failure | None = None

@@ -25,7 +25,7 @@ import contextvars
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from types import CodeType
@@ -33,12 +33,14 @@ from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from dbos import _core, _outcome
+from dbos._event_loop import BackgroundEventLoop
 
 from perdure_service.durable.substitutes import substitute
 
 T = TypeVar("T")
 
 _plain_invoke_step = _core.invoke_step
+_plain_submit_coroutine = BackgroundEventLoop.submit_coroutine
 
 
 class NeedsThread(BaseException):
@@ -274,6 +276,11 @@ def stages() -> frozenset[CodeType]:
     )
 
 
+def start_of_task() -> CodeType:
+    """Returns the code of the coroutine by which DBOS begins an asynchronous workflow on its loop."""
+    return code_within(_core.execute_dequeued_workflow.__code__, "start_workflow_task")
+
+
 class _AsyncioOfOutcomes:
     """The module `asyncio` as `dbos._outcome` gets it: its `to_thread` needs no thread for stages that are known."""
 
@@ -290,9 +297,36 @@ class _AsyncioOfOutcomes:
 
 
 def install(*ours: CodeType) -> None:
-    """Makes DBOS's asynchronous steps and workflows answer their stages inline.
+    """Makes DBOS's asynchronous steps and workflows answer their stages inline, and begin without being waited for.
 
     Args:
         ours: The code of functions of ours that are stages, too.
     """
     substitute(_outcome, "asyncio", _AsyncioOfOutcomes(stages() | set(ours)))
+    begins = start_of_task()
+
+    def submit_coroutine(background: BackgroundEventLoop, coroutine: Any) -> Any:
+        if getattr(coroutine, "cr_code", None) is not begins:
+            return _plain_submit_coroutine(background, coroutine)
+        loop = background.target_loop()
+        if loop is None:
+            coroutine.close()
+            raise RuntimeError("there is no loop to begin on")
+        inbox(loop).post(functools.partial(contextvars.copy_context().run, _begin, coroutine))
+        return None
+
+    substitute(BackgroundEventLoop, "submit_coroutine", submit_coroutine)
+
+
+def _begin(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine that makes a task and waits for nothing.
+
+    Until it has run, the execution is counted by us and owned by this process, as it is a moment later; if it never
+    does, because the loop ends, the run is given back with all others.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    coroutine.close()
+    raise RuntimeError("DBOS waits before it begins a workflow")

@@ -19,6 +19,7 @@ import sqlalchemy as sa
 from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, in_pieces
 from perdure_service.domain.runs import RunState
 from perdure_service.durable.executions import Execution, LogEnd, slot_of
+from perdure_service.durable.hops import refuse_to_block
 from perdure_service.store import event_log, runs
 from perdure_service.store.engine import CheckpointTooSlow
 from perdure_service.store.sqlstates import QUERY_CANCELED, sqlstate_of
@@ -231,6 +232,7 @@ class Operations:
         The slot is held between the attempts, too: while nobody knows whether the first one was committed, what came
         later must not reach the log before it.
         """
+        refuse_to_block()
         with slot_of(operation.execution, operation.adopted):
             stack = self._stack()
             stack.append(operation)

@@ -29,6 +29,7 @@ import structlog
 from dbos._serialization import DBOSPortableJSONSerializer, DefaultSerializer
 
 from perdure_service.domain.payloads import MARK, Pointer, parse
+from perdure_service.durable.hops import refuse_to_block
 from perdure_service.durable.substitutes import substitute
 from perdure_service.errors import Contention, Overloaded, StoreUnavailable
 from perdure_service.store import payloads
@@ -130,6 +131,7 @@ class Payloads:
         pointer = Pointer.of(data)
         if self._objects is None:
             return Stowed(pointer, data)
+        refuse_to_block()
 
         def put() -> Stowed:
             if retrying(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256)):
@@ -234,6 +236,7 @@ class Payloads:
             StoreUnavailable: The store is away.
             LookupError: There are no such bytes: the last run that used them was deleted.
         """
+        refuse_to_block()
         place = retrying(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256))
         if place is None:
             raise LookupError(f"there is no payload {pointer.sha256}")

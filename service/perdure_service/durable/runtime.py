@@ -254,6 +254,7 @@ class Runtime:
         replay.install(
             self.executions, lambda: self.database, lambda child: self.database.result_of_parked_child(child)
         )
+        hops.install(replay.stage())
         parking.install(lambda: self.database)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
@@ -531,7 +532,14 @@ class Runtime:
         )
 
     def _begin(self, status: Any, owner_xid: str) -> None:
-        """Runs a run whose start is committed as ours."""
+        """Runs a run whose start is committed as ours. Does not block, so a loop may call it."""
+        try:
+            with hops.refusing():
+                self._execute(status, owner_xid)
+        except hops.NeedsThread:
+            _dbos_instance()._executor.submit(self._execute, status, owner_xid)
+
+    def _execute(self, status: Any, owner_xid: str) -> None:
         try:
             with self.database.unbounded():
                 _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)

@@ -39,13 +39,18 @@ from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, R
 from perdure_service.durable import hops, metering, replay, values
 from perdure_service.durable.checkpoints import Call, Presented, adopted
 from perdure_service.durable.executions import Execution, now_ms
+from perdure_service.durable.hops import refuse_to_block
 from perdure_service.durable.ledger import StartRecord
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.parking import WaitingDatabase
 from perdure_service.durable.payloads import Stowed
+from perdure_service.durable.recording import Answer, Recording
+from perdure_service.durable.retries import repeated
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.transactions import QUEUE, agent_of
+from perdure_service.store import recordings
 from perdure_service.store.checkpoints import EventsRow, OutcomeRow, StartRow, StepRow, Written
+from perdure_service.store.recordings import RecordedOperation
 
 GET_RESULT = "DBOS.getResult"
 """What DBOS records when a run takes the result of a child."""
@@ -219,6 +224,7 @@ class PerdureSystemDatabase(WaitingDatabase):
             serialization=serialization,
             sampled=record.sampled,
             budget=budget_of(record.agent, record.agent_version),
+            recording=Recording(nothing=True),
         )
         if record.events:
             execution.begun_ns = record.events[0].time_ms * 1_000_000
@@ -293,6 +299,9 @@ class PerdureSystemDatabase(WaitingDatabase):
             execution = self.executions.add(self._execution_of(record, creator_xid, queue, status["serialization"]))
             # Until it is known to run on its own, it may be a part of its parent's code.
             execution.begin_under(facts.get("parent"))
+            if operation is not None and (operation.repeated or operation.adopted is not None):
+                # Between a lost reply and this repeat, another executor may have had it.
+                execution.recording = Recording()
             if operation is not None:
                 operation.begins(execution)
                 operation.undo(lambda: self.executions.remove(execution))
@@ -350,6 +359,10 @@ class PerdureSystemDatabase(WaitingDatabase):
             self.refuse_dead(execution)
             execution.touch()
             self._move_on(execution)
+            recorded = self._take_recorded(execution, function_id)
+            if recorded is not Answer.ASK:
+                return self._replayed(execution, function_id, function_name, recorded)
+        refuse_to_block()
         try:
             found = super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
         except DBOSWorkflowCancelledError:
@@ -358,6 +371,45 @@ class PerdureSystemDatabase(WaitingDatabase):
         if found is not None:
             found["output"] = self.payloads.followed(found["output"])
         return found
+
+    def _take_recorded(self, execution: Execution, function_id: int) -> RecordedOperation | Answer:
+        """Returns what the execution's recording has under a number, and reads as much of it as that takes."""
+        while (recorded := execution.recording.take(function_id)) is Answer.UNREAD:
+            self.read_recording(execution)
+        return recorded
+
+    def read_recording(self, execution: Execution) -> None:
+        """Reads the next page of an execution's recording, or waits for the thread that does. Blocks."""
+        refuse_to_block()
+        recording = execution.recording
+        up_to = recording.up_to
+        with recording.reading:
+            if recording.up_to == up_to and not recording.complete:
+                recording.extend(self._read_page(execution.key.workflow_id, up_to))
+
+    @repeated()
+    def _read_page(self, workflow_id: str, after: int) -> recordings.Page:
+        with self._plain_begin() as conn:
+            return recordings.read(conn, workflow_id, after)
+
+    def _replayed(
+        self, execution: Execution, function_id: int, function_name: str, recorded: RecordedOperation | Answer
+    ) -> RecordedResult | None:
+        """Returns what `check_operation_execution` does for an operation of which the recording tells."""
+        if not isinstance(recorded, RecordedOperation):
+            execution.passed(recorded=False)
+            return None
+        if recorded.name != function_name:
+            error = DBOSUnexpectedStepError(execution.key.workflow_id, function_id, function_name, recorded.name)
+            raise replay.unexpected(self.executions, error)
+        execution.passed(recorded=True)
+        return {
+            "output": self.payloads.followed(recorded.output),
+            "error": recorded.error,
+            "serialization": recorded.serialization,
+            "child_workflow_id": recorded.child_workflow_id,
+            "child_shard_key": None,
+        }
 
     def _check_operation_execution_txn(
         self, workflow_id: str, function_id: int, function_name: str, conn: Any

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,6 +18,7 @@ from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import RunState
 from perdure_service.durable.checkpoints import Call, Checkpoints, adopted
 from perdure_service.durable.executions import AgentKey, Execution, Executions, Parked
+from perdure_service.durable.hops import refuse_to_block
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
@@ -71,7 +72,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         self.checkpoints = checkpoints
         self.write_alone: Callable[[Execution], None] = lambda _execution: None
         """Has buffered events committed that the checkpoint writer did not write; set by the runtime."""
-        self._plain_begin = self.engine.begin
+        self._engine_begin = self.engine.begin
         self.stopping = False
         """Whether this executor takes no more runs."""
         self.poke: Callable[[], None] = lambda: None
@@ -83,6 +84,11 @@ class TransactionalDatabase(PostgresSystemDatabase):
         executions.wake_waits = self._wake_waits
 
     # ---- transactions ------------------------------------------------------------------------------------------------
+
+    def _plain_begin(self) -> AbstractContextManager[sa.Connection]:
+        """Begins a transaction that is no operation's."""
+        refuse_to_block()
+        return self._engine_begin()
 
     @contextmanager
     def _begin_operation(self) -> Iterator[sa.Connection]:
