@@ -32,10 +32,10 @@ from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
-from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations
+from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations, run_heads
 from perdure_service.store.engine import create_engine, idle_in_transaction_timeout
 from perdure_service.store.s3 import S3Objects
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry
 
@@ -212,8 +212,9 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     agents_context.bind(lambda: current_run(runtime.database))
     taken_back = await asyncio.to_thread(runtime.launch)
     tailer = Tailer(
-        lambda seen: retrying(engine, "events.news", lambda conn: event_log.news(conn, seen)),
+        lambda seen: reading(engine, "events.news", lambda conn: event_log.news(conn, seen)),
         runtime.database.close_ended_if_any,
+        lambda ids: reading(engine, "runs.closed", lambda conn: run_heads.closed(conn, ids)),
         poll_s=settings.watch_poll_interval.total_seconds(),
     )
     tailer.start()

@@ -134,8 +134,16 @@ def with_input(store: Payloads, run: Run) -> Run:
     return replace(run, input_json=runs.input_json(stored, run.input_argument))
 
 
+def fits_by_itself(run: Run) -> bool:
+    """Returns whether `fit` has all that it needs, so that it does not block."""
+    return parse(run.output_json) is None
+
+
 def fit(store: Payloads, run: Run) -> Run:
-    """Returns a run as a message can carry it, and how large its input and output are. Blocks."""
+    """Returns a run as a message can carry it, and how large its input and output are.
+
+    Blocks when the store has read a pointer to the output.
+    """
     pointer = parse(run.output_json)
     output_bytes = pointer.size_bytes if pointer else len((run.output_json or "").encode())
     input_bytes = len((run.input_json or "").encode())

@@ -45,6 +45,7 @@ class Presented:
         execution: Whose it is; of a start the one that begins with it, None when none does.
         call: So that its repeat knows it.
         written: Whether it is committed; False when that is not known, and an `Operation` must adopt it.
+        returned: What the writer's statement returned of it, once it is.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Presented:
         self.execution = execution
         self.call = call
         self.written: Future[bool] = Future()
+        self.returned: Written = {}
         self._after = after
 
     @property
@@ -77,6 +79,7 @@ class Presented:
                 execution.unanswered = self  # the slot stays with it until its call adopts it
             self.written.set_result(False)
             return
+        self.returned = written
         with metering.telling(self.pack.workflow_id):
             self._after(written)
         if execution is not None:

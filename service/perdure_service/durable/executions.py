@@ -191,6 +191,8 @@ class Execution:
     """The steps whose result was too large, and whose checkpoint says so."""
     counted: bool = False
     """Whether `Executions` counts it."""
+    ended: bool = False
+    """Whether a commit of this process has ended its run; true before anybody is told of that commit."""
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
@@ -433,6 +435,8 @@ class Executions:
         self._by_key: dict[tuple[str, str], Execution] = {}
         self._dead: WeakValueDictionary[tuple[str, str], Execution] = WeakValueDictionary()
         """Those that were killed, while their code still has them."""
+        self._newest: dict[str, Execution] = {}
+        """The one that lives, by workflow id."""
         self._of_queue: Counter[str] = Counter()
         self._of_agent: Counter[AgentKey] = Counter()
         self._lock = threading.Lock()
@@ -464,6 +468,7 @@ class Executions:
             if known is execution and not execution.counted:
                 execution.counted = True
                 self._count(execution, 1)
+            self._newest[execution.key.workflow_id] = known
         for one in older:
             self.kill(one, "another execution of this run began")
         return known
@@ -478,6 +483,10 @@ class Executions:
     def has(self, workflow_id: str, owner_xid: str | None) -> bool:
         """Returns whether an execution under an ownership token lives."""
         return (workflow_id, owner_xid) in self._by_key
+
+    def newest(self, workflow_id: str) -> Execution | None:
+        """Returns the execution of a run that lives here, if one does."""
+        return self._newest.get(workflow_id)
 
     def of(self, workflow_id: str) -> list[Execution]:
         """Returns the executions of a run."""
@@ -510,6 +519,8 @@ class Executions:
 
     def _uncount(self, execution: Execution) -> None:
         execution.counted = False
+        if self._newest.get(execution.key.workflow_id) is execution:
+            del self._newest[execution.key.workflow_id]
         self._count(execution, -1)
 
     def kill(self, execution: Execution, reason: str) -> None:

@@ -20,7 +20,7 @@ transaction, or of the whole call, finds the run: by its id, or by its request w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,9 +52,6 @@ from perdure_service.store import event_log, forks, payloads, runs
 from perdure_service.store.forks import Origin
 from perdure_service.store.sqlstates import retrying
 from perdure_service.telemetry import derive_trace_id, parse_traceparent
-
-Find = Callable[[str, str], Run]
-"""Returns a run of a namespace with its input; raises RunNotFound."""
 
 
 class _ForkExists(Exception):
@@ -88,10 +85,15 @@ class _Plan:
     told: list[Event]
 
 
-def fork(runtime: Runtime, find: Find, command: ForkCommand) -> tuple[Run | RunStart, bool]:
+def fork(runtime: Runtime, origin: Run | None, command: ForkCommand) -> tuple[Run | RunStart, bool]:
     """Forks a run; returns the new run and whether this request created it. Blocks.
 
     With `validate_only` nothing is written, and the start that would be is returned.
+
+    Args:
+        runtime: The engine.
+        origin: The run to fork, with its input; None when there is none.
+        command: What is asked for.
 
     Raises:
         RunNotFound: There is no run to fork.
@@ -102,10 +104,6 @@ def fork(runtime: Runtime, find: Find, command: ForkCommand) -> tuple[Run | RunS
     """
     if command.new_run_id:
         check_client_run_id(command.new_run_id, "new_run_id")
-    try:
-        origin = find(command.namespace, command.run_id)
-    except RunNotFound:
-        origin = None
     found = None if command.validate_only else _existing(runtime, command)
     if found is not None:
         # Before the forked run is looked at: the answer to a repeat must not depend on what became of it.

@@ -29,13 +29,15 @@ from collections.abc import Callable, Collection, Coroutine, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from types import CodeType
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from dbos import _core, _outcome
 from dbos._event_loop import BackgroundEventLoop
 
 from perdure_service.durable.substitutes import substitute
+
+T = TypeVar("T")
 
 _plain_invoke_step = _core.invoke_step
 _plain_submit_coroutine = BackgroundEventLoop.submit_coroutine
@@ -212,6 +214,38 @@ async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments:
 def _answer_of(promise: Future[bool]) -> bool:
     """Returns the answer of a promise that is settled; one that was cancelled or failed says as little as a False."""
     return not promise.cancelled() and promise.exception() is None and promise.result()
+
+
+async def result_of(promise: Future[T]) -> T:
+    """Waits for a promise that is kept in another thread, which goes its way when nobody waits any more."""
+    if not promise.done():
+        loop = asyncio.get_running_loop()
+        kept: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not kept.done():
+                kept.set_result(None)
+
+        def tell(_promise: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
+                inbox(loop).post(settle)
+
+        promise.add_done_callback(tell)
+        await kept
+    return promise.result()
+
+
+def chain(source: Future[T], promise: Future[T]) -> None:
+    """Makes a promise end as another one does."""
+
+    def settle(done: Future[T]) -> None:
+        error = done.exception()
+        if error is None:
+            promise.set_result(done.result())
+        else:
+            promise.set_exception(error)
+
+    source.add_done_callback(settle)
 
 
 # ---- DBOS's stages ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -51,7 +52,11 @@ AddEvents = Callable[..., None]
 
 @dataclass(frozen=True, slots=True)
 class StartRecord:
-    """A run that has just been written, and its first events."""
+    """A run that has just been written, and its first events.
+
+    Attributes:
+        created_at: When, by the database's clock; None for one that an earlier attempt of the start has written.
+    """
 
     key: RunKey
     agent: str
@@ -59,6 +64,7 @@ class StartRecord:
     trace_id: str
     sampled: bool
     events: list[Event]
+    created_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +112,17 @@ class Ledger:
             start = self._start_of(conn, status, parent)
             declared = by_workflow(status["name"] or "")
             input_argument = (declared.input_argument if declared else "") or None
-        if not runs.insert(
+        created_at = runs.insert(
             conn,
             start,
             input_argument=input_argument,
             parent_workflow_id=parent,
             unique_request_id=unique_request_id,
             executor_id=executor_id,
-        ):
+        )
+        if created_at is None:
             return None
-        return self.started(start, status, executor_id)
+        return replace(self.started(start, status, executor_id), created_at=created_at)
 
     @staticmethod
     def started(start: RunStart, status: Mapping[str, Any], executor_id: str) -> StartRecord:
@@ -126,9 +133,8 @@ class Ledger:
         elif status["status"] == "DELAYED":
             data = {"to": RunState.SCHEDULED.value, "until_ms": status.get("delay_until_epoch_ms") or 0}
         first = Event(EventKind.STATE_CHANGED, now_ms(), data, execution=1 if executor_id else 0)
-        return StartRecord(
-            start.key, start.agent, start.agent_version, start.trace_id, _sampled(start.traceparent), [first]
-        )
+        sampled = _sampled(start.traceparent)
+        return StartRecord(start.key, start.agent, start.agent_version, start.trace_id, sampled, [first])
 
     def known(self, conn: sa.Connection, workflow_id: str) -> StartRecord | None:
         """Returns a run that an earlier attempt of the same start has written; without events."""

@@ -106,6 +106,11 @@ class Payloads:
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
+    def fits(self, text: str | None) -> bool:
+        """Returns whether a text is certain to stay in its row; does not block."""
+        # A character takes at most three bytes here, four as a surrogate pair of two.
+        return text is None or len(text) * 4 <= self._threshold_bytes
+
     def stow(self, text: str | None, *, patient: bool = True) -> Stowed | None:
         """Returns a text as a payload when it is too large for a row, else None.
 
@@ -116,8 +121,7 @@ class Payloads:
         Raises:
             StoreUnavailable: The object store is away, and nobody waits for it.
         """
-        # A character takes at most three bytes here, four as a surrogate pair of two.
-        if text is None or len(text) * 4 <= self._threshold_bytes or text.startswith(MARK):
+        if text is None or self.fits(text) or text.startswith(MARK):
             return None
         data = text.encode()
         return self.stow_bytes(data, patient=patient) if len(data) > self._threshold_bytes else None

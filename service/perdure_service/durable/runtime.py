@@ -10,10 +10,12 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,10 +29,10 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
 from perdure_service.domain.queues import QueueLimits, Queues
-from perdure_service.domain.runs import RunStart
+from perdure_service.domain.runs import Run, RunStart, derive_state, epoch_ms
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
-from perdure_service.durable.checkpoints import Checkpoints
+from perdure_service.durable.checkpoints import Checkpoints, Presented
 from perdure_service.durable.drain import Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
 from perdure_service.durable.leases import Lease, lease_statement_timeout, renewal_interval_s
@@ -45,7 +47,7 @@ from perdure_service.durable.reaper import Reaper
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.suspicion import Suspicion
-from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
+from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated, WrittenStart
 from perdure_service.durable.trace_writer import TraceWriter
 from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
@@ -55,7 +57,7 @@ from perdure_service.store.checkpoint_writer import WRITERS, CheckpointWriter
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach, reserve_connections
 from perdure_service.store.objects import Objects
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.telemetry import METERS, RunTracer
 from perdure_service.telemetry import metrics as m
 
@@ -73,8 +75,42 @@ STOP_RESERVE = timedelta(seconds=2)
 DESTROY_TIMEOUT_S = 3.0
 """How long DBOS may take to end its threads; the process ends with them or without them."""
 
+STARTERS = 8
+"""Threads for starts that the checkpoint writer did not write: repeats, conflicts, and all while the database is away."""
+
 LISTENER_POLL_S = 0.25
 """How often waits for signals are looked at where there is no LISTEN/NOTIFY (CockroachDB)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What has become of a start: the workflow id of its run, and the run if this start has made it."""
+
+    workflow_id: str
+    run: Run | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _PreparedStart:
+    """A start of which everything is decided."""
+
+    agent: RegisteredAgent
+    start: RunStart
+    status: Any
+    """DBOS's row."""
+    owner_xid: str
+    unique_request_id: str | None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The arguments of the system database's `present_start` and `start_run`."""
+        return {
+            "status": self.status,
+            "start": self.start,
+            "creator_xid": self.owner_xid,
+            "input_argument": self.agent.input_argument or None,
+            "unique_request_id": self.unique_request_id,
+        }
 
 
 class Runtime:
@@ -175,8 +211,11 @@ class Runtime:
             self.checkpoints.write_with(self._checkpoint_writer)
         self._park_after = park_after
         self._max_recoveries = max_recoveries
+        self.ended: Callable[[Sequence[str]], None] = lambda _workflow_ids: None
+        """Told of runs that a commit of this process has ended; set by the service."""
         self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
         self.ledger.nudge = self._waker.nudge
+        self._starters = ThreadPoolExecutor(STARTERS, thread_name_prefix="starter-")
         self.payloads = Payloads(engine, payload_threshold_bytes, objects)
 
     @property
@@ -347,6 +386,12 @@ class Runtime:
 
     def _committed(self, execution: Execution | None, workflow_id: str, packs: Sequence[Pack]) -> None:
         """Tells of a commit."""
+        if packs and packs[-1].events[-1].ends_run:
+            # Before anybody else is told: who waits for the end registers, and then looks at this.
+            execution_here = execution or self.executions.newest(workflow_id)
+            if execution_here is not None:
+                execution_here.ended = True
+            self.ended([workflow_id])
         with metering.telling(workflow_id):
             metering.committed(execution, packs)
             self.spans.committed(execution, workflow_id, packs)
@@ -361,7 +406,9 @@ class Runtime:
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
-    def start(self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool) -> str:
+    def start(
+        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
+    ) -> Started:
         """Commits the start of a run and, when this executor has a free slot, begins it. Blocks.
 
         Args:
@@ -371,10 +418,52 @@ class Runtime:
             server_made_id: Whether the request id alone tells of which run a repeat is.
 
         Returns:
-            The workflow id of the run: the one asked for, or, when the server makes ids, the one that this request
-            was given before. Whether the existing run is the one meant is for the caller to compare.
+            The run, if this call has made it. Else the workflow id of the one that exists: the one asked for, or, when
+            the server makes ids, the one that this request was given before. Whether the existing run is the one
+            meant is for the caller to compare.
         """
-        database = self.database
+        prepared = self._prepare(agent, start, arguments, server_made_id=server_made_id)
+        with self._placed(prepared):
+            return self._write_start(prepared)
+
+    def start_soon(
+        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
+    ) -> Future[Started] | None:
+        """Does what `start` does, but does not block: the run begins when the checkpoint writer has written it.
+
+        Returns:
+            A promise of what `start` returns or raises; whoever waits for it may leave. None when it takes a thread.
+        """
+        if start.delay_s:
+            return None
+        prepared = self._prepare(agent, start, arguments, server_made_id=server_made_id)
+        place = self._placed(prepared)
+        place.__enter__()
+        presented = self.database.present_start(**prepared.columns)
+        if presented is None:
+            place.__exit__(None, None, None)
+            return None
+        promise: Future[Started] = Future()
+
+        def go_on() -> Started:
+            try:
+                return self._write_start(prepared, presented)
+            finally:
+                place.__exit__(None, None, None)
+
+        def answered(written: Future[bool]) -> None:
+            if not written.result():
+                hops.chain(self._starters.submit(go_on), promise)
+                return
+            place.__exit__(None, None, None)
+            promise.set_result(self._started(prepared, presented))
+
+        presented.written.add_done_callback(answered)
+        return promise
+
+    def _prepare(
+        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
+    ) -> _PreparedStart:
         # Without arguments: DBOS would store them in the workflow's own format, and ours is JSON for all.
         status = _core.prepare_enqueued_workflow(
             _dbos_instance(), agent.workflow, (), {}, queue_name=start.queue, workflow_id=start.key.workflow_id
@@ -382,35 +471,65 @@ class Runtime:
         status["priority"] = start.priority
         status["inputs"], status["serialization"] = portable_inputs(arguments)
         if start.deadline_at is not None:
-            status["workflow_deadline_epoch_ms"] = int(start.deadline_at.timestamp() * 1000)
-        owner_xid = str(uuid.uuid4())
-        begins_later = start.start_at is not None or bool(start.delay_s)
-        if begins_later:
+            status["workflow_deadline_epoch_ms"] = epoch_ms(start.deadline_at)
+        if start.start_at is not None or start.delay_s:
             status["status"] = "DELAYED"
             status["delay_until_epoch_ms"] = self._begin_ms(start)
-            place: AbstractContextManager[bool] = nullcontext(False)
-        else:
-            place = self.placement.start(start.queue, (start.agent, start.agent_version))
+        unique = start.request_id if server_made_id and start.request_id else None
+        return _PreparedStart(agent, start, status, str(uuid.uuid4()), unique)
+
+    @contextmanager
+    def _placed(self, prepared: _PreparedStart) -> Iterator[None]:
+        """Holds a slot for a start, if there is one and it does not begin later."""
+        if prepared.status["status"] == "DELAYED":
+            yield
+            return
+        start = prepared.start
+        with self.placement.start(start.queue, (start.agent, start.agent_version)) as here:
+            if here and not self.database.stopping:
+                prepared.status["status"] = "PENDING"
+            yield
+
+    def _write_start(self, prepared: _PreparedStart, presented: Presented | None = None) -> Started:
+        """Writes a start in a transaction of its own, unless the checkpoint writer takes it, and has not yet had it."""
+        database, start = self.database, prepared.start
+        if presented is None:
+            presented = database.present_start(**prepared.columns)
+            if presented is not None and presented.written.result():
+                return self._started(prepared, presented)
         try:
-            with database.bounded(), place as here:
-                if here and not database.stopping:
-                    status["status"] = "PENDING"
-                mine = database.start_run(
-                    status,
-                    start,
-                    creator_xid=owner_xid,
-                    input_argument=agent.input_argument or None,
-                    unique_request_id=start.request_id if server_made_id and start.request_id else None,
-                )
+            with database.bounded():
+                written = database.start_run(**prepared.columns, presented=presented)
         except DBOSConflictingWorkflowError:
-            return start.key.workflow_id
+            return Started(start.key.workflow_id)
         except RequestRepeated:
-            with self.engine.begin() as conn:
-                found = runs.find_request(conn, start.key.namespace, start.request_id)
-            return found or start.key.workflow_id
-        if mine:
-            self._begin(status, owner_xid)
-        return start.key.workflow_id
+            find = partial(runs.find_request, namespace=start.key.namespace, request_id=start.request_id)
+            found = reading(self.engine, "runs.find_request", find)
+            return Started(found or start.key.workflow_id)
+        return self._started(prepared, written)
+
+    def _started(self, prepared: _PreparedStart, written: WrittenStart | Presented) -> Started:
+        """Begins what is to begin here; returns the run as it was made."""
+        if isinstance(written, Presented):
+            written = WrittenStart(written.execution is not None, written.returned["created_at"])
+        run = self._as_written(prepared.agent, prepared.start, prepared.status["status"], written)  # before it moves on
+        if written.runs_here:
+            self._begin(prepared.status, prepared.owner_xid)
+        return Started(prepared.start.key.workflow_id, run)
+
+    def _as_written(self, agent: RegisteredAgent, start: RunStart, status: str, written: WrittenStart) -> Run | None:
+        """Returns a run that a start has made, as a read would find it."""
+        if written.created_at is None:
+            return None
+        here = status == "PENDING"
+        return Run.of_start(
+            start,
+            derive_state(status, waiting_for=None, open_approvals=0, end_reason=None, execution=1 if here else 0),
+            written.created_at,
+            executor_id=self.executor_id if here else "",
+            input_argument=agent.input_argument or None,
+            last_sequence=1,
+        )
 
     def _begin(self, status: Any, owner_xid: str) -> None:
         """Runs a run whose start is committed as ours. Does not block, so a loop may call it."""
@@ -431,7 +550,7 @@ class Runtime:
     def _begin_ms(self, start: RunStart) -> int:
         """Returns when a delayed run begins, by the database's clock, in milliseconds since 1970."""
         if start.start_at is not None:
-            return int(start.start_at.timestamp() * 1000)
+            return epoch_ms(start.start_at)
         with self.engine.connect() as conn:
             now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
         return int((now.astimezone(UTC) + timedelta(seconds=start.delay_s or 0.0)).timestamp() * 1000)

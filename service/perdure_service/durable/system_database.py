@@ -22,6 +22,8 @@ import json
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Any, cast
 
@@ -66,6 +68,20 @@ NO_PLAIN_START = (
 """What the checkpoint writer does not know of a start: no run that a caller starts has any of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenStart:
+    """What has become of the write of a start.
+
+    Attributes:
+        runs_here: Whether this process must now run it.
+        created_at: When the run was created, by the database's clock, if it is certain that this write made it and
+            that it is as it was written; else None.
+    """
+
+    runs_here: bool
+    created_at: datetime | None = None
+
+
 class RequestRepeated(Exception):
     """A start with a server-made id repeats a request that has its run already."""
 
@@ -85,22 +101,27 @@ class PerdureSystemDatabase(WaitingDatabase):
         creator_xid: str,
         input_argument: str | None,
         unique_request_id: str | None,
-    ) -> bool:
+        presented: Presented | None = None,
+    ) -> WrittenStart:
         """Writes DBOS's rows, the run and its first event in one transaction.
 
+        Args:
+            status: DBOS's row.
+            start: What was decided about the run.
+            creator_xid: The token of this start.
+            input_argument: See `runs.insert`.
+            unique_request_id: See `runs.insert`.
+            presented: What `present_start` returned, and the writer did not write.
+
         Returns:
-            Whether this process must now run it: the row is PENDING and owned by `creator_xid`.
+            Whether this process must now run it: the row is PENDING and owned by `creator_xid`; and what is known of
+            a run that this call has made.
 
         Raises:
             RequestRepeated: The request has its run already, under another id.
             DBOSConflictingWorkflowError: The id is another agent's.
         """
         stowed = self.payloads.stow(status["inputs"], patient=False)
-        presented = None
-        if stowed is None:
-            presented = self._present_start(status, start, creator_xid, input_argument, unique_request_id)
-            if presented is not None and presented.written.result():
-                return presented.execution is not None
         operation = Operation(
             None,
             adopted=presented,
@@ -124,18 +145,29 @@ class PerdureSystemDatabase(WaitingDatabase):
             execution = self.executions.find(status["workflow_uuid"], creator_xid)
             if execution is not None:
                 self.executions.remove(execution)
-        return mine
+        record: StartRecord | None = operation.facts.get("record")
+        if record is None or not created or operation.repeated:
+            # Somebody else's, or, between a lost reply and the repeat, perhaps no longer as it was written.
+            return WrittenStart(mine)
+        return WrittenStart(mine, record.created_at)
 
-    def _present_start(
+    def present_start(
         self,
         status: WorkflowStatusInternal,
         start: RunStart,
+        *,
         creator_xid: str,
         input_argument: str | None,
         unique_request_id: str | None,
     ) -> Presented | None:
-        """Gives the checkpoint writer a start, when it is one of those that the writer knows."""
-        if any(status[name] for name in NO_PLAIN_START) or start.forked_from_workflow_id:  # type: ignore[literal-required]
+        """Gives the checkpoint writer a start; arguments as of `start_run`. Does not block.
+
+        Returns:
+            None when it is none of those that the writer knows.
+        """
+        if not self.payloads.fits(status["inputs"]) or start.forked_from_workflow_id:
+            return None
+        if any(cast(dict[str, Any], status)[name] for name in NO_PLAIN_START):
             return None
         here = status["status"] == "PENDING"
         record = self.ledger.started(start, status, (self.executor_id or "") if here else "")

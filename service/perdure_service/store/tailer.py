@@ -7,6 +7,9 @@ idle watchers, of one run or of many, cost that one query.
 A subscription is one watcher's place in any number of runs, with one bounded mailbox. When it overflows, or meets a
 pack which does not follow the last, the runs concerned are `behind`: the watcher reads their logs itself, at its own
 pace, and then goes on with the mailbox. So a slow reader delays nobody and loses nothing.
+
+Who only waits for the end of a run gets no packs, and causes no reads of them: it is told of ends that this process
+commits; for those of others, one query tells which of the runs that were hinted at, or are looked at, have ended.
 """
 
 from __future__ import annotations
@@ -65,6 +68,22 @@ class Subscription:
         self.behind.clear()
 
 
+class EndWait:
+    """A wait for the end of a run. Used on the tailer's loop only.
+
+    Attributes:
+        workflow_id: The run.
+        changed: Set when the run may have ended, or is gone.
+    """
+
+    __slots__ = ("changed", "told", "workflow_id")
+
+    def __init__(self, workflow_id: str, told: Callable[[], bool]) -> None:
+        self.workflow_id = workflow_id
+        self.told = told
+        self.changed = asyncio.Event()
+
+
 class _Feed:
     """What is known of one watched run."""
 
@@ -82,6 +101,7 @@ class Tailer:
         self,
         read_news: Callable[[Mapping[str, int]], Sequence[News]],
         close_ended: Callable[[Sequence[str]], Sequence[str]],
+        read_closed: Callable[[Sequence[str]], Sequence[str]] = lambda workflow_ids: workflow_ids,
         *,
         poll_s: float,
     ) -> None:
@@ -91,12 +111,16 @@ class Tailer:
             read_news: Returns the packs after the given position of each run; blocks.
             close_ended: Ends the logs of those runs that ended without a terminal event, and returns those that have
                 been deleted; blocks.
+            read_closed: Returns those of these runs that have ended, or may have; blocks.
             poll_s: How often everything watched is looked at.
         """
         self._read_news = read_news
         self._close_ended = close_ended
+        self._read_closed = read_closed
         self._poll_s = poll_s
         self._feeds: dict[str, _Feed] = {}
+        self._end_waits: dict[str, set[EndWait]] = {}
+        self._ended: set[str] = set()
         self._hinted: set[str] = set()
         self._lock = threading.Lock()
         self._wake = asyncio.Event()
@@ -121,7 +145,7 @@ class Tailer:
         if loop is None or loop.is_closed():
             return
         with self._lock:
-            watched = [one for one in workflow_ids if one in self._feeds]
+            watched = [one for one in workflow_ids if one in self._feeds or self._must_look(one)]
             if not watched:
                 return
             quiet = not self._hinted
@@ -129,11 +153,52 @@ class Tailer:
         if quiet:
             loop.call_soon_threadsafe(self._wake.set)
 
+    def _must_look(self, workflow_id: str) -> bool:
+        """Returns whether somebody waits for the end of a run who would not be told of it."""
+        return any(not one.told() for one in self._end_waits.get(workflow_id, ()))
+
+    def ended(self, workflow_ids: Iterable[str]) -> None:
+        """Says that a commit of this process has ended these runs. From any thread, after the commit."""
+        loop = self._loop
+        if loop is None or loop.is_closed():
+            return
+        with self._lock:
+            waited_for = [one for one in workflow_ids if one in self._end_waits]
+            if not waited_for:
+                return
+            quiet = not self._ended
+            self._ended.update(waited_for)
+        if quiet:
+            loop.call_soon_threadsafe(self._tell_ended)
+
     @property
     def watchers(self) -> int:
-        """How many subscriptions there are."""
+        """How many subscriptions and waits there are."""
         with self._lock:
-            return len({one for feed in self._feeds.values() for one in feed.subscriptions})
+            subscriptions = {one for feed in self._feeds.values() for one in feed.subscriptions}
+            return len(subscriptions) + sum(map(len, self._end_waits.values()))
+
+    def await_end(self, workflow_id: str, told: Callable[[], bool] = lambda: False) -> EndWait:
+        """Registers who waits for a run's end and wants nothing else of it. Register, then look, then wait.
+
+        Args:
+            workflow_id: The run.
+            told: Whether its end will come through `ended`, so that other news need no look; from any thread.
+        """
+        wait = EndWait(workflow_id, told)
+        with self._lock:
+            self._end_waits.setdefault(workflow_id, set()).add(wait)
+        return wait
+
+    def leave_end(self, wait: EndWait) -> None:
+        """Ends a wait's registration."""
+        with self._lock:
+            waits = self._end_waits.get(wait.workflow_id)
+            if waits is None:
+                return
+            waits.discard(wait)
+            if not waits:
+                del self._end_waits[wait.workflow_id]
 
     def subscribe(self, *workflow_ids: str) -> Subscription:
         """Registers a watcher; it reads the logs first, then waits. Register, then read, then wait: no gap."""
@@ -199,15 +264,20 @@ class Tailer:
                     for workflow_id, feed in self._feeds.items()
                     if feed.position and (everything or workflow_id in hinted)
                 }
-                all_ids = list(self._feeds) if everything else []
+                awaited = [one for one in (self._end_waits if everything else hinted) if one in self._end_waits]
+                all_ids = [*self._feeds.keys(), *(self._end_waits.keys() - self._feeds.keys())] if everything else []
             if everything:
                 next_poll = loop.time() + self._poll_s
             try:
                 if chosen:
                     await self._read(chosen)
+                if awaited:
+                    self._tell_awaited(await asyncio.to_thread(self._read_closed, awaited))
                 if all_ids:
-                    for workflow_id in await asyncio.to_thread(self._close_ended, all_ids):
+                    gone = await asyncio.to_thread(self._close_ended, all_ids)
+                    for workflow_id in gone:
                         self._tell_to_read(workflow_id)
+                    self._tell_awaited(gone)
             except Exception as error:  # noqa: BLE001 - logged; the next look tries again
                 log.warning("tailer.read_failed", error=type(error).__name__)
                 await asyncio.sleep(ERROR_BACKOFF_S)
@@ -233,3 +303,14 @@ class Tailer:
         feed = self._feeds.get(workflow_id)
         for subscription in feed.subscriptions if feed else ():
             subscription.read_log(workflow_id)
+
+    def _tell_ended(self) -> None:
+        with self._lock:
+            ended, self._ended = self._ended, set()
+        self._tell_awaited(ended)
+
+    def _tell_awaited(self, workflow_ids: Iterable[str]) -> None:
+        """Wakes who waits for the end of these runs."""
+        for workflow_id in workflow_ids:
+            for wait in self._end_waits.get(workflow_id, ()):
+                wait.changed.set()

@@ -15,9 +15,9 @@ from perdure_service.durable.leases import new_executor_id
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.settings import Settings
-from perdure_service.store import event_log
+from perdure_service.store import event_log, run_heads
 from perdure_service.store.engine import create_engine
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import RunTracer
 
@@ -58,8 +58,9 @@ class Engine:
         )
         self.mortal = MortalRuntime(runtime, lambda: _tell(loop, die))
         self._tailer = Tailer(
-            lambda seen: retrying(self.database, "events.news", lambda conn: event_log.news(conn, seen)),
+            lambda seen: reading(self.database, "events.news", lambda conn: event_log.news(conn, seen)),
             lambda ids: runtime.database.close_ended_if_any(ids),
+            lambda ids: reading(self.database, "runs.closed", lambda conn: run_heads.closed(conn, ids)),
             poll_s=settings.watch_poll_interval.total_seconds(),
         )
 
