@@ -121,8 +121,9 @@ class RunService:
         self._max_calls = max_threads + max_waiting_calls
         self._calls = 0
         self._quota = StartQuota(max_starts_per_second)
-        self._inbox = inbox.Inbox(self._read_inbox, poll_s)
+        self._inbox = inbox.Inbox(self._read_inbox, poll_s, lambda: runtime.hints.arrives)
         self._watching = Watching(self._read_for_stream, partial(self.get, full=False), tailer)
+        runtime.hints.attach(tailer, self._inbox.wake)
         METERS.observe(
             m.WATCHERS,
             lambda: [(tailer.watchers, {m.WATCH: "run"}), (self._inbox.watchers, {m.WATCH: "approvals"})],
@@ -540,11 +541,6 @@ class RunService:
             "approvals.inbox",
             lambda conn: approval_store.inbox(conn, namespaces, inbox.OVERLAP_S),
         )
-
-    def hint(self, workflow_ids: Sequence[str]) -> None:
-        """Says that these runs have news, perhaps of approvals. From any thread."""
-        self._tailer.hint(workflow_ids)
-        self._inbox.wake()
 
     # ---- catalogue ---------------------------------------------------------------------------------------------------
 
