@@ -179,7 +179,7 @@ def list_page(
     token = ""
     if len(page) < len(rows):
         token = encode_token((page[-1]["created_at"].isoformat(), page[-1]["workflow_id"]), filter_key)
-    return [_run(row) for row in page], token
+    return [_run(dict(row)) for row in page], token
 
 
 def conditions(namespace: str, run_filter: RunFilter) -> tuple[list[str], dict[str, Any]]:
