@@ -200,9 +200,7 @@ class RunService:
             raise Overloaded(TOO_MANY_CALLS)
         promise = self._runtime.start_soon(agent, start, arguments, server_made_id=server_made_id)
         if promise is None:
-            return await self._call(
-                lambda: self._runtime.start(agent, start, arguments, server_made_id=server_made_id)
-            )
+            return await self._call(lambda: self._runtime.start(agent, start, arguments, server_made_id=server_made_id))
         self._calls += 1
         try:
             return await hops.result_of(promise)
