@@ -50,7 +50,7 @@ from perdure_service.errors import (
 )
 from perdure_service.store import event_log, forks, payloads, runs
 from perdure_service.store.forks import Origin
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.telemetry import derive_trace_id, parse_traceparent
 
 
@@ -126,7 +126,7 @@ def fork(runtime: Runtime, origin: Run | None, command: ForkCommand) -> tuple[Ru
         return _the_same(found, origin, command)
     except DBOSNonExistentWorkflowError:
         raise RunNotFound(f"run {command.run_id!r} was deleted while it was forked") from None
-    made = retrying(runtime.engine, "runs.get", lambda conn: runs.get(conn, plan.start.key.workflow_id))
+    made = reading(runtime.engine, "runs.get", lambda conn: runs.get(conn, plan.start.key.workflow_id))
     if made is None:
         raise RunNotFound(f"run {plan.start.key.run_id!r} was deleted as soon as it was made")
     return made, True
@@ -178,8 +178,8 @@ def _the_same(found: Run, origin: Run | None, command: ForkCommand) -> tuple[Run
 def _decide(runtime: Runtime, origin: Run, command: ForkCommand) -> _Plan:
     """Fixes everything about a fork before anything is written."""
     workflow_id = origin.key.workflow_id
-    recorded = retrying(runtime.engine, "forks.recorded", lambda conn: forks.recorded(conn, workflow_id))
-    facts = retrying(runtime.engine, "forks.origin", lambda conn: forks.origin(conn, workflow_id))
+    recorded = reading(runtime.engine, "forks.recorded", lambda conn: forks.recorded(conn, workflow_id))
+    facts = reading(runtime.engine, "forks.origin", lambda conn: forks.origin(conn, workflow_id))
     if facts is None:  # after the steps: those of a run that was deleted in between are not taken for all there are
         raise RunNotFound(f"there is no run {command.run_id!r} in namespace {command.namespace!r}")
     point = fork_point(recorded, command.from_step_id)
@@ -238,7 +238,7 @@ def _told(runtime: Runtime, key: RunKey, recorded: Sequence[Recorded], point: Fo
     after = 0
     cut = False
     while point.taken_over and (
-        events := retrying(
+        events := reading(
             runtime.engine, "events.read", partial(event_log.read, workflow_id=key.workflow_id, after_sequence=after)
         )
     ):

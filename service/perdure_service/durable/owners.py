@@ -21,7 +21,7 @@ from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.transactions import QUEUE
 from perdure_service.store import executors
 from perdure_service.store.dbos_tables import STATUS
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 
 SETTLED_S = 3.0
 """How old an execution must be to be looked at: before its start or claim is committed, its row is not its own."""
@@ -84,7 +84,7 @@ class OwnerWatch:
         watched = [one for one in self._executions if one.begun_ns < settled_ns]
         if not watched:
             return []
-        owners = retrying(self._engine, "owners.look", lambda conn: _owners(conn, watched))
+        owners = reading(self._engine, "owners.look", lambda conn: _owners(conn, watched))
         suspects = {one for one in watched if owners.get(one.key.workflow_id) != one.owner_xid}
         # Twice in a row: one that has just ended has no owner either, and is forgotten here a moment later.
         lost = [one for one in suspects & self._suspects if one in set(self._executions)]
@@ -95,7 +95,7 @@ class OwnerWatch:
 
     def search(self) -> list[str]:
         """Gives back runs that the database has as running here and that are not; returns their workflow ids."""
-        running = retrying(
+        running = reading(
             self._engine, "owners.search", lambda conn: executors.find_running(conn, self._executor_id, GRACE_S)
         )
         missing = {row for row in running if not self._executions.has(*row)}

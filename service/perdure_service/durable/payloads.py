@@ -34,7 +34,7 @@ from perdure_service.durable.substitutes import substitute
 from perdure_service.errors import Contention, Overloaded, StoreUnavailable
 from perdure_service.store import payloads
 from perdure_service.store.objects import Objects
-from perdure_service.store.sqlstates import JITTER, retrying
+from perdure_service.store.sqlstates import JITTER, reading
 
 T = TypeVar("T")
 
@@ -134,7 +134,7 @@ class Payloads:
         refuse_to_block()
 
         def put() -> Stowed:
-            if retrying(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256)):
+            if reading(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256)):
                 return Stowed(pointer, data)
             began_s = time.monotonic()
             return Stowed(pointer, data, self._put(pointer, data), began_s)
@@ -181,12 +181,12 @@ class Payloads:
         """
         if self._objects is None:
             return 0
-        now = retrying(self._engine, "payloads.now", payloads.now)
+        now = reading(self._engine, "payloads.now", payloads.now)
         old = (key for key, written in self._objects.all() if now - written > older_than)
         deleted = 0
         while batch := list(islice(old, SWEEP_OBJECTS)):
             hashes = sorted({key.partition("/")[0] for key in batch})
-            known = retrying(
+            known = reading(
                 self._engine,
                 "payloads.known",
                 lambda conn, hashes=hashes: payloads.known_objects(conn, hashes),  # type: ignore[misc]
@@ -237,7 +237,7 @@ class Payloads:
             LookupError: There are no such bytes: the last run that used them was deleted.
         """
         refuse_to_block()
-        place = retrying(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256))
+        place = reading(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256))
         if place is None:
             raise LookupError(f"there is no payload {pointer.sha256}")
         position = offset
@@ -248,7 +248,7 @@ class Payloads:
                 data = self._objects.read(place.object_key, position, payloads.PIECE_BYTES)
             else:
                 number, skip = divmod(position, payloads.PIECE_BYTES)
-                data = retrying(
+                data = reading(
                     self._engine,
                     "payloads.read",
                     lambda conn, number=number: payloads.read_piece(conn, pointer.sha256, number),  # type: ignore[misc]

@@ -551,8 +551,9 @@ class Runtime:
         """Returns when a delayed run begins, by the database's clock, in milliseconds since 1970."""
         if start.start_at is not None:
             return epoch_ms(start.start_at)
-        with self.engine.connect() as conn:
-            now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
+        now: datetime = reading(
+            self.engine, "runtime.now", lambda conn: conn.execute(sa.text("SELECT now()")).scalar_one()
+        )
         return int((now.astimezone(UTC) + timedelta(seconds=start.delay_s or 0.0)).timestamp() * 1000)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -56,6 +55,7 @@ from perdure_service.durable.requests import (
 from perdure_service.durable.run_trace import trace_of
 from perdure_service.durable.runtime import Runtime, Started
 from perdure_service.durable.view import refuse_truncated
+from perdure_service.durable.waiting import Waiting
 from perdure_service.durable.watching import Watching
 from perdure_service.errors import (
     AgentNotFound,
@@ -87,10 +87,6 @@ CALLER_POOL_PATIENCE_S = 2.0
 twice what it is told to wait. Ten such waits and more are behind each other at the threads, so it must not be long."""
 
 TOO_MANY_CALLS = "this server has more calls than it can serve; wait and repeat the call"
-
-WAIT_RECHECK_S = 5.0
-"""How often a wait looks at the run although nothing woke it."""
-
 
 class RunService:
     """Runs and approvals. All methods raise `PerdureError`s; every id they take is a caller's."""
@@ -124,11 +120,12 @@ class RunService:
         self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="rpc-db-")
         self._max_calls = max_threads + max_waiting_calls
         self._calls = 0
-        self._runs = RunReader(self._engine, max_waiting=self._max_calls, patience_s=CALLER_POOL_PATIENCE_S)
-        runtime.ended = tailer.ended
+        self._runs = RunReader(self._find_runs, max_waiting=self._max_calls, patience_s=CALLER_POOL_PATIENCE_S)
         self._quota = StartQuota(max_starts_per_second)
         self._inbox = inbox.Inbox(self._read_inbox, poll_s)
         self._watching = Watching(self._read_for_stream, partial(self.get, full=False), tailer)
+        self._waiting = Waiting(self.get, runtime.executions, tailer)
+        runtime.ended = tailer.ended
         METERS.observe(
             m.WATCHERS,
             lambda: [(tailer.watchers, {m.WATCH: "run"}), (self._inbox.watchers, {m.WATCH: "approvals"})],
@@ -167,6 +164,11 @@ class RunService:
 
     async def _read(self, name: str, function: Callable[[sa.Connection], T]) -> T:
         return await self._call(reading, self._engine, name, function)
+
+    def _find_runs(self, workflow_ids: Sequence[str], full: bool) -> Mapping[str, Run]:
+        return self._for_a_caller(
+            reading, self._engine, "runs.find", partial(runs.find, workflow_ids=workflow_ids, full=full)
+        )
 
     def _check_namespace(self, namespace: str) -> None:
         check_namespace(namespace, self._namespaces)
@@ -368,45 +370,9 @@ class RunService:
         return Page(found, token)
 
     async def wait(self, namespace: str, run_id: str, *, full: bool, timeout_s: float) -> tuple[Run, bool]:
-        """Waits for a run's end; returns the run and whether the time was up first.
-
-        A run that executes here has not ended, and its end will be told: it is read once, at the end.
-        """
+        """Waits for a run's end; returns the run and whether the time was up first."""
         self._check_namespace(namespace)
-        deadline = time.monotonic() + timeout_s
-        workflow_id = RunKey.of_api(namespace, run_id).workflow_id
-        # Register, then look, then wait: what ends the run after the look wakes the wait.
-        wait = self._tailer.await_end(workflow_id, partial(self._executes_here, workflow_id))
-        try:
-            goes_on = self._goes_on_here(namespace, run_id, workflow_id)
-            while True:
-                left = deadline - time.monotonic()
-                if not goes_on or left <= 0:
-                    wait.changed.clear()
-                    run = await self.get(namespace, run_id, full=full)
-                    if run.state.terminal or left <= 0:
-                        return run, not run.state.terminal
-                    if run.key.workflow_id != wait.workflow_id:
-                        # Not started through the API. Registered anew, so looked at anew.
-                        self._tailer.leave_end(wait)
-                        wait = self._tailer.await_end(run.key.workflow_id)
-                        continue
-                goes_on = False
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, WAIT_RECHECK_S)):
-                        await wait.changed.wait()
-        finally:
-            self._tailer.leave_end(wait)
-
-    def _executes_here(self, workflow_id: str) -> bool:
-        return self._runtime.executions.newest(workflow_id) is not None
-
-    def _goes_on_here(self, namespace: str, run_id: str, workflow_id: str) -> bool:
-        """Returns whether a run executes in this process, and nobody has been told yet that it ended."""
-        execution = self._runtime.executions.newest(workflow_id)
-        if execution is None or execution.ended:
-            return False
-        return (execution.key.namespace, execution.key.run_id) == (namespace, run_id)
+        return await self._waiting.wait(namespace, run_id, full=full, timeout_s=timeout_s)
 
     async def list_events(
         self, namespace: str, run_id: str, kinds: frozenset[EventKind], *, page_size: int, page_token: str

@@ -158,7 +158,7 @@ class CheckpointWriter:
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return self.commit(session.connection, rows)
-            except sa.exc.DBAPIError as error:
+            except (sa.exc.DBAPIError, ValueError) as error:  # psycopg2 refuses some values before it sends them
                 code = sqlstate_of(error)
                 lost = is_connection_lost(error) or code == STATEMENT_COMPLETION_UNKNOWN
                 if lost:

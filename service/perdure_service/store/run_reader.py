@@ -9,23 +9,21 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import sqlalchemy as sa
-
 from perdure_service.domain.runs import Run
 from perdure_service.errors import Draining, Overloaded, PerdureError
-from perdure_service.store import runs
-from perdure_service.store.engine import waits_for_a_connection
-from perdure_service.store.sqlstates import reading
 
 MAX_RUNS = 64
 """Who may share a query: more, and a message of the database becomes large while the first of them waits."""
 
 MAX_QUERIES = 2
 """Queries at once: while the answer of one is unpacked, the database works on the other."""
+
+
+Find = Callable[[Sequence[str], bool], Mapping[str, Run]]
 
 
 @dataclass(eq=False, slots=True)
@@ -45,16 +43,16 @@ class _Asked:
 class RunReader:
     """See the module. Used on one event loop."""
 
-    def __init__(self, engine: sa.Engine, *, max_waiting: int, patience_s: float) -> None:
+    def __init__(self, find: Find, *, max_waiting: int, patience_s: float) -> None:
         """Creates the reader.
 
         Args:
-            engine: The database.
+            find: Returns those of the runs that exist, by workflow id, with input and output when the second argument
+                is true; blocks. What it raises that is a `PerdureError` concerns the database, and so everybody.
             max_waiting: How many may wait for their runs.
-            patience_s: How long a query waits for a connection; and who has waited for so long when a query fails
-                learns of it at once instead of waiting for another one.
+            patience_s: Who has waited for so long when a query fails is told so, instead of waiting for another one.
         """
-        self._engine = engine
+        self._find_runs = find
         self._max_waiting = max_waiting
         self._patience_s = patience_s
         self._pool = ThreadPoolExecutor(MAX_QUERIES, thread_name_prefix="rpc-db-runs-")
@@ -70,7 +68,7 @@ class RunReader:
         Raises:
             Overloaded: As many wait as may.
             Draining: The reader is closed.
-            PerdureError: As `reading`.
+            PerdureError: As `find`.
         """
         if self._closed:
             raise Draining("this server is stopping; repeat the call")
@@ -87,6 +85,11 @@ class RunReader:
             return await asked.answer
         finally:
             self._waiting -= 1
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for their runs."""
+        return self._waiting
 
     def close(self) -> None:
         """Ends the threads; whoever still waits is told that this server is stopping."""
@@ -149,14 +152,13 @@ class RunReader:
         Raises:
             PerdureError: The database's, which concerns all.
         """
-        with waits_for_a_connection(self._patience_s):
-            try:
-                return [*self._find(batch)]
-            except PerdureError:
-                raise
-            except Exception:  # noqa: BLE001 - found again below
-                # An id that the database cannot take, a row that cannot be understood: somebody's, not everybody's.
-                return [self._find_alone(asked) for asked in batch]
+        try:
+            return [*self._find(batch)]
+        except PerdureError:
+            raise
+        except Exception:  # noqa: BLE001 - found again below
+            # An id that the database cannot take, a row that cannot be understood: somebody's, not everybody's.
+            return [self._find_alone(asked) for asked in batch]
 
     def _find_alone(self, asked: _Asked) -> list[Run] | Exception:
         try:
@@ -165,8 +167,8 @@ class RunReader:
             return error
 
     def _find(self, batch: Sequence[_Asked]) -> list[list[Run]]:
-        found: dict[bool, dict[str, Run]] = {}
+        found: dict[bool, Mapping[str, Run]] = {}
         for full in {asked.full for asked in batch}:
             ids = sorted({one for asked in batch if asked.full is full for one in asked.workflow_ids})
-            found[full] = reading(self._engine, "runs.find", lambda conn: runs.find(conn, ids, full=full))  # noqa: B023 - called here
+            found[full] = self._find_runs(ids, full)
         return [[found[asked.full][one] for one in asked.workflow_ids if one in found[asked.full]] for asked in batch]

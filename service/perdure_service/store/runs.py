@@ -136,7 +136,10 @@ def find(conn: sa.Connection, workflow_ids: Sequence[str], *, full: bool = False
 
     The `last_sequence` of each is from the same statement, so a snapshot and its place in the log agree.
     """
-    rows = conn.execute(_FIND_FULL if full else _FIND, {"workflow_ids": list(workflow_ids)}).mappings()
+    found = conn.execute(_FIND_FULL if full else _FIND, {"workflow_ids": list(workflow_ids)})
+    names = tuple(found.keys())
+    # Plain dicts: a `RowMapping` takes a third longer to be made a run of.
+    rows = [dict(zip(names, row, strict=True)) for row in found.fetchall()]
     return {row["workflow_id"]: _run(row) for row in rows}
 
 
@@ -337,7 +340,7 @@ def end(
     return None if row is None else dict(row)
 
 
-def _run(row: sa.RowMapping) -> Run:
+def _run(row: Mapping[str, Any]) -> Run:
     status = row["status"]
     deadline_ms = row["workflow_deadline_epoch_ms"]
     progress = json.loads(row["progress"]) if row["progress"] else None
@@ -383,7 +386,7 @@ def _run(row: sa.RowMapping) -> Run:
     )
 
 
-def _stored_input(row: sa.RowMapping) -> str | None:
+def _stored_input(row: Mapping[str, Any]) -> str | None:
     """Returns the input, or the pointer to it; None for a foreign workflow's own format."""
     if row["serialization"] != PORTABLE or row["inputs"] is None:
         return None
