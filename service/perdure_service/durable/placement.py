@@ -32,6 +32,9 @@ CLAIM_BATCH = 100
 """Runs that one claim takes at most: a fraction of a second's work, and starts go on beside it. If more wait, the next
 claim follows at once."""
 
+LOOK_SLOTS = 8
+"""Free slots that a claim holds at least, if there are as many, when nothing is known to wait; else half of them."""
+
 
 @dataclass(slots=True)
 class _Waits:
@@ -40,6 +43,11 @@ class _Waits:
     for_slot: bool = False
     for_queue: bool = False
     for_agents: frozenset[AgentKey] = frozenset()
+
+    @property
+    def any(self) -> bool:
+        """Whether some are known to wait."""
+        return self.for_slot or self.for_queue or bool(self.for_agents)
 
     def blocks(self, agent: AgentKey) -> bool:
         """Whether a new run of this agent would overtake some."""
@@ -198,9 +206,10 @@ class Placement:
         self.saw(limits)
         with self._claiming:
             # Before the claim looks: what is queued from now on is noted beside, and not forgotten with what was.
-            waits = self._waits[limits.name] = _Waits()
+            before, waits = self._waits.get(limits.name), _Waits()
+            self._waits[limits.name] = waits
             with self._lock:
-                room = self._room(limits)
+                room = self._room(limits, sure=before is not None and before.any)
                 held = replace(room, agents=dict(room.agents))
                 self._hold(held, 1)
             try:
@@ -222,9 +231,12 @@ class Placement:
             # There is more than one claim takes, or what it could not take was in the way of others, or it failed.
             self.wake(limits.name)
 
-    def _room(self, limits: QueueLimits) -> Room:
+    def _room(self, limits: QueueLimits, *, sure: bool) -> Room:
         agents = self._limits()
         total = min(CLAIM_BATCH, self._slots_left())
+        if not sure:
+            # A look that will mostly find nothing must not send those to the queue who come to start meanwhile.
+            total = min(total, max(LOOK_SLOTS, self._slots_left() // 2))
         bounded_by_queue = False
         if limits.worker_concurrency:
             of_queue = self._queue_left(limits)

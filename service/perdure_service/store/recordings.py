@@ -22,9 +22,9 @@ _PAGE = sa.text(f"""
                   OVER (ORDER BY function_id ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
         FROM (SELECT function_id, function_name, output, error, serialization, child_workflow_id FROM {OUTPUTS}
               WHERE workflow_uuid = :workflow_id AND function_id > :after
-              ORDER BY function_id LIMIT {PAGE_ROWS}) AS page
+              ORDER BY function_id LIMIT :rows) AS page
     ) AS sized
-    WHERE coalesce(bytes_before, 0) < {PAGE_BYTES}
+    WHERE coalesce(bytes_before, 0) < :bytes
     ORDER BY function_id
 """)
 
@@ -51,6 +51,8 @@ class Page:
 
 def read(conn: sa.Connection, workflow_id: str, after: int) -> Page:
     """Returns the recorded operations of a run after a number."""
-    rows = conn.execute(_PAGE, {"workflow_id": workflow_id, "after": after}).fetchall()
+    rows = conn.execute(
+        _PAGE, {"workflow_id": workflow_id, "after": after, "rows": PAGE_ROWS, "bytes": PAGE_BYTES}
+    ).fetchall()
     operations = [RecordedOperation(int(row[0]), *row[1:6]) for row in rows]
     return Page(operations, last=not rows or len(rows) == rows[0].found < PAGE_ROWS)
