@@ -143,10 +143,10 @@ class CheckpointWriter:
         """Waits for rows and takes a batch; None when there are no more and will be none."""
         with self._changed:
             while not self._may_take():
-                waiting = bool(self._rows or self._events)
-                if not waiting and not self._open:
+                some = bool(self._rows or self._events)
+                if not some and not self._open:
                     return None
-                self._changed.wait(JOIN_AFTER_S if waiting else None)
+                self._changed.wait(JOIN_AFTER_S if some else None)
             self._busy_since = time.monotonic() if not self._busy else self._busy_since
             self._busy += 1
             taken: list[CheckpointRow] = []
