@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -170,12 +170,6 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     queues = Queues.of_settings(settings.queues)
     queues.check_agents({agent.spec.workflow_name: agent.spec.queue for agent in agents})
 
-    service: RunService | None = None
-
-    def hint(workflow_ids: Sequence[str]) -> None:
-        if service is not None:
-            service.hint(workflow_ids)
-
     def lost() -> None:
         loop.call_soon_threadsafe(stop, "its lease is lost", 1)
 
@@ -189,7 +183,6 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         queue_poll=settings.queue_poll_interval,
         lease_ttl=settings.lease_ttl,
         tracer=telemetry.tracer,
-        hint=hint,
         lost=lost,
         owns_database=dev,
         max_output_bytes=settings.max_output_bytes,
@@ -216,6 +209,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         runtime.database.close_ended_if_any,
         lambda ids: reading(engine, "runs.closed", lambda conn: run_heads.closed(conn, ids)),
         poll_s=settings.watch_poll_interval.total_seconds(),
+        hinted=lambda: runtime.hints.arrives,
     )
     tailer.start()
     service = RunService(

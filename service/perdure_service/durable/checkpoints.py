@@ -181,7 +181,7 @@ class Checkpoints:
             one.note_end()
             self._operations.tell(one.owner, one.pack.workflow_id, [one.pack])
         if committed:
-            self._operations.hint([one.pack.workflow_id for one in committed])
+            self._operations.hint([one.pack for one in committed])
         for one, written in answered:
             one.done(written)
 

@@ -55,6 +55,9 @@ class StepProgress:
     error: BaseException | None = None
 
 
+AT_ONCE_CHARS = 2_048
+"""Streamed text that is written at once; less waits for more, or a checkpoint, up to 100 ms."""
+
 SETTLE_S = 0.05
 """How long nothing of an execution may have moved before it is parked: between two calls its code is on its way."""
 
@@ -233,10 +236,14 @@ class Execution:
     _replayed_notes: list[Event] = field(default_factory=list)
     _buffer: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _wake_writer: Callable[[Execution], None] | None = None
+    _text_chars: int = 0
+    """How much streamed text is in the buffer."""
+    _wake_writer: Callable[..., None] | None = None
 
     def note(self, event: Event) -> None:
         """Buffers an event that nobody waits for; it is committed with the next checkpoint, or alone within 100 ms.
+
+        Of streamed text no more than 2 KiB waits.
 
         Text that continues the last delta of the same stream, step and attempt joins it.
         """
@@ -255,8 +262,11 @@ class Execution:
                 self._buffer[-1] = replace(last, data={**last.data, "text": text})
             else:
                 self._buffer.append(event)
+            if event.kind is EventKind.OUTPUT_DELTA:
+                self._text_chars += len(event.data["text"])
+            at_once = self._text_chars >= AT_ONCE_CHARS
         if self._wake_writer is not None:
-            self._wake_writer(self)
+            self._wake_writer(self, at_once=at_once)
 
     def meet_step(self) -> int:
         """Counts a step with a body that the code comes to; returns how many they are with it."""
@@ -400,6 +410,7 @@ class Execution:
         """Takes the buffered events, for a commit."""
         with self._lock:
             taken, self._buffer = self._buffer, []
+            self._text_chars = 0
         return taken
 
     def give_back(self, events: list[Event]) -> None:
@@ -446,7 +457,7 @@ def _continues(last: Event, event: Event) -> bool:
 class Executions:
     """The set of live executions of this process, and the dead ones whose code still runs. Thread-safe."""
 
-    def __init__(self, wake_writer: Callable[[Execution], None] | None = None) -> None:
+    def __init__(self, wake_writer: Callable[..., None] | None = None) -> None:
         self._by_key: dict[tuple[str, str], Execution] = {}
         self._dead: WeakValueDictionary[tuple[str, str], Execution] = WeakValueDictionary()
         """Those that were killed, while their code still has them."""

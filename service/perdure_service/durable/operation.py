@@ -111,9 +111,9 @@ class Operation:
         self._undo.append(callback)
 
     @property
-    def workflow_ids(self) -> list[str]:
-        """The runs that this commit wrote events of."""
-        return list(self._packs)
+    def packs(self) -> list[Pack]:
+        """What this commit wrote, of each run in the order of its log."""
+        return [pack for packs in self._packs.values() for pack in packs]
 
     def written(self) -> Iterator[tuple[str, Sequence[Pack]]]:
         """Yields the runs that this commit wrote events of, each with what it wrote."""
@@ -205,13 +205,13 @@ class Operations:
 
     def __init__(
         self,
-        committed: Callable[[list[str]], None],
+        committed: Callable[[list[Pack]], None],
         told: Callable[[Execution | None, str, Sequence[Pack]], None] = lambda _execution, _workflow_id, _packs: None,
     ) -> None:
         """Creates the stack.
 
         Args:
-            committed: Told the workflow ids whose logs a commit has extended, after the commit.
+            committed: Told the packs that a commit has written, after the commit.
             told: Told what a commit has written to each log, and which execution here has written it to its own.
                 Called in the order of the log, as the execution's slot is still held; must not raise.
         """
@@ -277,7 +277,7 @@ class Operations:
             slow = CheckpointTooSlow(str(error.orig))
             raise sa.exc.OperationalError(error.statement, None, slow, hide_parameters=True) from error
         operation.note_ends()
-        written = operation.workflow_ids
+        written = operation.packs
         for workflow_id, packs in operation.written():
             own = operation.execution is not None and operation.execution.key.workflow_id == workflow_id
             self.tell(operation.execution if own else None, workflow_id, packs)
@@ -289,9 +289,9 @@ class Operations:
         """Tells of what a commit has written; see `told` of the constructor."""
         self._told(execution, workflow_id, packs)
 
-    def hint(self, workflow_ids: list[str]) -> None:
-        """Tells whose logs commits have extended."""
-        self._committed(workflow_ids)
+    def hint(self, packs: list[Pack]) -> None:
+        """Tells what commits have written; see `committed` of the constructor."""
+        self._committed(packs)
 
     def _stack(self) -> list[Operation]:
         stack: list[Operation] | None = getattr(self._local, "stack", None)

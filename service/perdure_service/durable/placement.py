@@ -11,7 +11,8 @@ may come. An agent that must never take all has `max_running`.
 
 **Who waits for what.** A claim that leaves something notes for what: a slot of the executor, the end of a run of its
 queue, or of an agent. The end of an execution wakes the queues that wait for it, and no others, so a run that ends
-while nothing waits costs no statement. What other executors queue is found by polling.
+while nothing waits costs no statement. Other executors are told of what is queued, and of the end of a run whose queue
+has limits that they share (`announce`); what they were not told of they find by polling.
 """
 
 from __future__ import annotations
@@ -125,6 +126,8 @@ class Placement:
         self._waits: dict[str, _Waits] = {}
         self.wake: Callable[[str], None] = lambda _queue: None
         """Makes this process look into a queue now; set by `queue_threads`."""
+        self.announce: Callable[[str], None] = lambda _queue: None
+        """Tells the other executors to look into a queue; set by the runtime."""
         executions.left = self._left
 
     def saw(self, limits: QueueLimits) -> None:
@@ -296,6 +299,7 @@ class Placement:
         """Is told that something was queued, or given back, by this process: it is looked for now."""
         self._waits.setdefault(queue, _Waits()).for_slot = True
         self.wake(queue)
+        self.announce(queue)
 
     def polls(self, queue: str) -> None:
         """Is told that a queue will be looked into, unless it has no room here: then nobody knows what waits."""
@@ -308,3 +312,6 @@ class Placement:
         for queue, waits in list(self._waits.items()):
             if waits.ended(agent, of_this_queue=queue == execution.queue):
                 self.wake(queue)
+        limits = self._queues.get(execution.queue)
+        if limits is not None and limits.shared:
+            self.announce(execution.queue)

@@ -35,6 +35,7 @@ from perdure_service.durable import hops, metering, parking, replay, retries, st
 from perdure_service.durable.checkpoints import Checkpoints, Presented
 from perdure_service.durable.drain import Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
+from perdure_service.durable.hints import Hints, feed_of
 from perdure_service.durable.leases import Lease, lease_statement_timeout, renewal_interval_s
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
@@ -49,6 +50,7 @@ from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.suspicion import Suspicion
 from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated, WrittenStart
 from perdure_service.durable.trace_writer import TraceWriter
+from perdure_service.durable.waits import Waits
 from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
 from perdure_service.store import queues as store_queues
@@ -77,9 +79,6 @@ DESTROY_TIMEOUT_S = 3.0
 
 STARTERS = 8
 """Threads for starts that the checkpoint writer did not write: repeats, conflicts, and all while the database is away."""
-
-LISTENER_POLL_S = 0.25
-"""How often waits for signals are looked at where there is no LISTEN/NOTIFY (CockroachDB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +127,6 @@ class Runtime:
         queue_poll: timedelta,
         lease_ttl: timedelta,
         tracer: RunTracer,
-        hint: Callable[[Sequence[str]], None],
         lost: Callable[[], None],
         owns_database: bool = False,
         max_output_bytes: int = 2**20,
@@ -158,17 +156,15 @@ class Runtime:
         self.executions = Executions(self._writer.wake)
         self.queues = queues or Queues()
         self.placement = Placement(self.executions, max_running)
-        self._bells = Bells(queue_poll.total_seconds())
+        self.hints = Hints(lambda heard: feed_of(engine, executor_id, heard))
+        self._bells = Bells(queue_poll.total_seconds(), lambda: self.hints.tells_queues)
         self.placement.wake = self._bells.ring
-        self.operations = Operations(hint, self._committed)
+        self.placement.announce = self.hints.announce
+        self.operations = Operations(self.hints.committed, self._committed)
         self.checkpoints = Checkpoints(self.operations)
+        self._waits = Waits(engine, lambda: self.hints.arrives)
         # Of its own: when all connections are in use this executor is busy, not dead, and must be able to say so.
         self._lease_engine = reserve_connections(engine, lease_statement_timeout(lease_ttl))
-
-        def given_back(workflow_ids: Sequence[str]) -> None:
-            hint(workflow_ids)
-            if workflow_ids:
-                self.poke()
 
         self.lease = Lease(
             self._lease_engine,
@@ -187,11 +183,11 @@ class Runtime:
             lease=self.lease,
             ttl=lease_ttl,
             ledger=self.ledger,
-            hint=given_back,
+            hint=self.hints.given_back,
             gone=self.spans.executors_gone,
             owns_database=owns_database,
         )
-        self._drain = Drain(engine, self.executions, self.ledger, hint)
+        self._drain = Drain(engine, self.executions, self.ledger, self.hints.given_back)
         self._suspicion = Suspicion(
             engine,
             executor_id,
@@ -201,7 +197,16 @@ class Runtime:
         )
         self._suspects = suspicion and not owns_database
         METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
-        self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, given_back, OWNER_WATCH_S)
+        self._owners = OwnerWatch(
+            engine,
+            executor_id,
+            self.executions,
+            self.ledger,
+            self.hints.given_back,
+            OWNER_WATCH_S,
+            lambda: self.hints.arrives,
+        )
+        self._wire_hints()
         self._database: PerdureSystemDatabase | None = None
         self._limit = OutputLimit(max_output_bytes)
         self._checkpoint_writer: CheckpointWriter | None = None
@@ -211,12 +216,18 @@ class Runtime:
             self.checkpoints.write_with(self._checkpoint_writer)
         self._park_after = park_after
         self._max_recoveries = max_recoveries
-        self.ended: Callable[[Sequence[str]], None] = lambda _workflow_ids: None
-        """Told of runs that a commit of this process has ended; set by the service."""
         self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
         self.ledger.nudge = self._waker.nudge
         self._starters = ThreadPoolExecutor(STARTERS, thread_name_prefix="starter-")
         self.payloads = Payloads(engine, payload_threshold_bytes, objects)
+
+    def _wire_hints(self) -> None:
+        self.hints.ring = self._bells.ring_for_others
+        self.hints.ring_own = self._bells.ring_all
+        self.hints.owner_changed = self._owners.changed
+        self.hints.look_for = self._waits.look_for
+        self.hints.ended = self._waits.ended
+        self.hints.wake = self._waits.wake
 
     @property
     def database(self) -> PerdureSystemDatabase:
@@ -266,7 +277,6 @@ class Runtime:
                 "application_version": self.application_version,
                 "run_migrations": False,
                 "use_listen_notify": not is_cockroach(self.engine),
-                "notification_listener_polling_interval_sec": LISTENER_POLL_S,
                 # A blocking agent holds a thread while it runs or waits, its blocking children another; database calls
                 # need some beside those, or who waits would keep from going on what it waits for.
                 "max_executor_threads": self._max_threads + 2 * self._max_running,
@@ -284,13 +294,14 @@ class Runtime:
             self._register_queue(limits)
         self._owners.start()
         self._waker.start()
+        self.hints.start()
         if self._suspects:
             self._suspicion.start()
         return taken_back
 
     def poke(self) -> None:
         """Looks for queued runs now: something has been queued, or given back, that no queue was told of."""
-        self._bells.ring_all()
+        self.hints.poke()
 
     def _tell_differences(self) -> None:
         """Warns when a queue has other limits in the database: those of this executor count from now on, for all."""
@@ -332,6 +343,7 @@ class Runtime:
         if self._checkpoint_writer is not None:
             self._checkpoint_writer.stop()
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self.lease)
+        self.hints.stop()  # after whatever has still something to tell
         self.payloads.close()
         with suppress(Exception):
             self._reaper.take_back()  # what this executor never knew it had been given
@@ -359,7 +371,9 @@ class Runtime:
 
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
-        self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self._traces)
+        self._end_threads(
+            self._suspicion, self._reaper, self._owners, self._waker, self._writer, self._traces, self.hints
+        )
         self.payloads.close()
         self.lease.forget()
         self._lease_engine.dispose()
@@ -373,6 +387,7 @@ class Runtime:
             registered=_registered_names,
             limit=self._limit,
             park_after_s=self._park_after.total_seconds(),
+            waits=self._waits,
             payloads=self.payloads,
             checkpoints=self.checkpoints,
             **arguments,
@@ -391,7 +406,6 @@ class Runtime:
             execution_here = execution or self.executions.newest(workflow_id)
             if execution_here is not None:
                 execution_here.ended = True
-            self.ended([workflow_id])
         with metering.telling(workflow_id):
             metering.committed(execution, packs)
             self.spans.committed(execution, workflow_id, packs)

@@ -123,10 +123,10 @@ class RunService:
         self._calls = 0
         self._runs = RunReader(self._find_runs, max_waiting=self._max_calls, patience_s=CALLER_POOL_PATIENCE_S)
         self._quota = StartQuota(max_starts_per_second)
-        self._inbox = inbox.Inbox(self._read_inbox, poll_s)
+        self._inbox = inbox.Inbox(self._read_inbox, poll_s, lambda: runtime.hints.arrives)
         self._watching = Watching(self._read_for_stream, partial(self.get, full=False), tailer)
         self._waiting = Waiting(self.get, runtime.executions, tailer)
-        runtime.ended = tailer.ended
+        runtime.hints.attach(tailer, self._inbox.wake)
         METERS.observe(
             m.WATCHERS,
             lambda: [(tailer.watchers, {m.WATCH: "run"}), (self._inbox.watchers, {m.WATCH: "approvals"})],
@@ -568,11 +568,6 @@ class RunService:
             "approvals.inbox",
             lambda conn: approval_store.inbox(conn, namespaces, inbox.OVERLAP_S),
         )
-
-    def hint(self, workflow_ids: Sequence[str]) -> None:
-        """Says that these runs have news, perhaps of approvals. From any thread."""
-        self._tailer.hint(workflow_ids)
-        self._inbox.wake()
 
     # ---- catalogue ---------------------------------------------------------------------------------------------------
 

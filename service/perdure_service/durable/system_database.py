@@ -579,7 +579,9 @@ class PerdureSystemDatabase(WaitingDatabase):
         with self.operations.open(Operation(execution)):
             super().send_bulk(*arguments, **rest)
         messages = arguments[0] if arguments else rest["messages"]
-        self.nudge([message.destination_id for message in messages])
+        destinations = [message.destination_id for message in messages]
+        self.waits.look_for(destinations)
+        self.nudge(destinations)
 
     def patch(self, *, workflow_id: str, function_id: int, patch_name: str) -> bool:
         with self._own(workflow_id):

@@ -197,6 +197,17 @@ def reserve_connections(engine: sa.Engine, statement_timeout: timedelta, connect
     )
 
 
+def dedicated_connection(engine: sa.Engine) -> psycopg.Connection:
+    """Connects to an engine's database for a statement that never ends, or a session that only listens.
+
+    By psycopg 3, whatever the engine's driver, in autocommit mode and without a statement timeout: whoever has it must
+    notice by other means that nothing comes any more.
+    """
+    positional, arguments = engine.dialect.create_connect_args(engine.url)
+    settings = _connect_arguments(engine.url, timedelta(0), IDLE_IN_TRANSACTION_TIMEOUT)
+    return psycopg.connect(*positional, autocommit=True, **{**arguments, **settings})
+
+
 def _connect_arguments(url: URL, statement_timeout: timedelta, idle_in_transaction: timedelta) -> dict[str, Any]:
     """Returns libpq parameters. Session settings are startup options: no round trip, and no rollback undoes them."""
     options = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from datetime import timedelta
 
 from perdure_service.agents import context as agents_context
@@ -49,7 +48,6 @@ class Engine:
             queue_poll=settings.queue_poll_interval,
             lease_ttl=settings.lease_ttl,
             tracer=tracer,
-            hint=self._hint,
             lost=lambda: None,
             # The database is this engine's alone, so what a dead one left is taken back at once.
             owns_database=True,
@@ -62,6 +60,7 @@ class Engine:
             lambda ids: runtime.database.close_ended_if_any(ids),
             lambda ids: reading(self.database, "runs.closed", lambda conn: run_heads.closed(conn, ids)),
             poll_s=settings.watch_poll_interval.total_seconds(),
+            hinted=lambda: runtime.hints.arrives,
         )
 
     @property
@@ -69,10 +68,6 @@ class Engine:
         """What the RPC layer of a server calls."""
         assert self._service is not None, "launched"
         return self._service
-
-    def _hint(self, workflow_ids: Sequence[str]) -> None:
-        if self._service is not None:
-            self._service.hint(workflow_ids)
 
     async def launch(self) -> None:
         """Launches it, and takes back what an engine before it left."""
