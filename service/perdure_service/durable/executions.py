@@ -303,20 +303,13 @@ class Execution:
 
     # ---- parking: see `durable.parking` ------------------------------------------------------------------------------
 
-    @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> Working:
         """Surrounds a call of the run's code, from before its first to after its last use of the database.
 
         Raises:
             Parked: The run was parked.
         """
-        self._work()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.busy -= 1
-                self.touched = time.monotonic()
+        return Working(self)
 
     @contextmanager
     def resting(self, wait: Wait) -> Iterator[None]:
@@ -337,11 +330,18 @@ class Execution:
         if self.parked:
             raise Parked(self)
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """Begins what `working` surrounds."""
         with self._lock:
             if self.parked:
                 raise Parked(self)
             self.busy += 1
+            self.touched = time.monotonic()
+
+    def rest(self) -> None:
+        """Ends it."""
+        with self._lock:
+            self.busy -= 1
             self.touched = time.monotonic()
 
     def touch(self) -> None:
@@ -428,6 +428,21 @@ class Execution:
     def has_events(self) -> bool:
         """Whether events wait."""
         return bool(self._buffer)
+
+
+class Working:
+    """See `Execution.working`. No generator: each step has three of these."""
+
+    __slots__ = ("_execution",)
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+
+    def __enter__(self) -> None:
+        self._execution.work()
+
+    def __exit__(self, *_: object) -> None:
+        self._execution.rest()
 
 
 def _continues(last: Event, event: Event) -> bool:

@@ -25,9 +25,9 @@ import contextvars
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import CodeType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -106,15 +106,20 @@ def refuse_to_block() -> None:
         raise NeedsThread
 
 
-@contextmanager
-def refusing(left: Deferral | None = None) -> Iterator[None]:
-    """Makes what may wait in this thread refuse to; `left` is where work may be left meanwhile."""
-    before = _here.refuses, _here.deferral
-    _here.refuses, _here.deferral = True, left
-    try:
-        yield
-    finally:
-        _here.refuses, _here.deferral = before
+class refusing:
+    """Makes what may wait in this thread refuse to; `left` is where work may be left meanwhile. Each step has five."""
+
+    __slots__ = ("_before", "_left")
+
+    def __init__(self, left: Deferral | None = None) -> None:
+        self._left = left
+
+    def __enter__(self) -> None:
+        self._before = _here.refuses, _here.deferral
+        _here.refuses, _here.deferral = True, self._left
+
+    def __exit__(self, *_: object) -> None:
+        _here.refuses, _here.deferral = self._before
 
 
 class Inbox:

@@ -88,6 +88,7 @@ twice what it is told to wait. Ten such waits and more are behind each other at 
 
 TOO_MANY_CALLS = "this server has more calls than it can serve; wait and repeat the call"
 
+
 class RunService:
     """Runs and approvals. All methods raise `PerdureError`s; every id they take is a caller's."""
 

@@ -342,7 +342,7 @@ class Tailer:
                 log.warning("tailer.read_failed", error=type(error).__name__)
                 await asyncio.sleep(ERROR_BACKOFF_S)
                 with self._lock:
-                    self._hinted |= hinted.union(all_ids)
+                    self._hinted |= hinted.union(all_ids, awaited)
                 self._wake.set()
 
     async def _read(self, workflow_ids: Sequence[str]) -> None:
