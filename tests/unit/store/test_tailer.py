@@ -275,3 +275,19 @@ async def test_whatever_comes_when_a_watcher_gets_every_event_once_and_in_order(
     await eventually_async(arrived)
     assert seen == list(range(2, end + 1))
     assert watcher.behind == set()
+
+
+async def test_ten_thousand_idle_watchers_cost_a_look_and_no_more(log: Log) -> None:
+    asked: list[int] = []
+    tailer = Tailer(log.news, lambda ids: [asked.append(len(ids))] and [], poll_s=0.1)  # type: ignore[func-returns-value]
+    names = [f"r{number}" for number in range(10_000)]
+    log.events = dict.fromkeys(names, 1)
+    for name in names:
+        tailer.caught_up(tailer.subscribe(name), name, 1)
+    tailer.start()
+    try:
+        await eventually_async(lambda: len(asked) >= 3)
+        assert set(asked) == {10_000}
+        assert len(log.reads) <= len(asked) + 1
+    finally:
+        await tailer.stop()
