@@ -257,7 +257,7 @@ class Runtime:
         self._traces.start()
         system_database.install(self._build)
         retries.install()
-        self._bells.install(self.executions)
+        self._bells.install(self.executions, self.queues.names)
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
         self.payloads.install()

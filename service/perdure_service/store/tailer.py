@@ -40,7 +40,7 @@ HINTED_POLL_FACTOR = 5
 """How much less often everything is looked at while hints are known to arrive: then it is only what foreign clients
 and lost hints wait for."""
 
-READ_RUNS = 5_000
+READ_RUNS = 10_000
 """Runs that one query looks at."""
 
 ERROR_BACKOFF_S = 1.0
