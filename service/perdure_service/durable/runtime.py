@@ -78,7 +78,7 @@ DESTROY_TIMEOUT_S = 3.0
 """How long DBOS may take to end its threads; the process ends with them or without them."""
 
 STARTERS = 8
-"""Threads for starts that the checkpoint writer did not write: repeats, conflicts, and all while the database is away."""
+"""Threads for starts that the checkpoint writer did not write: repeats, and all while the database is away."""
 
 
 @dataclass(frozen=True, slots=True)
