@@ -59,6 +59,9 @@ class Told:
     def committed(self, packs: Collection[Pack]) -> None:
         self.woken.append(("committed", [pack.workflow_id for pack in packs]))
 
+    def ended(self, workflow_ids: Collection[str]) -> None:
+        self.woken.append(("ended for the tailer", sorted(workflow_ids)))
+
 
 def pack(workflow_id: str, kind: EventKind = EventKind.LOG, **data: Any) -> Pack:
     return Pack(workflow_id, [Event(kind, 0, data)], first_sequence=1)
@@ -67,7 +70,12 @@ def pack(workflow_id: str, kind: EventKind = EventKind.LOG, **data: Any) -> Pack
 def test_a_commit_is_handed_to_the_tailer_and_told_to_the_others() -> None:
     told = Told()
     told.hints.committed([pack("a"), pack("b", EventKind.STATE_CHANGED, to="SUCCEEDED")])
-    assert told.woken == [("committed", ["a", "b"]), ("ended", ["b"]), ("look_for", ["a", "b"])]
+    assert told.woken == [
+        ("committed", ["a", "b"]),
+        ("ended for the tailer", ["b"]),
+        ("ended", ["b"]),
+        ("look_for", ["a", "b"]),
+    ]
     assert told.sent == [Hint(runs=frozenset("ab"), ended=frozenset("b"))]
 
 
