@@ -351,8 +351,8 @@ class Settings(BaseSettings):
     watch_poll_interval: timedelta = Field(
         timedelta(seconds=1),
         ge=timedelta(seconds=0.05),
-        description="How often to look for news of watched runs that no hint announced; a fifth as often while hints of "
-        "the other servers arrive.",
+        description="How often to look for news of watched runs that no hint announced; a fifth as often while hints "
+        "of the other servers arrive.",
     )
     lease_ttl: timedelta = Field(
         timedelta(seconds=8),

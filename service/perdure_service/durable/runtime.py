@@ -288,10 +288,10 @@ class Runtime:
         self.lease.drain()
         self._drain.run(deadline)
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self.lease)
-        self.hints.stop()  # after whatever has still something to tell
         self.payloads.close()
         with suppress(Exception):
             self._reaper.take_back()  # what this executor never knew it had been given
+        self.hints.stop()
         self._end_dbos()
         self._lease_engine.dispose()
         self._traces.stop()

@@ -279,7 +279,12 @@ async def test_whatever_comes_when_a_watcher_gets_every_event_once_and_in_order(
 
 async def test_ten_thousand_idle_watchers_cost_a_look_and_no_more(log: Log) -> None:
     asked: list[int] = []
-    tailer = Tailer(log.news, lambda ids: [asked.append(len(ids))] and [], poll_s=0.1)  # type: ignore[func-returns-value]
+
+    def close_ended(workflow_ids: Sequence[str]) -> Sequence[str]:
+        asked.append(len(workflow_ids))
+        return []
+
+    tailer = Tailer(log.news, close_ended, poll_s=0.1)
     names = [f"r{number}" for number in range(10_000)]
     log.events = dict.fromkeys(names, 1)
     for name in names:
