@@ -21,6 +21,8 @@ from perdure_service.store.hints import EVERYTHING, Feed, Heard, Hint, NotifyFee
 from perdure_service.store.tailer import Tailer
 
 OF_APPROVALS = frozenset({EventKind.APPROVAL_REQUESTED, EventKind.APPROVAL_DECIDED})
+OF_WAITS = frozenset({EventKind.SIGNAL_RECEIVED, EventKind.APPROVAL_DECIDED, EventKind.PUBLISHED})
+"""Events that come with what agents' code may wait for."""
 
 ANY_QUEUE = frozenset({"*"})
 """Names all queues: no queue can be called so."""
@@ -95,13 +97,15 @@ class Hints:
         runs = frozenset(pack.workflow_id for pack in packs)
         ended = frozenset(pack.workflow_id for pack in packs if pack.events[-1].ends_run)
         approvals = any(event.kind in OF_APPROVALS for pack in packs for event in pack.events)
+        came = {pack.workflow_id for pack in packs if any(event.kind in OF_WAITS for event in pack.events)}
         if approvals:
             self._wake_inbox()
         if ended:
             if self._tailer is not None:
                 self._tailer.ended(ended)
             self.ended(ended)
-        self.look_for(runs)
+        if came:
+            self.look_for(came)
         self._feed.send(Hint(runs=runs, ended=ended, approvals=approvals))
 
     def hint(self, workflow_ids: Sequence[str]) -> None:
@@ -145,9 +149,8 @@ class Hints:
         runs = None if hint.everything else hint.runs
         if runs is None or runs:
             self.owner_changed(runs)
-            self.look_for(runs)
             self.ended(runs if runs is None or not self._feed.tells_all else hint.ended)
-        if hint.messages:
+        if hint.everything or hint.messages:
             self.look_for(None)
         for channel, name in hint.wakes:
             self.wake(channel, name)

@@ -47,7 +47,8 @@ class _Bell:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.own = False
-        self.others = False
+        self.others = True
+        """From the beginning: what was queued before its thread began, nobody rings for."""
 
     def ring(self, *, own: bool) -> None:
         """Rings for what this process, or another one, has changed."""

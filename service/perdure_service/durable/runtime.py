@@ -343,10 +343,10 @@ class Runtime:
         if self._checkpoint_writer is not None:
             self._checkpoint_writer.stop()
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self.lease)
-        self.hints.stop()  # after whatever has still something to tell
         self.payloads.close()
         with suppress(Exception):
             self._reaper.take_back()  # what this executor never knew it had been given
+        self.hints.stop()
         self._end_dbos()
         self._lease_engine.dispose()
         self._traces.stop()

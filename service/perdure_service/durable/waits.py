@@ -30,6 +30,9 @@ LOOK_S = 0.5
 HINTED_LOOK_S = 15.0
 """How often while they do."""
 
+PAUSE_S = 0.05
+"""After a look at all waits: a feed that does not tell for whom messages come may tell of many."""
+
 STOP_POLL_S = 0.25
 
 _MESSAGES, _VALUES, _STREAMS = NOTIFICATION_CHANNELS
@@ -138,6 +141,8 @@ class Waits:
                     self.look(None if everything else ids)
                 except Exception as error:  # noqa: BLE001 - logged; the next look tries again
                     log.warning("waits.look_failed", error=type(error).__name__)
+            if everything:
+                time.sleep(PAUSE_S)
 
     def look(self, workflow_ids: Collection[str] | None) -> None:
         """Wakes the waits, of some runs or of all, for which something is there. Blocks."""

@@ -20,6 +20,7 @@ After each connection to the database everything may have changed unheard, so th
 from __future__ import annotations
 
 import json
+import math
 import os
 import select
 import threading
@@ -218,8 +219,7 @@ class NotifyFeed:
         self._stopping = False
         self._wake_reader = self._wake_writer = -1
         self._listening_since: float | None = None
-        self._heard_myself = 0.0
-        self._heard_others = 0.0
+        self._heard_myself = self._heard_others = -math.inf
         self._thread = threading.Thread(target=self._run, name="hints", daemon=True)
 
     @property
@@ -229,10 +229,10 @@ class NotifyFeed:
 
     @property
     def alone(self) -> bool:
-        """Whether nobody else listens, as far as is known: it has listened for a while, and heard nobody."""
+        """Whether nobody else listens, as far as is known: it has listened for a while, and heard itself only."""
         now = time.monotonic()
         since = self._listening_since
-        return since is not None and min(now - since, now - self._heard_others) > self._deaf_s
+        return self.arrives and since is not None and min(now - since, now - self._heard_others) > self._deaf_s
 
     def start(self) -> None:
         """Begins to listen."""
@@ -286,21 +286,21 @@ class NotifyFeed:
     def _listen(self, conn: psycopg.Connection) -> None:
         for channel in (CHANNEL, *NOTIFICATION_CHANNELS):
             conn.execute(f"LISTEN {channel}")
-        self._heard_myself = time.monotonic()
-        self._listening_since = self._heard_myself
+        self._listening_since = time.monotonic()
         self._notify(conn, encode(self._sender, NOTHING))
         self._heard(EVERYTHING)
 
     def _keep_listening(self, conn: psycopg.Connection) -> None:
-        next_voice = time.monotonic() + self._voice_s * JITTER.uniform(0.5, 1)
+        since = time.monotonic()
+        next_voice = since + self._voice_s * JITTER.uniform(0.5, 1)
         next_send = 0.0
         while True:
             now = time.monotonic()
-            if not self.arrives:
+            if not self.arrives and now - since > self._deaf_s:
                 raise TimeoutError("the database does not send what it was told to send")
             waiting = self._pending != NOTHING
             if waiting and (now >= next_send or self._stopping):
-                self._notify(conn, encode(self._sender, self._take()))
+                self._send_pending(conn)
                 next_send, next_voice = time.monotonic() + PAUSE_S, time.monotonic() + self._voice_s
             elif now >= next_voice:
                 self._notify(conn, encode(self._sender, NOTHING))
@@ -318,10 +318,15 @@ class NotifyFeed:
             if self._wake_reader in readable:
                 os.read(self._wake_reader, 4096)
 
-    def _take(self) -> Hint:
+    def _send_pending(self, conn: psycopg.Connection) -> None:
         with self._lock:
-            taken, self._pending = self._pending, NOTHING
-        return taken
+            hint, self._pending = self._pending, NOTHING
+        try:
+            self._notify(conn, encode(self._sender, hint))
+        except BaseException:
+            with self._lock:
+                self._pending = (self._pending | hint).bounded  # for the next connection
+            raise
 
     def _notify(self, conn: psycopg.Connection, payloads: Sequence[str]) -> None:
         def notify(conn: psycopg.Connection) -> None:

@@ -70,12 +70,7 @@ def pack(workflow_id: str, kind: EventKind = EventKind.LOG, **data: Any) -> Pack
 def test_a_commit_is_handed_to_the_tailer_and_told_to_the_others() -> None:
     told = Told()
     told.hints.committed([pack("a"), pack("b", EventKind.STATE_CHANGED, to="SUCCEEDED")])
-    assert told.woken == [
-        ("committed", ["a", "b"]),
-        ("ended for the tailer", ["b"]),
-        ("ended", ["b"]),
-        ("look_for", ["a", "b"]),
-    ]
+    assert told.woken == [("committed", ["a", "b"]), ("ended for the tailer", ["b"]), ("ended", ["b"])]
     assert told.sent == [Hint(runs=frozenset("ab"), ended=frozenset("b"))]
 
 
@@ -86,12 +81,17 @@ def test_only_news_of_approvals_wakes_the_inbox() -> None:
     assert told.sent[0].approvals
 
 
+def test_a_signal_makes_the_waits_of_its_run_be_looked_at() -> None:
+    told = Told()
+    told.hints.committed([pack("a", EventKind.SIGNAL_RECEIVED), pack("b")])
+    assert ("look_for", ["a"]) in told.woken
+
+
 def test_a_hint_at_a_run_wakes_whoever_may_be_concerned() -> None:
     told = Told()
     told.hints.heard(Hint(runs=frozenset("ab"), ended=frozenset("b"), queues=frozenset({"mail"})))
     assert told.woken == [
-        ("tailer", ["a", "b"]), ("ring", ["mail"]), ("owner_changed", ["a", "b"]), ("look_for", ["a", "b"]),
-        ("ended", ["b"]),
+        ("tailer", ["a", "b"]), ("ring", ["mail"]), ("owner_changed", ["a", "b"]), ("ended", ["b"]),
     ]  # fmt: skip
     assert told.sent == [], "what was heard is not told again"
 
@@ -107,7 +107,7 @@ def test_after_a_start_of_the_feed_everybody_looks() -> None:
     told = Told()
     told.hints.heard(EVERYTHING)
     assert told.woken == [
-        ("tailer", None), ("inbox", None), ("ring", None), ("owner_changed", None), ("look_for", None), ("ended", None),
+        ("tailer", None), ("inbox", None), ("ring", None), ("owner_changed", None), ("ended", None), ("look_for", None),
     ]  # fmt: skip
 
 
@@ -143,6 +143,7 @@ def test_whoever_waits_for_the_end_of_a_run_is_woken_by_it_and_by_no_other_one()
 def test_what_others_queue_is_looked_for_at_once_and_then_after_a_pause() -> None:
     bells, stop = Bells(3600), threading.Event()
     waits = _StopOrBell(stop, bells._of("main"), 3600)
+    assert not waits.wait(3600), "its thread looks when it begins"
     bells.ring_for_others({"another"})
     assert not bells._of("main").others
     bells.ring_for_others({"main"})
@@ -159,6 +160,7 @@ def test_a_quiet_queue_is_polled_seldom_while_hints_arrive() -> None:
     arrive = True
     bells, stop = Bells(3600), threading.Event()
     waits = _StopOrBell(stop, bells._of("main"), 3600, lambda: arrive)
+    assert not waits.wait(3600)
     for _ in range(3):  # at its own interval, after whatever rang
         assert not waits.wait(0.001)
     seldom = threading.Thread(target=waits.wait, args=(3600,))
