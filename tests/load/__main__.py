@@ -12,9 +12,11 @@ from pathlib import Path
 from perdure_service.store import embedded
 
 from tests.helpers.databases import DatabaseServer, given_server
-from tests.load import frame, herd, recovery
+from tests.load import frame, herd, recovery, throughput
 
-BENCHMARKS = {one.name: one for one in (recovery.BENCHMARK, herd.BENCHMARK)}
+BENCHMARKS = {
+    one.name: one for one in (throughput.BENCHMARK, throughput.SLOW_COMMITS, recovery.BENCHMARK, herd.BENCHMARK)
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.names or BENCHMARKS:
             say(f"== {name}")
             results[name] = BENCHMARKS[name].run(options, server, say)
-            print(f"\n{frame.table(results[name])}\n", flush=True)
+            print(f"\n{results[name].markdown()}\n", flush=True)
     frame.write_results(results, options.json, frame.DOCUMENT if options.write else None)
 
 

@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 
 from dbos import DBOS
-from perdure_service.agents import agent
+from perdure_service.agents import agent, run
 
 GATE_POLL_S = 0.5
 """How often a step looks for its file: a thousand of them must cost next to nothing."""
@@ -42,3 +42,32 @@ async def second(gate: str) -> int:
 async def gated(gate: str) -> int:
     """Makes one step, and another one that ends when a file is there."""
     return await first() + await second(gate)
+
+
+@DBOS.step(name="async-step")
+async def async_step(number: int) -> int:
+    return number + 1
+
+
+@agent(name="two-steps")
+async def two_steps(number: int) -> int:
+    """Makes two steps that do nothing."""
+    return await async_step(await async_step(number))
+
+
+@DBOS.step(name="sync-step")
+def sync_step(number: int) -> int:
+    return number + 1
+
+
+@agent(name="two-steps-blocking")
+def two_steps_blocking(number: int) -> int:
+    """The same in blocking code."""
+    return sync_step(sync_step(number))
+
+
+@agent(name="listener")
+async def listener() -> int:
+    """Waits for a signal."""
+    await run.signal("go")
+    return 1
