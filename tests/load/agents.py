@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 
 from dbos import DBOS
@@ -70,4 +71,32 @@ def two_steps_blocking(number: int) -> int:
 async def listener() -> int:
     """Waits for a signal."""
     await run.signal("go")
+    return 1
+
+
+@DBOS.step(name="beat")
+async def beat(number: int) -> int:
+    return number
+
+
+@agent(name="pulse")
+async def pulse(steps: int, pause_s: float) -> list[int]:
+    """Makes a step after a pause, again and again; returns when each was committed (ns since 1970)."""
+    committed_ns = []
+    for number in range(steps):
+        await asyncio.sleep(pause_s)
+        await beat(number)
+        committed_ns.append(time.time_ns())
+    return committed_ns
+
+
+@DBOS.step(name="stand-still")
+async def stand_still() -> None:
+    await asyncio.sleep(3_600)
+
+
+@agent(name="still")
+async def still() -> int:
+    """Is in a step that does nothing for an hour."""
+    await stand_still()
     return 1

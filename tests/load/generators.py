@@ -27,12 +27,14 @@ class Answer:
     Attributes:
         count: Operations that ended.
         seconds: In which they did.
-        latencies_ms: Of each, the shortest first.
+        latencies_ms: Of each, the shortest first; with the repeats of their calls.
+        repeats: Calls that were repeated, as the server was too busy.
     """
 
     count: int
     seconds: float
     latencies_ms: list[float]
+    repeats: int = 0
 
     @property
     def per_second(self) -> float:
@@ -48,7 +50,7 @@ class Generator:
 
     def __init__(self, module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
         # A file, as nobody reads a pipe while it works.
-        self._errors = tempfile.TemporaryFile("w+", errors="replace")
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - closed by close
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"tests.load.{module}", *arguments],
             stdin=subprocess.PIPE,
@@ -84,7 +86,7 @@ class Generator:
     def load(self, clients: int, seconds: float, **more: Any) -> Answer:
         """Has it work, with some clients at a time."""
         found = self.ask(clients=clients, seconds=seconds, **more)
-        return Answer(found["count"], found["seconds"], found["latencies_ms"])
+        return Answer(found["count"], found["seconds"], found["latencies_ms"], found.get("repeats", 0))
 
     def close(self) -> None:
         """Ends it."""

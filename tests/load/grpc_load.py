@@ -21,6 +21,8 @@ from perdure.v1 import agent_run_service_pb2_grpc
 from tests.load.loop import answer, closed_loop, serve
 
 TIMEOUT_S = 60.0
+REPEATED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED})
+REPEAT_PAUSE_S = 0.1
 BULK = hasattr(pb, "StartAgentsRequest")
 """Whether this version of the API has `StartAgents`."""
 
@@ -33,6 +35,7 @@ class Load:
         self.stub: Any = agent_run_service_pb2_grpc.AgentRunServiceStub(self.channel)
         self._prefix = f"bench-{uuid.uuid4().hex[:8]}"
         self._numbers = itertools.count()
+        self.repeats = 0
 
     async def handle(self, order: dict[str, Any]) -> dict[str, Any]:
         """Works for some seconds."""
@@ -40,10 +43,22 @@ class Load:
             return await self.bulk(order["agent"], order["clients"], order["seconds"])
 
         async def once() -> None:
-            started = await self.stub.StartAgent(self.request(order["agent"]), timeout=TIMEOUT_S)
+            started = await self.call(self.stub.StartAgent, self.request(order["agent"]))
             await self.end_of(started.run.run_id)
 
-        return await closed_loop(once, order["clients"], order["seconds"])
+        repeats = self.repeats
+        return {**await closed_loop(once, order["clients"], order["seconds"]), "repeats": self.repeats - repeats}
+
+    async def call(self, method: Any, request: Any) -> Any:
+        """Makes a call, and repeats it where the server says that a repeat helps, as the client library does."""
+        while True:
+            try:
+                return await method(request, timeout=TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                if error.code() not in REPEATED:
+                    raise
+                self.repeats += 1
+                await asyncio.sleep(REPEAT_PAUSE_S)
 
     def request(self, agent: str) -> pb.StartAgentRequest:
         """Returns a start, as the client library sends it: with an id and a request id."""
@@ -52,7 +67,7 @@ class Load:
 
     async def end_of(self, run_id: str) -> None:
         """Waits for the end of a run."""
-        ended = await self.stub.WaitRun(pb.WaitRunRequest(run_id=run_id), timeout=TIMEOUT_S)
+        ended = await self.call(self.stub.WaitRun, pb.WaitRunRequest(run_id=run_id))
         assert not ended.timed_out, run_id
         assert ended.run.state == run_pb.AGENT_RUN_STATE_SUCCEEDED, ended.run
 

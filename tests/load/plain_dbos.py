@@ -51,13 +51,13 @@ async def writing() -> int:
     return await async_step(1)
 
 
-def configure(url: str, driver: str) -> None:
+def configure(url: str, driver: str, executor_id: str = "bench") -> None:
     """Makes the DBOS of this process."""
     config: DBOSConfig = {
         "name": "bench",
         "system_database_url": url,
         "application_version": "1",
-        "executor_id": "bench",
+        "executor_id": executor_id,
         "log_level": "CRITICAL",
     }
     if driver == "psycopg2":

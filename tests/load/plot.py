@@ -1,4 +1,4 @@
-"""Draws the lines of a benchmark as SVG, by hand: a few lines and words, which differ by no byte when the values do not.
+"""Draws the lines of a benchmark as SVG, by hand: equal values make equal bytes.
 
 A drawing library would be the largest of the development dependencies; the tables are the source of every number.
 """
@@ -19,7 +19,9 @@ def lines(measure: str, level_name: str, values: Mapping[str, Mapping[str, float
     """Returns a drawing of values by variant and level, on a logarithmic axis; levels are at equal distances."""
     levels = list(dict.fromkeys(level for of in values.values() for level in of))
     found = [value for of in values.values() for value in of.values() if value > 0]
-    low, high = (10 ** math.floor(math.log10(min(found))), 10 ** math.ceil(math.log10(max(found)))) if found else (1, 10)
+    low, high = (
+        (10 ** math.floor(math.log10(min(found))), 10 ** math.ceil(math.log10(max(found)))) if found else (1, 10)
+    )
     high = max(high, low * 10)
 
     def x(level: str) -> float:
@@ -30,7 +32,8 @@ def lines(measure: str, level_name: str, values: Mapping[str, Mapping[str, float
         return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * share
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+        'font-family="sans-serif" font-size="12">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
         _text(LEFT, 20, measure),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12, level_name, "middle"),
@@ -44,7 +47,10 @@ def lines(measure: str, level_name: str, values: Mapping[str, Mapping[str, float
         colour = COLOURS[number % len(COLOURS)]
         points = " ".join(f"{x(level):.1f},{y(of[level]):.1f}" for level in levels if of.get(level, 0) > 0)
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts += [f'<circle cx="{one.split(",")[0]}" cy="{one.split(",")[1]}" r="3" fill="{colour}"/>' for one in points.split()]
+        parts += [
+            f'<circle cx="{one.split(",")[0]}" cy="{one.split(",")[1]}" r="3" fill="{colour}"/>'
+            for one in points.split()
+        ]
         at = TOP + 8 + 20 * number
         parts.append(f'<path d="M{WIDTH - RIGHT + 14} {at}h18" stroke="{colour}" stroke-width="3"/>')
         parts.append(_text(WIDTH - RIGHT + 38, at + 4, name))

@@ -20,7 +20,7 @@ from typing import Any
 from tests.helpers.waiting import eventually, free_port
 from tests.load.loop import serve_blocking
 
-APPLICATION = '''
+APPLICATION = """
 import restate
 
 two_steps = restate.Service("TwoSteps")
@@ -37,8 +37,8 @@ async def run(ctx: restate.Context, number: int) -> int:
 
 
 app = restate.app([two_steps])
-'''
-SCRIPT = '''
+"""
+SCRIPT = """
 wrk.method, wrk.body, wrk.headers["content-type"] = "POST", "1", "application/json"
 function done(summary, latency, requests)
   io.write(string.format("{\\"count\\": %d, \\"seconds\\": %f, \\"failed\\": %d, \\"latencies_ms\\": [",
@@ -46,7 +46,7 @@ function done(summary, latency, requests)
   for share = 0, 199 do io.write(string.format("%f, ", latency:percentile(share / 2) / 1000)) end
   io.write(string.format("%f]}\\n", latency.max / 1000))
 end
-'''
+"""
 START_S = 60.0
 
 
@@ -78,7 +78,9 @@ def main(server: str, python: str, wrk: str) -> None:
             stack.callback(_end, process)
         target = f"http://127.0.0.1:{ingress}/TwoSteps/run"
         try:
-            eventually(lambda: _post(f"http://127.0.0.1:{admin}/deployments", {"uri": f"http://127.0.0.1:{sdk}"}), START_S)
+            eventually(
+                lambda: _post(f"http://127.0.0.1:{admin}/deployments", {"uri": f"http://127.0.0.1:{sdk}"}), START_S
+            )
             eventually(lambda: _post(target, 1) == b"3", START_S)
         except AssertionError as error:
             raise RuntimeError((folder / "log").read_text()[-2000:]) from error

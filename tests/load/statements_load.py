@@ -44,7 +44,9 @@ class Ceiling:
         """Writes what a run of two steps writes."""
         owner, start = uuid.uuid4().hex, _start()
         workflow_id = start.key.workflow_id
-        begun = Pack(workflow_id, [_event(EventKind.STATE_CHANGED, {"to": "RUNNING", "executor_id": "b"})], first_sequence=1)
+        begun = Pack(
+            workflow_id, [_event(EventKind.STATE_CHANGED, {"to": "RUNNING", "executor_id": "b"})], first_sequence=1
+        )
         fields: dict[str, Any] = {"status": "PENDING", "name": "two-steps@1", "executor_id": "bench", "execution": 1}
         fields |= {"app_version": "1", "inputs": '{"args": [1]}', "input_argument": '{"number": 1}'}
         await self._write(checkpoints.StartRow(workflow_id, owner, begun, None, start=start, **fields))
@@ -60,7 +62,9 @@ class Ceiling:
             await self._write(row)
             previous, first = first, first + len(events)
         ended = Pack(workflow_id, [_event(EventKind.STATE_CHANGED, {"to": "SUCCEEDED"})], first_sequence=first)
-        await self._write(checkpoints.OutcomeRow(workflow_id, owner, ended, previous, status="SUCCESS", output="3", shown="3"))
+        await self._write(
+            checkpoints.OutcomeRow(workflow_id, owner, ended, previous, status="SUCCESS", output="3", shown="3")
+        )
 
     async def _write(self, row: Any) -> None:
         self._waiting[row.workflow_id] = future = self._loop.create_future()

@@ -28,6 +28,7 @@ MEASURES = (
     Measure("server CPU ms/run", 2),
     Measure("database CPU ms/run", 2),
     Measure("write commits/run", 2),
+    Measure("repeated calls/run", 2),
 )
 RATIOS = (
     Ratio("runs/s, x plain DBOS", "runs/s", BASELINE),
@@ -40,7 +41,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's options, which `slow-commits` and `article` share."""
     group = parser.add_argument_group("throughput, slow-commits, article")
     group.add_argument("--secs", type=float, default=3.0, metavar="SECONDS", help="of each measurement (3)")
-    group.add_argument("--repeats", type=int, default=3, metavar="N", help="of each measurement (3; slow-commits, article: 1)")
+    group.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="of each measurement (3; slow-commits, article: 1)"
+    )
     group.add_argument("--clients", type=_numbers, default=CLIENTS, metavar="N,…", help="at a time (1,8,32,128)")
     group.add_argument("--variants", metavar="TEXT,…", help="only those with one of these in their names")
     variants.add_restate_options(parser)
@@ -77,7 +80,11 @@ def measure(
         MEASURES,
         RATIOS,
         plotted="runs/s",
-        settings={"seconds": options.secs, "repeats": repeats, "database": "CockroachDB" if server.cockroach else "PostgreSQL"},
+        settings={
+            "seconds": options.secs,
+            "repeats": repeats,
+            "database": "CockroachDB" if server.cockroach else "PostgreSQL",
+        },
     )
     before = load()
     asked = [one.strip() for one in options.variants.split(",")] if options.variants else [""]
@@ -131,7 +138,7 @@ class Counted:
 
 @contextmanager
 def slow_commits(server: DatabaseServer) -> Iterator[None]:
-    """Has each commit that writes take `COMMIT_DELAY_US` longer. Needs a superuser, which the embedded server's user is."""
+    """Has each commit that writes take `COMMIT_DELAY_US` longer. Needs a superuser, as the embedded server's is."""
     settings = {"commit_delay": COMMIT_DELAY_US, "commit_siblings": 0}
     try:
         for name, value in settings.items():

@@ -67,7 +67,7 @@ def spent(before: Usage, after: Usage) -> dict[str, float]:
 
 
 def database_processes(url: str) -> list[psutil.Process]:
-    """Returns the database server's main process, if it runs on this machine; else nothing, and its CPU is not known."""
+    """Returns the database server's main process if it is on this machine; else its CPU is not known."""
     with sql(url) as connection:
         if is_cockroach(connection):
             return [one for one in psutil.process_iter() if one.name().startswith("cockroach")]
@@ -109,9 +109,7 @@ def transactions(url: str) -> dict[str, int]:
 def _transaction_ids(connection: psycopg.Connection[Any]) -> int | None:
     if is_cockroach(connection):
         return None
-    row = connection.execute(
-        "SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS TEXT) AS BIGINT)"
-    ).fetchone()
+    row = connection.execute("SELECT CAST(CAST(pg_snapshot_xmax(pg_current_snapshot()) AS TEXT) AS BIGINT)").fetchone()
     assert row is not None
     return int(row[0])
 

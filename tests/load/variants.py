@@ -62,6 +62,7 @@ class Variant:
             "runs/s": answer.per_second,
             "p50 ms": answer.latency_ms(0.5),
             "p99 ms": answer.latency_ms(0.99),
+            "repeated calls/run": answer.repeats / count or None,
             **{f"{name} CPU ms/run": 1000 * cost[name] / count for name in self.groups},
         }
         if self.database_url is not None and "transaction_ids" in cost:
@@ -116,12 +117,13 @@ class Fleet:
         """Starts plain DBOS, on a database of its own."""
         url = self.migrated()
         mode = "sync" if name.startswith(DBOS_SYNC) else "async"
-        generator = self._generator("plain_dbos", url, mode, driver)
+        generator = self.generator("plain_dbos", url, mode, driver)
         groups = {"server": [generator.process], "database": database}
         self.variants.append(Variant(name, generator, {}, groups, url))
         return self.variants[-1]
 
-    def _generator(self, module: str, *arguments: str) -> Generator:
+    def generator(self, module: str, *arguments: str) -> Generator:
+        """Starts a load generator."""
         generator = Generator(module, *arguments)
         self.stack.callback(generator.close)
         return generator
@@ -132,7 +134,7 @@ class Fleet:
             return
         url, process = self.service()
         assert process._process is not None
-        generator = self._generator("grpc_load", process.address)
+        generator = self.generator("grpc_load", process.address)
         agent = "two-steps-blocking" if name == SYNC else "two-steps"
         groups = {"client": [generator.process], "server": [psutil.Process(process._process.pid)], "database": database}
         self.variants.append(Variant(name, generator, {"agent": agent, "bulk": name == BULK}, groups, url))
@@ -142,7 +144,7 @@ class Fleet:
             self.missing.append(f"{CEILING}: not there yet (the checkpoint writer).")
             return
         url = self.migrated()
-        generator = self._generator("statements_load", url)
+        generator = self.generator("statements_load", url)
         groups = {"server": [generator.process], "database": database}
         self.variants.append(Variant(CEILING, generator, {}, groups, url))
 
@@ -156,7 +158,7 @@ class Fleet:
                 "PATH --restate-python PATH`."
             )
             return
-        generator = self._generator("restate_load", str(server), str(python), wrk)
+        generator = self.generator("restate_load", str(server), str(python), wrk)
         found = generator.ask(processes=True)
         groups = {name: [psutil.Process(one) for one in found[name]] for name in found}
         self.variants.append(Variant(RESTATE, generator, {}, {"client": [generator.process], **groups}, None))
@@ -166,4 +168,6 @@ def add_restate_options(parser: argparse.ArgumentParser) -> None:
     """Adds where Restate is."""
     group = parser.add_argument_group("Restate, to compare with")
     group.add_argument("--restate-server", type=Path, metavar="PATH", help="the program `restate-server`, 1.7")
-    group.add_argument("--restate-python", type=Path, metavar="PATH", help="a Python that has restate-sdk and hypercorn")
+    group.add_argument(
+        "--restate-python", type=Path, metavar="PATH", help="a Python that has restate-sdk and hypercorn"
+    )
