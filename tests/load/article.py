@@ -87,7 +87,8 @@ def run(options: argparse.Namespace, server: DatabaseServer, say: Callable[[str]
                 answer, _ = one.measure(server.url, clients, options.article_secs)
                 _add(grid, one.name, clients, answer.per_second, answer.latency_ms(0.5), answer.latency_ms(0.99))
                 say(f"{one.name}, {clients} clients: {answer.per_second:.1f}/s")
-    grid.rows.sort(key=lambda row: list(dict.fromkeys(one.variant for one in grid.rows)).index(row.variant))
+    variants = list(dict.fromkeys(one.variant for one in grid.rows))
+    grid.rows.sort(key=lambda row: variants.index(row.variant))
     grid.given = {
         f"the article, {name}: per second (p50 ms)": {
             (row.variant, row.level): figures[int(row.level)][column]

@@ -29,7 +29,13 @@ from tests.load.loop import quantile
 from tests.load.usage import COUNTERS_SETTLE_S, Meter, database_processes, memory_mib, spent, transactions
 from tests.load.variants import DBOS_ASYNC, Fleet, Say
 
-WATCHES, PARKED, RUNNING, WAITING = "open watches", "parked runs", "running runs", "runs waiting in memory"
+NOTHING, WATCHES, PARKED, RUNNING, WAITING = (
+    "a server with nothing",
+    "open watches",
+    "parked runs",
+    "running runs",
+    "runs waiting in memory",
+)
 DBOS_WAITING = f"{DBOS_ASYNC}, waiting in recv"
 LEVELS = (1_000, 10_000)
 WOKEN = 50
@@ -47,7 +53,7 @@ MEASURES = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's options; `--watchers` is that of `latency`."""
     group = parser.add_argument_group("idle")
-    group.add_argument("--rest", type=float, default=20.0, metavar="SECONDS", help="of each look (20)")
+    group.add_argument("--rest", type=float, default=10.0, metavar="SECONDS", help="of each look (10)")
     group.add_argument("--parked", type=int, default=10_000, metavar="N", help="parked runs (10,000)")
     group.add_argument("--in-memory", type=int, default=1_000, metavar="N", help="running and waiting runs (1,000)")
 
@@ -56,9 +62,12 @@ def run(options: argparse.Namespace, server: DatabaseServer, say: Callable[[str]
     """Measures; see the module."""
     grid = Grid("what idles", "how many", MEASURES, settings={"seconds of each look": options.rest})
     before = load()
+    nothing_mib = 0.0
     for part in (_watches, _in_memory, _parked, _dbos):
         with ExitStack() as stack:
-            part(_Look(Fleet(server, stack, options), grid, options, say))
+            look = _Look(Fleet(server, stack, options), grid, options, say, nothing_mib)
+            part(look)
+            nothing_mib = look.nothing_mib
     grid.load = (before, load())
     return grid
 
@@ -113,7 +122,7 @@ def _watches(look: _Look) -> None:
     generator = look.fleet.generator("watch_load", server.address)
     with Rpc(server.address) as rpc:
         run_ids = waiting_runs(rpc)
-    look.at(WATCHES, 0, url, process)
+    look.at(NOTHING, 0, url, process)
     for level in (one for one in LEVELS if one <= look.options.watchers):
         generator.ask(idle=level, run_ids=run_ids)
         look.at(WATCHES, level, url, process)
@@ -123,7 +132,6 @@ def _in_memory(look: _Look) -> None:
     count = look.options.in_memory
     for name, agent in ((RUNNING, "still"), (WAITING, "listener")):
         url, server, process = look.service(PERDURE_MAX_RUNNING=str(count + 10))
-        look.at(name, 0, url, process)
         with Rpc(server.address) as rpc:
             start_many(rpc, agent, {}, count)
         look.at(name, count, url, process)
@@ -132,7 +140,6 @@ def _in_memory(look: _Look) -> None:
 def _parked(look: _Look) -> None:
     count = look.options.parked
     url, server, process = look.service(PERDURE_PARK_AFTER="0", PERDURE_MAX_RUNNING="100")
-    look.at(PARKED, 0, url, process)
     with Rpc(server.address) as rpc:
         run_ids = start_many(rpc, "listener", {}, count)
         eventually(lambda: _parked_count(url) == count, START_S, what="all runs are parked")

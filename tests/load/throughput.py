@@ -40,7 +40,7 @@ RATIOS = (
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's options, which `slow-commits` and `article` share."""
     group = parser.add_argument_group("throughput, slow-commits, article")
-    group.add_argument("--secs", type=float, default=3.0, metavar="SECONDS", help="of each measurement (3)")
+    group.add_argument("--secs", type=float, default=2.0, metavar="SECONDS", help="of each measurement (2)")
     group.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="of each measurement (3; slow-commits, article: 1)"
     )

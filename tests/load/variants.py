@@ -57,7 +57,8 @@ class Variant:
         answer = self.generator.load(clients, seconds, **self.order)
         cost = spent(before, meter.read())
         self.operations += answer.count
-        count = max(1, answer.count)
+        if not (count := answer.count):
+            return answer, {}  # no run has ended in this time: that is no rate
         values: dict[str, float | None] = {
             "runs/s": answer.per_second,
             "p50 ms": answer.latency_ms(0.5),
