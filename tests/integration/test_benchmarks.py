@@ -15,8 +15,8 @@ from tests.load.grid import Grid
 SMALL = {
     "recovery": "--kills 1 --pairs 1 --runs 2 --ttl 1",
     "herd": "--ttl 1 --herd 5 --herds 1",
-    "throughput": "--clients 2 --secs 0.2 --repeats 1",
-    "slow-commits": "--clients 2 --secs 0.2 --variants async",
+    "throughput": "--clients 2 --secs 0.2 --repeats 1 --variants async,bulk,alone",
+    "slow-commits": "--clients 2 --secs 0.2 --variants plain",
     "article": "--article-clients 1 --article-secs 0.2",
     "latency": "--steps 10 --watchers 1",
     "idle": "--rest 0.2 --watchers 20 --parked 20 --in-memory 20",
@@ -24,12 +24,12 @@ SMALL = {
 }
 """The options of each, in its quick form."""
 MEASURED = {
-    "throughput": {variants.ASYNC, variants.SYNC, variants.DBOS_ASYNC, variants.DBOS_SYNC},
-    "slow-commits": {variants.ASYNC, variants.DBOS_ASYNC},
+    "throughput": {variants.ASYNC, variants.DBOS_ASYNC},
+    "slow-commits": {variants.DBOS_ASYNC, variants.DBOS_SYNC},
     "latency": {latency.SAME, latency.OTHER, latency.STREAM_SAME, latency.STREAM_OTHER},
     "idle": {idle.NOTHING, idle.WATCHES, idle.RUNNING, idle.WAITING, idle.PARKED, idle.DBOS_WAITING},
     "growth": {"calls"},
-    "article": {"raw inserts, psycopg", "raw inserts, psycopg2", variants.ASYNC},
+    "article": {"raw inserts, psycopg", "raw inserts, psycopg2", variants.ASYNC, "plain DBOS, sync, psycopg2"},
 }
 """What each must have measured, at least."""
 

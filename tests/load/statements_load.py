@@ -78,7 +78,7 @@ class Ceiling:
 
 def _start() -> RunStart:
     return RunStart(
-        key=RunKey("default", f"ceiling-{uuid.uuid4().hex}"),
+        key=RunKey.of_api("default", f"ceiling-{uuid.uuid4().hex}"),
         agent="two-steps",
         agent_version="1",
         input_sha256=SHA256,
