@@ -229,6 +229,23 @@ def test_a_namespace_of_another_tenant_is_answered_as_none(
     assert locked.statements() == before
 
 
+def test_an_item_of_a_stream_about_another_tenants_namespace_is_answered_as_none(
+    locked: Locked, channel: grpc.Channel, theirs: Tenant
+) -> None:
+    before = locked.statements()
+    service = "perdure.v1.AgentRunService"
+    told = {}
+    for namespace in (THEIRS, NOWHERE):
+        start = asked(f"{service}/StartAgent", namespace, theirs.asker, theirs.approval, "r")
+        item = request_of(f"{service}/StartAgents", start=start)
+        answer = call(channel, f"{service}/StartAgents", item, bearer(locked.token([OURS], ALL_ROLES)))
+        told[namespace] = answer.error.SerializeToString(deterministic=True)
+    assert b"NAMESPACE_NOT_FOUND" in told[THEIRS]
+    assert len(THEIRS) == len(NOWHERE)
+    assert told[THEIRS].replace(THEIRS.encode(), NOWHERE.encode()) == told[NOWHERE]
+    assert locked.statements() == before
+
+
 @pytest.mark.parametrize("method", WITH_IDS)
 def test_a_run_of_another_tenant_is_answered_as_none(
     locked: Locked, channel: grpc.Channel, theirs: Tenant, method: str
