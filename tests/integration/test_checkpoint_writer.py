@@ -114,9 +114,11 @@ def test_rows_of_all_kinds_share_a_commit_and_each_is_there_as_a_whole(writing: 
     first, second, third = writing.started(), writing.started(), writing.started()
     rows = [a_start(), a_step(first), an_end(second), behind(third, EventsRow, [LOG, LOG])]
     start, step, end, alone = writing.submit(*rows)
-    assert start is not None and start["created_at"] is not None
-    assert step is not None and alone is not None
-    assert end is not None and (end["run_id"], end["execution"]) == (second.start.key.run_id, 1)  # type: ignore[union-attr]
+    assert start is not None
+    assert start["created_at"] is not None
+    assert None not in (step, alone)
+    assert end is not None
+    assert (end["workflow_id"], end["execution"]) == (second.workflow_id, 1)
     assert steps_of(writing, first) == [1]
     assert [log_of(writing, row) for row in rows] == [[1], [1, 2], [1, 2], [1, 2, 3]]
     statement = (
@@ -231,7 +233,8 @@ def test_a_run_with_an_open_approval_is_not_ended_here(writing: Writing) -> None
         conn.execute(
             sa.text(
                 "INSERT INTO perdure.approval (workflow_id, step_id, namespace, approval_id, agent, title, payload, "
-                "answer_schema, assignees, on_timeout) VALUES (:id, 1, 'default', :id, 'x', 't', '', '', '[]', 'REJECT')"
+                "answer_schema, assignees, on_timeout) "
+                "VALUES (:id, 1, 'default', :id, 'x', 't', '', '', '[]', 'REJECT')"
             ),
             {"id": run.workflow_id},
         )

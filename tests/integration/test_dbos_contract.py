@@ -9,13 +9,14 @@ from pathlib import Path
 
 import dbos
 import pytest
-from dbos import DBOS, _core, _dbos, _outcome, _queue, _sys_db, _sys_db_postgres
+from dbos import DBOS, _core, _dbos, _migration, _outcome, _queue, _sys_db, _sys_db_postgres, _workflow_commands
 from dbos._error import DBOSUnexpectedStepError
 from dbos._event_loop import BackgroundEventLoop
 from dbos._schemas.system_database import SystemSchema
 from perdure_service.domain.runs import TERMINAL_STATUSES
 from perdure_service.durable import hops, parking, replay, retries, runtime, steps, substitutes
 from perdure_service.durable.executions import Parked
+from perdure_service.durable.status_changes import SWEEPS
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.store import dbos_tables
 
@@ -392,3 +393,41 @@ def test_operations_are_recorded_by_their_owner_only() -> None:
     assert {name for name, source in methods.items() if changes.search(source) and "operation_outputs" in source} == {
         "rewind_workflow", "_delete_workflows", "rename_application",
     }  # fmt: skip
+
+
+# ---- hints -----------------------------------------------------------------------------------------------------------
+
+
+def test_dbos_tells_of_messages_values_and_entries_by_these_channels_and_names() -> None:
+    channels = (
+        _sys_db._dbos_notifications_channel,
+        _sys_db._dbos_workflow_events_channel,
+        _sys_db._dbos_streams_channel,
+    )
+    assert channels == dbos_tables.NOTIFICATION_CHANNELS
+    migrations = Path(inspect.getfile(_migration)).read_text()
+    for payload, channel in zip(
+        ("NEW.destination_uuid || '::' || NEW.topic", "NEW.workflow_uuid || '::' || NEW.key"), channels, strict=False
+    ):
+        assert f"payload text := {payload};\nBEGIN\n    PERFORM pg_notify('{channel}', payload);" in migrations
+    assert 'payload = f"{workflow_id}::{name}"' in inspect.getsource(_sys_db.SystemDatabase._waiter)
+    for name in ("notifications_map", "workflow_events_map", "streams_map"):
+        assert f"self.{name} = ThreadSafeEventDict()" in inspect.getsource(_sys_db.SystemDatabase.__init__)
+
+
+def test_the_thread_that_listens_and_those_of_queues_are_the_ones_we_replace() -> None:
+    assert "self._notification_listener()" in inspect.getsource(_sys_db.SystemDatabase.run_notification_listener)
+    assert "_notification_listener" in OURS
+    assert "target=queue_thread, args=(evt, self)" in inspect.getsource(_dbos.DBOS._launch)
+    manager = inspect.getsource(_queue.queue_thread)
+    assert "stop_event.wait(timeout=check_interval)" in manager
+    assert "args=(stop_event, dbos, queue)" in manager
+    assert manager.count("stop_event.") == 2, "it asks it for nothing else than we answer"
+
+
+def test_the_sweeps_run_only_under_the_lock_that_we_ask_for_first() -> None:
+    source = inspect.getsource(_workflow_commands.background_jobs_thread)
+    assert f'"{SWEEPS}"' in source
+    assert "with dbos._sys_db.background_job_lock(lock_name) as acquired:\n                if acquired:" in (
+        inspect.getsource(_workflow_commands._run_background_jobs)
+    )

@@ -477,7 +477,8 @@ class Executions:
 
         Args:
             execution: It.
-            perhaps: Whether it is of a start that may turn out to be of a run that exists: it ends no other one.
+            perhaps: Whether it is of a start that may turn out to be of a run that exists: it ends no other one, and
+                is not the newest before `stands`.
         """
         execution._wake_writer = self._wake_writer
         with self._lock:
@@ -494,10 +495,17 @@ class Executions:
             if known is execution and not execution.counted:
                 execution.counted = True
                 self._count(execution, 1)
-            self._newest[execution.key.workflow_id] = known
+            if not perhaps:
+                self._newest[execution.key.workflow_id] = known
         for one in older:
             self.kill(one, "another execution of this run began")
         return known
+
+    def stands(self, execution: Execution) -> None:
+        """Says that the start has made the run of an execution that was added with `perhaps`."""
+        with self._lock:
+            if (execution.key.workflow_id, execution.owner_xid) in self._by_key:
+                self._newest[execution.key.workflow_id] = execution
 
     def find(self, workflow_id: str, owner_xid: str | None) -> Execution | None:
         """Returns the execution of a run under an ownership token; also a dead one, whose code has not ended yet."""

@@ -26,7 +26,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from types import CodeType
 from typing import Any, TypeVar
@@ -39,6 +39,10 @@ from perdure_service.durable.substitutes import substitute
 
 T = TypeVar("T")
 
+DECIDERS = 64
+"""Threads for stages whose work a batch did not write; more than there are connections."""
+
+_deciders = ThreadPoolExecutor(DECIDERS, thread_name_prefix="decider-")
 _plain_invoke_step = _core.invoke_step
 _plain_submit_coroutine = BackgroundEventLoop.submit_coroutine
 
@@ -180,7 +184,7 @@ async def answer(function: Callable[..., Any], *arguments: Any) -> Any:
             raise
         error = raised
     if left.promise is not None and not await _kept(left.promise, function, *arguments):
-        return await asyncio.to_thread(function, *arguments)
+        return await _decide(function, *arguments)
     if error is None:
         return result
     try:
@@ -199,14 +203,15 @@ async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments:
         return _answer_of(promise)
     loop = asyncio.get_running_loop()
     kept: asyncio.Future[bool] = loop.create_future()
-    again = functools.partial(contextvars.copy_context().run, function, *arguments)
+    context = contextvars.copy_context()
 
     def settle() -> None:
         written = _answer_of(promise)
         if not kept.done():
             kept.set_result(written)
         elif not written:
-            loop.run_in_executor(None, again).add_done_callback(lambda done: done.cancelled() or done.exception())
+            again = context.run(_decide, function, *arguments)
+            again.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def tell(_promise: Future[bool]) -> None:
         with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
@@ -214,6 +219,15 @@ async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments:
 
     promise.add_done_callback(tell)
     return await kept
+
+
+def _decide(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Runs a stage, whose work nobody knows to be done, in a thread that is kept for such.
+
+    DBOS's own threads may all be waiting for what this stage holds: the slot of its execution.
+    """
+    again = functools.partial(contextvars.copy_context().run, function, *arguments)
+    return asyncio.get_running_loop().run_in_executor(_deciders, again)
 
 
 def _answer_of(promise: Future[bool]) -> bool:

@@ -31,10 +31,8 @@ Hook = Callable[[sa.Connection], object]
 class Adoptable(Protocol):
     """A commit that was tried elsewhere: its pack, and the events that rode on it."""
 
-    @property
-    def pack(self) -> Pack: ...
-    @property
-    def riding(self) -> list[Event]: ...
+    pack: Pack
+    riding: list[Event]
 
 
 class Operation:

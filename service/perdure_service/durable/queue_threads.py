@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection
 from typing import Any
 
-from dbos import _queue
+from dbos import _dbos, _queue
 from dbos._core import ActiveWorkflowById
 
 from perdure_service.durable.executions import Executions
@@ -34,6 +34,10 @@ most, and the first time at once. All servers look then, and one of them has mos
 QUICK_POLLS = 3
 """Polls at the queue's own interval after anything rang; those after that are seldom while hints arrive."""
 
+LIST_S = 30.0
+"""How often it is looked whether a queue has lost its thread, once each has one. DBOS lists its queues every second."""
+
+_plain_manager_thread = _queue.queue_thread
 _plain_worker_thread = _queue.queue_worker_thread
 
 
@@ -91,6 +95,20 @@ class _StopOrBell:
         return self._stop.is_set()
 
 
+class _SeldomStop:
+    """What the thread waits on that gives each queue its own, in place of DBOS's event to stop."""
+
+    def __init__(self, stop: threading.Event, complete: Callable[[], bool]) -> None:
+        self._stop = stop
+        self._complete = complete
+
+    def is_set(self) -> bool:
+        return self._stop.is_set()
+
+    def wait(self, timeout: float) -> bool:
+        return self._stop.wait(LIST_S if self._complete() else timeout)
+
+
 class Bells:
     """A bell for every queue. Thread-safe."""
 
@@ -103,6 +121,7 @@ class Bells:
         """
         self._bells: dict[str, _Bell] = {}
         self._lock = threading.Lock()
+        self._served: set[str] = set()
         self._hinted = hinted
         self._longest_s = max(poll_s * 1.05, MAX_BACKOFF_S)  # DBOS waits a twentieth longer or shorter each time
 
@@ -125,18 +144,31 @@ class Bells:
         with self._lock:
             return self._bells.setdefault(queue, _Bell())
 
-    def install(self, executions: Executions) -> None:
+    def install(self, executions: Executions, queues: Collection[str]) -> None:
         """Makes DBOS's queue threads wait for the bells, and count what is running as we do.
 
         DBOS counts an execution from its dispatch until its thread has ended; a thread that is woken between would
         find a slot free that is taken, or taken that is free.
+
+        Args:
+            executions: What is executed here.
+            queues: The names of the queues that get a thread.
         """
 
+        def manager_thread(stop: threading.Event, dbos: Any) -> None:
+            waited_on = _SeldomStop(stop, lambda: self._served.issuperset(queues))
+            _plain_manager_thread(waited_on, dbos)  # type: ignore[arg-type]
+
         def worker_thread(stop: threading.Event, dbos: Any, queue: Any) -> None:
+            self._served.add(queue.name)
             # What a rate allows comes with the time, and nobody rings then.
             hinted = (lambda: False) if queue._limiter else self._hinted
             waited_on = _StopOrBell(stop, self._of(queue.name), self._longest_s, hinted)
-            _plain_worker_thread(waited_on, dbos, queue)  # type: ignore[arg-type]
+            try:
+                _plain_worker_thread(waited_on, dbos, queue)  # type: ignore[arg-type]
+            finally:
+                self._served.discard(queue.name)
 
+        substitute(_dbos, "queue_thread", manager_thread)
         substitute(_queue, "queue_worker_thread", worker_thread)
         substitute(ActiveWorkflowById, "count_for_queue", lambda _active, name: executions.of_queue(name))

@@ -78,7 +78,7 @@ DESTROY_TIMEOUT_S = 3.0
 """How long DBOS may take to end its threads; the process ends with them or without them."""
 
 STARTERS = 8
-"""Threads for starts that the checkpoint writer did not write: repeats, conflicts, and all while the database is away."""
+"""Threads for starts that the checkpoint writer did not write: repeats, and all while the database is away."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +257,7 @@ class Runtime:
         self._traces.start()
         system_database.install(self._build)
         retries.install()
-        self._bells.install(self.executions)
+        self._bells.install(self.executions, self.queues.names)
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
         self.payloads.install()

@@ -201,6 +201,7 @@ class PerdureSystemDatabase(WaitingDatabase):
 
         def after(_written: Written) -> None:
             if execution is not None:
+                self.executions.stands(execution)
                 metering.begun([execution])
             elif status["status"] == "ENQUEUED":
                 self.placement.queued(queue)

@@ -93,11 +93,10 @@ class EventWriter:
     def _run(self) -> None:
         while (execution := self._next()) is not None:
             try:
-                if not self._write(execution):
+                if not self._write(execution) and not self._stopping:
                     # What waits rides on the commit that is under way, or is next. That may be repeated for long, and
                     # these threads are for all runs.
-                    if not self._stopping:
-                        self.wake(execution)
+                    self.wake(execution)
             except Exception as error:  # noqa: BLE001 - logged; kept for the next try
                 # The events are back in the buffer; they go with the next checkpoint, or with the next wake.
                 log.warning("event_writer.failed", run_id=execution.key.run_id, error=type(error).__name__)

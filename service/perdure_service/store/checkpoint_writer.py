@@ -2,7 +2,8 @@
 
 A row that is submitted waits for nothing but a writer that is free: there is no timer, so a lone row is written at
 once, and many share a commit because they came while the last one was under way. Two writers of 64 rows wrote more
-than one of 128, and more than four of 32 (on two cores with PostgreSQL; larger batches gained nothing).
+than one of 128, and more than four of 32 (on two cores with PostgreSQL; larger batches gained nothing). The second one
+joins when it has something to gain: when a share of a batch waits, or when the first one takes long.
 
 **What a caller is told**: that its row is written, once the commit has returned; or that it is not known to be. Then
 its own transaction must find out, as `checkpoints` says. Nothing here ever says that a row is *not* committed.
@@ -46,6 +47,11 @@ WRITERS = 2
 MAX_ROWS = 64
 """See the module."""
 
+JOIN_ROWS = 16
+JOIN_AFTER_S = 0.02
+"""How many rows must wait, or how long the first writer must be busy, before the second one begins: small batches cost
+the database and us nearly as much as large ones."""
+
 MAX_WAITING = 4096
 """Rows that wait at most; who comes then writes alone, and so waits for a connection as everybody did."""
 
@@ -87,6 +93,8 @@ class CheckpointWriter:
         self._events: deque[CheckpointRow] = deque()
         self._changed = threading.Condition()
         self._open = False
+        self._busy = 0
+        self._busy_since = 0.0
         self._threads = [
             threading.Thread(target=self._run, name=f"checkpoint-writer-{n}", daemon=True) for n in range(WRITERS)
         ]
@@ -125,16 +133,22 @@ class CheckpointWriter:
             except Exception as error:  # noqa: BLE001 - logged; whoever is not written asks by itself
                 log.warning("checkpoints.batch_failed", rows=len(rows), error=type(error).__name__)
                 session.drop()
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify()  # another one may begin while this one tells
             self._answer([(row, written.get(row.workflow_id)) for row in rows])
         session.drop()
 
     def _take(self) -> list[CheckpointRow] | None:
         """Waits for rows and takes a batch; None when there are no more and will be none."""
         with self._changed:
-            while not self._rows and not self._events:
-                if not self._open:
+            while not self._may_take():
+                some = bool(self._rows or self._events)
+                if not some and not self._open:
                     return None
-                self._changed.wait()
+                self._changed.wait(JOIN_AFTER_S if some else None)
+            self._busy_since = time.monotonic() if not self._busy else self._busy_since
+            self._busy += 1
             taken: list[CheckpointRow] = []
             keys: set[str] = set()
             kind = None if self._mixed else type(self._rows[0] if self._rows else self._events[0])
@@ -152,6 +166,12 @@ class CheckpointWriter:
                 self._changed.notify()
         taken.sort(key=lambda row: row.workflow_id)
         return taken
+
+    def _may_take(self) -> bool:
+        waiting = len(self._rows) + len(self._events)
+        if not waiting or not self._busy:
+            return bool(waiting)
+        return waiting >= JOIN_ROWS or time.monotonic() - self._busy_since >= JOIN_AFTER_S
 
     def _write(self, session: _Session, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
         """Writes a batch, repeated as the module says; returns what was written, by workflow id."""

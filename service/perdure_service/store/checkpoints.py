@@ -14,8 +14,8 @@ transaction of its own (`durable.operation`), which presents the same pack and f
 
 Why no one overtakes: everybody who appends to a log holds the lock of the run's status row. In one statement the
 snapshot may be older than the lock, so the end of the log that it sees may be, too; but then the place behind that end
-is taken, and the key (workflow_id, first_sequence) refuses the pack. No snapshot can show an end that is too far, as the
-owner says where the pack goes, and the pack before it must be there.
+is taken, and the key (workflow_id, first_sequence) refuses the pack. No snapshot can show an end that is too far, as
+the owner says where the pack goes, and the pack before it must be there.
 
 One kind a statement, and at most one row of a run or request in it: CockroachDB refuses a statement that changes a
 table twice, and PostgreSQL gives both changes the same snapshot.
@@ -313,6 +313,7 @@ class StartRow(EventsRow):
 
     @property
     def keys(self) -> tuple[str, ...]:
+        """The run, and the request when that is unique."""
         if self.unique_request_id is None or self.start is None:
             return (self.workflow_id,)
         return (self.workflow_id, f"{self.start.key.namespace}\n{self.unique_request_id}")

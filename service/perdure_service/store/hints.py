@@ -50,8 +50,8 @@ PAUSE_S = 0.005
 VOICE_S = 5.0
 """How often a server says that it is there."""
 
-DEAF_S = 3 * VOICE_S
-"""How long it may not hear itself before its connection counts as broken; and for how long others are remembered."""
+DEAF_VOICES = 3
+"""How many times as long it may not hear itself before its connection counts as broken; and others are remembered."""
 
 ANSWER_S = 5.0
 """How long the database may take to answer a notification before the connection is ended."""
@@ -196,6 +196,7 @@ class NotifyFeed:
         sender: str,
         heard: Heard,
         watch: SilenceWatch | None = None,
+        voice_s: float = VOICE_S,
     ) -> None:
         """Creates it.
 
@@ -204,7 +205,10 @@ class NotifyFeed:
             sender: Who tells: this executor's id.
             heard: Told of each hint, from the feed's thread.
             watch: Ends the connection when the database does not answer; by default the process's own.
+            voice_s: How often it says that it is there, as everybody does.
         """
+        self._voice_s = voice_s
+        self._deaf_s = DEAF_VOICES * voice_s
         self._connect = connect
         self._sender = sender
         self._heard = heard
@@ -221,14 +225,14 @@ class NotifyFeed:
     @property
     def arrives(self) -> bool:
         """Whether it is connected, and has heard itself lately."""
-        return self._listening_since is not None and time.monotonic() - self._heard_myself < DEAF_S
+        return self._listening_since is not None and time.monotonic() - self._heard_myself < self._deaf_s
 
     @property
     def alone(self) -> bool:
         """Whether nobody else listens, as far as is known: it has listened for a while, and heard nobody."""
         now = time.monotonic()
         since = self._listening_since
-        return since is not None and now - since > DEAF_S and now - self._heard_others > DEAF_S
+        return since is not None and min(now - since, now - self._heard_others) > self._deaf_s
 
     def start(self) -> None:
         """Begins to listen."""
@@ -288,7 +292,7 @@ class NotifyFeed:
         self._heard(EVERYTHING)
 
     def _keep_listening(self, conn: psycopg.Connection) -> None:
-        next_voice = time.monotonic() + VOICE_S * JITTER.uniform(0.5, 1)
+        next_voice = time.monotonic() + self._voice_s * JITTER.uniform(0.5, 1)
         next_send = 0.0
         while True:
             now = time.monotonic()
@@ -297,10 +301,10 @@ class NotifyFeed:
             waiting = self._pending != NOTHING
             if waiting and (now >= next_send or self._stopping):
                 self._notify(conn, encode(self._sender, self._take()))
-                next_send, next_voice = time.monotonic() + PAUSE_S, time.monotonic() + VOICE_S
+                next_send, next_voice = time.monotonic() + PAUSE_S, time.monotonic() + self._voice_s
             elif now >= next_voice:
                 self._notify(conn, encode(self._sender, NOTHING))
-                next_voice = now + VOICE_S
+                next_voice = now + self._voice_s
             elif self._stopping:
                 return
             wait_s = max(0.0, min(next_send, next_voice) - now) if waiting else max(0.0, next_voice - now)
@@ -323,7 +327,7 @@ class NotifyFeed:
         def notify(conn: psycopg.Connection) -> None:
             conn.execute("SELECT pg_notify(%s, told) FROM unnest(%s::text[]) AS told", (CHANNEL, list(payloads)))
 
-        self._watch.watched(notify, ANSWER_S)(conn)
+        self._watch.watched(notify, min(ANSWER_S, self._deaf_s))(conn)
 
     def _received(self, conn: psycopg.Connection) -> Iterator[Hint]:
         for notice in conn.notifies(timeout=0):

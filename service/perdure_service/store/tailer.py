@@ -40,7 +40,7 @@ HINTED_POLL_FACTOR = 5
 """How much less often everything is looked at while hints are known to arrive: then it is only what foreign clients
 and lost hints wait for."""
 
-READ_RUNS = 5_000
+READ_RUNS = 10_000
 """Runs that one query looks at."""
 
 ERROR_BACKOFF_S = 1.0
@@ -342,7 +342,7 @@ class Tailer:
                 log.warning("tailer.read_failed", error=type(error).__name__)
                 await asyncio.sleep(ERROR_BACKOFF_S)
                 with self._lock:
-                    self._hinted |= hinted.union(all_ids)
+                    self._hinted |= hinted.union(all_ids, awaited)
                 self._wake.set()
 
     async def _read(self, workflow_ids: Sequence[str]) -> None:

@@ -221,6 +221,28 @@ async def test_a_run_with_a_workflow_id_of_its_own_is_waited_for_under_that(worl
     assert (await task)[0].state is RunState.FAILED
 
 
+async def test_a_start_that_may_be_a_repeat_says_nothing_about_the_run_before_it_stands(world: World) -> None:
+    perhaps = world.executions.add(Execution(RUN, "repeat", "agent", "1", 1, "0" * 32), perhaps=True)
+    world.end()  # long ago
+    assert (await world.wait())[0].state is RunState.SUCCEEDED
+    executes = world.execute()
+    assert world.executions.newest(RUN.workflow_id) is executes
+    world.executions.remove(perhaps)
+    assert world.executions.newest(RUN.workflow_id) is executes
+    world.executions.remove(executes)
+
+
+def test_a_start_that_stands_is_the_newest_unless_it_has_left() -> None:
+    executions = Executions()
+    first = executions.add(Execution(RUN, "first", "agent", "1", 1, "0" * 32), perhaps=True)
+    assert executions.newest(RUN.workflow_id) is None
+    executions.stands(first)
+    assert executions.newest(RUN.workflow_id) is first
+    executions.remove(first)
+    executions.stands(first)
+    assert executions.newest(RUN.workflow_id) is None
+
+
 def test_the_newest_execution_of_a_run_is_known_until_it_leaves() -> None:
     executions = Executions()
     first = executions.add(Execution(RUN, "first", "agent", "1", 1, "0" * 32))

@@ -14,7 +14,7 @@ from google.protobuf.struct_pb2 import ListValue, Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service import errors
-from perdure_service.rpc import agent_runs
+from perdure_service.rpc import agent_runs, failures
 from perdure_service.rpc.status import DETAILS_KEY, wire_error
 
 from tests.helpers.waiting import eventually_async, scaled
