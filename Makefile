@@ -31,7 +31,7 @@ test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE
 chaos: .venv/installed  ## Run the chaos tests at every point there is, and sum up what was broken and found
 	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest $(WORKERS) tests/chaos
 
-bench: .venv/installed  ## Measure, 25 minutes (BENCH='throughput --secs 3', --help; --write puts the tables into the documents)
+bench: .venv/installed  ## Measure, about half an hour (BENCH='throughput --secs 3', --help; --write puts the tables into the documents)
 	.venv/bin/python -m tests.load $(BENCH)
 
 # A Go program, built once into the user's cache; PERDURE_TEST_S3_SERVER is another one that takes its arguments.

@@ -1,7 +1,7 @@
 """Load on a server through gRPC: `StartAgent` and `WaitRun`, or the bulk stream `StartAgents` and `WaitRun`.
 
-One process with one event loop and one channel. Measured on two cores: more processes take the server's core; `ghz` and
-`h2load` send one kind of call each, and cannot wait for the run that they have just started.
+One process with one event loop and one channel, so that on two cores it takes little from the server; its own CPU is
+counted. Generators of single calls do not fit: each client waits for the end of the run that it has just started.
 """
 
 from __future__ import annotations

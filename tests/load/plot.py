@@ -1,6 +1,6 @@
 """Draws the lines of a benchmark as SVG, by hand: equal values make equal bytes.
 
-A drawing library would be the largest of the development dependencies; the tables are the source of every number.
+The tables are the source of every number; what a few lines and words need is no reason for one more dependency.
 """
 
 from __future__ import annotations
