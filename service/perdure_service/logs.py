@@ -114,8 +114,46 @@ def configure_logs(log_format: str = "auto", level: str = "info", stream: TextIO
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
+    _audit.configured = _straight_audit_log(stream) if as_json else None
     _take_over_dbos(handler, root.level)
     logging.captureWarnings(True)
+
+
+class _Audit:
+    """The audit log of this process, once it is configured and not for a person."""
+
+    configured: structlog.typing.FilteringBoundLogger | None = None
+
+
+_audit = _Audit()
+
+
+def audit_log() -> Any:
+    """Returns the logger of audit lines: each start of a run writes one, so as JSON it goes straight to the stream.
+
+    Through `logging` a line costs four times as much, a tenth of what a start costs.
+    """
+    return _audit.configured or structlog.get_logger(AUDIT_LOGGER)
+
+
+def _straight_audit_log(stream: TextIO) -> Any:
+    def name(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        event["logger"] = AUDIT_LOGGER
+        return event
+
+    return structlog.wrap_logger(
+        structlog.WriteLogger(stream),
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            name,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            censor,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        cache_logger_on_first_use=True,
+    ).bind()
 
 
 _EXTRA_FIELDS = ("executorID", "operationUUID", "traceId", "exception")
