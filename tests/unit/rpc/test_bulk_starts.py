@@ -217,7 +217,7 @@ async def test_each_item_is_audited_and_measured_and_has_the_trace_it_asks_for(s
         def info(self, event: str, **facts: Any) -> None:
             lines.append(facts)
 
-    monkeypatch.setattr(audit, "_log", Log())
+    monkeypatch.setattr(audit, "audit_log", Log)
     monkeypatch.setattr(
         telemetry.METERS, "record", lambda metric, value, attributes: measured.append(attributes[telemetry.RPC_STATUS])
     )
