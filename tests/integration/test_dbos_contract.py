@@ -431,3 +431,10 @@ def test_the_sweeps_run_only_under_the_lock_that_we_ask_for_first() -> None:
     assert "with dbos._sys_db.background_job_lock(lock_name) as acquired:\n                if acquired:" in (
         inspect.getsource(_workflow_commands._run_background_jobs)
     )
+
+
+def test_a_row_that_is_to_be_queued_differs_by_run_in_id_and_queue_only() -> None:
+    """What `Runtime._template` rests on."""
+    source = inspect.getsource(_core._assemble_workflow_status)
+    for own in ("time.time", "now(", "uuid"):
+        assert own not in source.replace("workflow_uuid", "").replace("GlobalParams", ""), own

@@ -195,7 +195,7 @@ class PerdureSystemDatabase(WaitingDatabase):
             inputs=status["inputs"],
             input_argument=input_argument,
             unique_request_id=unique_request_id,
-            labels=json.dumps(dict(start.labels)),
+            labels=json.dumps(dict(start.labels)) if start.labels else "{}",
             execution=1 if here else 0,
         )
 
