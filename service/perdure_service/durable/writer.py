@@ -36,6 +36,7 @@ class EventWriter:
         self._order = itertools.count()
         self._pending: dict[Execution, float] = {}
         self._changed = threading.Condition()
+        self._clock_watched = False
         self._stopping = False
         self._threads = [
             threading.Thread(target=self._run, name=f"event-writer-{n}", daemon=True) for n in range(THREADS)
@@ -60,7 +61,9 @@ class EventWriter:
                 return
             self._pending[execution] = due
             heapq.heappush(self._due, (due, next(self._order), execution))
-            self._changed.notify()
+            if self._due[0][2] is execution:
+                # Earlier than whatever a thread waits for. All else comes when it is due: one of them sees to that.
+                self._changed.notify_all()
 
     def write_now(self, execution: Execution) -> None:
         """Has an execution looked at at once: what the checkpoint writer did not write of it must be written alone."""
@@ -84,11 +87,17 @@ class EventWriter:
                     due, _, execution = heapq.heappop(self._due)
                     if self._pending.get(execution) == due:  # else it was due earlier, and has been
                         del self._pending[execution]
+                        if self._due:
+                            self._changed.notify()  # another thread looks at the clock meanwhile
                         return execution
                 elif self._stopping:
                     return None
+                elif self._due and not self._clock_watched:
+                    self._clock_watched = True
+                    self._changed.wait(self._due[0][0] - now)
+                    self._clock_watched = False
                 else:
-                    self._changed.wait(self._due[0][0] - now if self._due else None)
+                    self._changed.wait()
 
     def _run(self) -> None:
         while (execution := self._next()) is not None:

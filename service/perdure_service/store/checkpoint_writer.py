@@ -47,7 +47,7 @@ WRITERS = 2
 MAX_ROWS = 64
 """See the module."""
 
-JOIN_ROWS = 16
+JOIN_ROWS = 64
 JOIN_AFTER_S = 0.02
 """How many rows must wait, or how long the first writer must be busy, before the second one begins: small batches cost
 the database and us nearly as much as large ones."""
@@ -95,6 +95,7 @@ class CheckpointWriter:
         self._open = False
         self._busy = 0
         self._busy_since = 0.0
+        self._clock_watched = False
         self._threads = [
             threading.Thread(target=self._run, name=f"checkpoint-writer-{n}", daemon=True) for n in range(WRITERS)
         ]
@@ -121,7 +122,8 @@ class CheckpointWriter:
             if not self._open or len(self._rows) + len(self._events) >= MAX_WAITING:
                 return False
             (self._events if type(row) is EventsRow else self._rows).append(row)
-            self._changed.notify()
+            if self._may_take() or not self._clock_watched:
+                self._changed.notify()
         return True
 
     def _run(self) -> None:
@@ -146,7 +148,12 @@ class CheckpointWriter:
                 some = bool(self._rows or self._events)
                 if not some and not self._open:
                     return None
-                self._changed.wait(JOIN_AFTER_S if some else None)
+                if some and not self._clock_watched:
+                    self._clock_watched = True
+                    self._changed.wait(JOIN_AFTER_S)
+                    self._clock_watched = False
+                else:
+                    self._changed.wait()
             self._busy_since = time.monotonic() if not self._busy else self._busy_since
             self._busy += 1
             taken: list[CheckpointRow] = []
