@@ -54,7 +54,7 @@ def validator(schema: Mapping[str, Any]) -> Draft202012Validator:
 
 _KEPT = 1_000
 _kept: dict[int, tuple[Mapping[str, Any], Draft202012Validator]] = {}
-"""What checks by the schemas of agents, which are the same objects at every start; each is held, so its id is its own."""
+"""What checks by the schemas of agents, which are the same objects at every start; each is held: its id is its own."""
 
 
 def _validator_of(spec: AgentSpec) -> Draft202012Validator:

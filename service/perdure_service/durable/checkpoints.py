@@ -20,13 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 
 from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, event_chars
 from perdure_service.durable import hops, metering
 from perdure_service.durable.executions import Execution, LogEnd
 from perdure_service.durable.operation import Operations
+from perdure_service.store import runs
 from perdure_service.store.checkpoint_writer import CheckpointWriter
-from perdure_service.store.checkpoints import CheckpointRow, Written
+from perdure_service.store.checkpoints import CheckpointRow, OutcomeRow, Written
 
 MakeRow = Callable[[Pack, int | None], CheckpointRow]
 
@@ -86,11 +88,16 @@ class Presented:
             execution.slot.release_by(self)
         self.written.set_result(True)
 
-    def note_end(self) -> None:
-        """Tells the execution where its log ends now."""
-        if self.execution is not None:
-            first = self.pack.first_sequence or 1
-            self.execution.log_end = LogEnd(first, first + len(self.pack.events) - 1)
+    def note_end(self, written: Written) -> None:
+        """Tells the execution where its log ends now, and how its run ended."""
+        execution = self.execution
+        if execution is None:
+            return
+        first = self.pack.first_sequence or 1
+        last = first + len(self.pack.events) - 1
+        execution.log_end = LogEnd(first, last)
+        if isinstance(self.row, OutcomeRow):
+            execution.end = partial(runs.as_ended, written, self.row.status, last)
 
 
 class Checkpoints:
@@ -176,10 +183,12 @@ class Checkpoints:
     def answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:
         """Is told by the writer what it has written."""
         answered = [(self._presented.pop(id(row)), written) for row, written in batch]
-        committed = [one for one, written in answered if written is not None]
-        for one in committed:
-            one.note_end()
-            self._operations.tell(one.owner, one.pack.workflow_id, [one.pack])
+        committed = []
+        for one, written in answered:
+            if written is not None:
+                committed.append(one)
+                one.note_end(written)
+                self._operations.tell(one.owner, one.pack.workflow_id, [one.pack])
         if committed:
             self._operations.hint([one.pack for one in committed])
         for one, written in answered:

@@ -25,7 +25,7 @@ from dbos._utils import LoopAwareEvent
 from perdure_service.domain.budgets import UNLIMITED, Budget
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
 from perdure_service.domain.queues import DEFAULT_QUEUE
-from perdure_service.domain.runs import Failure, RunKey, RunState
+from perdure_service.domain.runs import Failure, Run, RunKey, RunState
 from perdure_service.domain.trace_fold import ExecutionFold
 from perdure_service.durable.recording import Recording
 from perdure_service.telemetry import RunSpan
@@ -196,6 +196,8 @@ class Execution:
     """Whether `Executions` counts it."""
     ended: bool = False
     """Whether a commit of this process has ended its run; true before anybody is told of that commit."""
+    end: Callable[[], Run] | None = None
+    """Returns the run as that commit left it, if it told."""
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None

@@ -1,8 +1,8 @@
 """WaitRun's contract: the run as it is at its end, or when the time is up; read once, whatever happens meanwhile.
 
 **A run that executes here** has not ended, so nothing is looked at first: the commit that ends it marks the execution
-and then tells the tailer. **Any other run** is looked at first, and again when the tailer says that it has ended, or
-is gone.
+and then tells the tailer. If it went through the checkpoint writer it has returned the run as well, and nothing is
+read. **Any other run** is looked at first, and again when the tailer says that it has ended, or is gone.
 
 Register, then look, then wait: whoever ends the run after the look wakes the wait. For a run that executes here the
 mark is the look: as it is set before anybody is told, a wait that has registered and does not find it will be told.
@@ -20,7 +20,7 @@ from functools import partial
 from typing import Protocol
 
 from perdure_service.domain.runs import Run, RunKey
-from perdure_service.durable.executions import Executions
+from perdure_service.durable.executions import Execution, Executions
 from perdure_service.store.tailer import Tailer
 
 RECHECK_S = 5.0
@@ -53,9 +53,12 @@ class Waiting:
         workflow_id = RunKey.of_api(namespace, run_id).workflow_id
         wait = self._tailer.await_end(workflow_id, partial(self._executes, workflow_id))
         try:
-            goes_on = self._goes_on(namespace, run_id, workflow_id)
+            execution = self._going_on(namespace, run_id, workflow_id)
+            goes_on = execution is not None
             while True:
                 left = deadline - time.monotonic()
+                if execution is not None and execution.end is not None and not full:
+                    return execution.end(), False
                 if not goes_on or left <= 0:
                     wait.changed.clear()
                     run = await self._get(namespace, run_id, full=full)
@@ -77,9 +80,9 @@ class Waiting:
         """Returns whether a run executes in this process; from any thread."""
         return self._executions.newest(workflow_id) is not None
 
-    def _goes_on(self, namespace: str, run_id: str, workflow_id: str) -> bool:
-        """Returns whether it does, and nobody has been told yet that it ended."""
+    def _going_on(self, namespace: str, run_id: str, workflow_id: str) -> Execution | None:
+        """Returns the execution of a run in this process, of whose end nobody has been told yet."""
         execution = self._executions.newest(workflow_id)
         if execution is None or execution.ended:
-            return False
-        return (execution.key.namespace, execution.key.run_id) == (namespace, run_id)
+            return None
+        return execution if (execution.key.namespace, execution.key.run_id) == (namespace, run_id) else None

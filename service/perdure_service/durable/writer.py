@@ -12,8 +12,10 @@ import structlog
 
 from perdure_service.durable.executions import Execution
 
-LINGER_S = 0.1
-"""How long an event waits for a checkpoint to ride on (the stream contract promises 50-100 ms)."""
+LINGER_S = 0.09
+TOGETHER_S = 0.01
+"""How long an event waits for a checkpoint to ride on (the stream contract promises 50-100 ms), and for others that are
+due then, so that a thread wakes once for them all."""
 
 THREADS = 4
 """Writers at work at once. One run is written by one at a time, as they take its slot."""
@@ -94,7 +96,7 @@ class EventWriter:
                     return None
                 elif self._due and not self._clock_watched:
                     self._clock_watched = True
-                    self._changed.wait(self._due[0][0] - now)
+                    self._changed.wait(self._due[0][0] - now + TOGETHER_S)
                     self._clock_watched = False
                 else:
                     self._changed.wait()

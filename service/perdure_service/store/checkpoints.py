@@ -34,6 +34,7 @@ import sqlalchemy as sa
 from perdure_service.domain.events import Event, EventKind, Pack, encode_events
 from perdure_service.domain.runs import RunStart
 from perdure_service.store.dbos_tables import APPLICATION, INPUT, OUTPUT, OUTPUTS, STATUS
+from perdure_service.store.runs import RUN_COLUMNS
 
 Written = Mapping[str, Any]
 """What the statement returns of a row that it has written."""
@@ -96,7 +97,7 @@ _END = f"""
                    updated_at = {_NOW_MS}, completed_at = {_NOW_MS}
                FROM i JOIN pack ON pack.workflow_id = i.workflow_id
                WHERE s.workflow_uuid = i.workflow_id
-               RETURNING s.workflow_uuid),
+               RETURNING s.workflow_uuid, s.workflow_deadline_epoch_ms, s.queue_name, s.priority),
     output AS (INSERT INTO {OUTPUT} (workflow_uuid, output, error)
                SELECT i.workflow_id, i.output, i.error FROM i JOIN pack ON pack.workflow_id = i.workflow_id
                ON CONFLICT (workflow_uuid) DO UPDATE SET output = excluded.output, error = excluded.error
@@ -105,9 +106,7 @@ _END = f"""
                 parked_for = NULL, {_RUN_CHANGES}
             FROM i JOIN pack ON pack.workflow_id = i.workflow_id
             WHERE r.workflow_id = i.workflow_id
-            RETURNING r.workflow_id, r.namespace, r.run_id, r.agent, r.agent_version, r.execution, r.trace_id,
-                r.traceparent, r.created_at, r.executor_id, r.begun_at, r.forked_from_workflow_id,
-                r.parent_workflow_id)"""
+            RETURNING {RUN_COLUMNS}, r.traceparent)"""
 
 _MAY_END = """
              AND r.ended_at IS NULL AND NOT EXISTS (SELECT 1 FROM perdure.approval AS a
@@ -267,7 +266,7 @@ class OutcomeRow(EventsRow):
             _INSERT_PACK.format(join="JOIN perdure.run AS r ON r.workflow_id = i.workflow_id", where=_MAY_END),
             _END,
         ],
-        of="run",
+        of="run JOIN status ON status.workflow_uuid = run.workflow_id",
     )
 
     status: str = ""

@@ -44,11 +44,14 @@ _INSERT = sa.text("""
     ON CONFLICT DO NOTHING RETURNING created_at
 """)
 
-_COLUMNS = """
+RUN_COLUMNS = """
     r.workflow_id, r.namespace, r.run_id, r.agent, r.agent_version, r.input_argument, r.input_sha256, r.request_id,
     r.caller, r.labels, r.context_id, r.parent_workflow_id, r.trace_id, r.created_at, r.begun_at, r.ended_at,
     r.execution, r.executor_id, r.progress, r.waiting_for, r.state_reason, r.end_reason, r.failure,
-    r.input_tokens, r.output_tokens, r.forked_from_workflow_id, r.forked_from_step,
+    r.input_tokens, r.output_tokens, r.forked_from_workflow_id, r.forked_from_step"""
+"""What a run is made of, but for DBOS's columns and the counts."""
+
+_COLUMNS = f"""{RUN_COLUMNS},
     s.status, s.workflow_deadline_epoch_ms, s.queue_name, s.priority,
     (SELECT count(*) FROM perdure.approval AS a
      WHERE a.workflow_id = r.workflow_id AND a.state = 'PENDING') AS approvals,
@@ -387,6 +390,11 @@ def _run(row: Mapping[str, Any]) -> Run:
         priority=row["priority"],
         input_argument=row["input_argument"],
     )
+
+
+def as_ended(row: Mapping[str, Any], status: str, last_sequence: int) -> Run:
+    """Returns a run as the statement that ended it returned it: what a read would find."""
+    return _run({**row, "status": status, "approvals": 0, "last_sequence": last_sequence})
 
 
 def _stored_input(row: Mapping[str, Any]) -> str | None:
