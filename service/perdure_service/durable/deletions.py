@@ -182,5 +182,6 @@ def delete_families(runtime: Runtime, batch: Families, plan: Plan = deletions.fa
         if plan(conn, roots).workflow_ids != workflow_ids:
             raise Changed
 
+    runtime.executions.forget_end(workflow_ids)
     with database.bounded():
         database.delete_checked(workflow_ids, check)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -57,6 +57,11 @@ class StepProgress:
 
 AT_ONCE_CHARS = 2_048
 """Streamed text that is written at once; less waits for more, or a checkpoint, up to 100 ms."""
+
+KEEP_END_S = 1.0
+MAX_ENDS = 1_000
+"""How long, and of how many runs at most, the end is kept in memory. As an ended run changes no more, it is what a read
+would find, unless the run was deleted meanwhile by another server."""
 
 SETTLE_S = 0.05
 """How long nothing of an execution may have moved before it is parked: between two calls its code is on its way."""
@@ -465,6 +470,7 @@ class Executions:
         """Those that were killed, while their code still has them."""
         self._newest: dict[str, Execution] = {}
         """The one that lives, by workflow id."""
+        self._ends: dict[str, tuple[float, Execution]] = {}
         self._of_queue: Counter[str] = Counter()
         self._of_agent: Counter[AgentKey] = Counter()
         self._lock = threading.Lock()
@@ -537,9 +543,32 @@ class Executions:
             self._dead.pop(key, None)
             if held:
                 self._uncount(execution)
+            if execution.end is not None:
+                self._keep_end(execution)
         execution.leave_parent()
         if held:
             self.left(execution)
+
+    def _keep_end(self, execution: Execution) -> None:
+        """Keeps how a run ended for those who ask in a moment: they were on their way when it did."""
+        now = time.monotonic()
+        self._ends[execution.key.workflow_id] = now + KEEP_END_S, execution
+        while self._ends:
+            oldest = next(iter(self._ends))
+            if self._ends[oldest][0] > now and len(self._ends) <= MAX_ENDS:
+                break
+            del self._ends[oldest]
+
+    def just_ended(self, workflow_id: str) -> Execution | None:
+        """Returns the execution that ended a run a moment ago, and knows how; from any thread."""
+        until, execution = self._ends.get(workflow_id, (0.0, None))
+        return execution if time.monotonic() < until else None
+
+    def forget_end(self, workflow_ids: Iterable[str]) -> None:
+        """Is told of runs that are deleted."""
+        with self._lock:
+            for workflow_id in workflow_ids:
+                self._ends.pop(workflow_id, None)
 
     def of_queue(self, queue: str) -> int:
         """Returns how many there are of a queue."""

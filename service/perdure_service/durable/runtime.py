@@ -55,7 +55,7 @@ from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
 from perdure_service.store import queues as store_queues
 from perdure_service.store import runs, traces
-from perdure_service.store.checkpoint_writer import WRITERS, CheckpointWriter
+from perdure_service.store.checkpoint_writer import MAX_ROWS, WRITERS, CheckpointWriter
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach, reserve_connections
 from perdure_service.store.objects import Objects
@@ -152,7 +152,7 @@ class Runtime:
         self._traces = TraceWriter(engine, _find_traced, lambda run, span: record(tracer, run, span))
         self.spans = Spans(tracer, executor_id, self._traces)
         self.ledger = Ledger(self.spans)
-        self._writer = EventWriter(self._write_buffered)
+        self._writer = EventWriter(self._write_buffered, at_once=1 if checkpoint_timeout is None else MAX_ROWS)
         self.executions = Executions(self._writer.wake)
         self.queues = queues or Queues()
         self.placement = Placement(self.executions, max_running)

@@ -55,6 +55,7 @@ class Waiting:
         try:
             execution = self._going_on(namespace, run_id, workflow_id)
             goes_on = execution is not None
+            execution = execution or self._just_ended(namespace, run_id, workflow_id)
             while True:
                 left = deadline - time.monotonic()
                 if execution is not None and execution.end is not None and not full:
@@ -79,6 +80,12 @@ class Waiting:
     def _executes(self, workflow_id: str) -> bool:
         """Returns whether a run executes in this process; from any thread."""
         return self._executions.newest(workflow_id) is not None
+
+    def _just_ended(self, namespace: str, run_id: str, workflow_id: str) -> Execution | None:
+        execution = self._executions.just_ended(workflow_id)
+        if execution is None or (execution.key.namespace, execution.key.run_id) != (namespace, run_id):
+            return None
+        return execution
 
     def _going_on(self, namespace: str, run_id: str, workflow_id: str) -> Execution | None:
         """Returns the execution of a run in this process, of whose end nobody has been told yet."""

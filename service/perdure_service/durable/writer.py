@@ -26,13 +26,15 @@ log = structlog.get_logger()
 class EventWriter:
     """Writes the buffers of executions, a transaction each, in a few threads; idle, it costs nothing."""
 
-    def __init__(self, write: Callable[[Execution], bool]) -> None:
+    def __init__(self, write: Callable[[Execution], bool], at_once: int = 1) -> None:
         """Creates the writer.
 
         Args:
             write: Commits what an execution has buffered, under its slot and its owner's lock, or has it committed;
                 returns False when another commit of it is under way.
+            at_once: How many a thread takes: more than one only if `write` does not wait for the commit.
         """
+        self._at_once = at_once
         self._write = write
         self._due: list[tuple[float, int, Execution]] = []
         self._order = itertools.count()
@@ -80,20 +82,24 @@ class EventWriter:
             if thread.is_alive():
                 thread.join(timeout=5)
 
-    def _next(self) -> Execution | None:
-        """Waits for the next execution that is due; None at the end, when all of them have been."""
+    def _next(self) -> list[Execution]:
+        """Waits for executions that are due and takes them; none at the end, when all of them have been."""
         with self._changed:
             while True:
                 now = time.monotonic()
                 if self._due and (self._stopping or self._due[0][0] <= now):
-                    due, _, execution = heapq.heappop(self._due)
-                    if self._pending.get(execution) == due:  # else it was due earlier, and has been
-                        del self._pending[execution]
-                        if self._due:
-                            self._changed.notify()  # another thread looks at the clock meanwhile
-                        return execution
+                    taken: list[Execution] = []
+                    while self._due and len(taken) < self._at_once and (self._stopping or self._due[0][0] <= now):
+                        due, _, execution = heapq.heappop(self._due)
+                        if self._pending.get(execution) == due:  # else it was due earlier, and has been
+                            del self._pending[execution]
+                            taken.append(execution)
+                    if self._due:
+                        self._changed.notify()  # another thread looks at the clock meanwhile
+                    if taken:
+                        return taken
                 elif self._stopping:
-                    return None
+                    return []
                 elif self._due and not self._clock_watched:
                     self._clock_watched = True
                     self._changed.wait(self._due[0][0] - now + TOGETHER_S)
@@ -102,15 +108,31 @@ class EventWriter:
                     self._changed.wait()
 
     def _run(self) -> None:
-        while (execution := self._next()) is not None:
-            try:
-                if not self._write(execution) and not self._stopping:
-                    # What waits rides on the commit that is under way, or is next. That may be repeated for long, and
-                    # these threads are for all runs.
-                    self.wake(execution)
-            except Exception as error:  # noqa: BLE001 - logged; kept for the next try
-                # The events are back in the buffer; they go with the next checkpoint, or with the next wake.
-                log.warning("event_writer.failed", run_id=execution.key.run_id, error=type(error).__name__)
-                time.sleep(LINGER_S)
-                if not execution.dead and not self._stopping:
-                    self.wake(execution)
+        while taken := self._next():
+            # The checkpoint writer takes them at once; what it did not write may wait for long, and alone.
+            while taken:
+                execution = taken.pop()
+                if execution.unanswered is not None:
+                    self._give_back(taken)
+                    taken: list[Execution] = []
+                self._write_one(execution)
+
+    def _give_back(self, taken: list[Execution]) -> None:
+        with self._changed:
+            for execution in taken:
+                self._pending[execution] = 0.0
+                heapq.heappush(self._due, (0.0, next(self._order), execution))
+            self._changed.notify()
+
+    def _write_one(self, execution: Execution) -> None:
+        try:
+            if not self._write(execution) and not self._stopping:
+                # What waits rides on the commit that is under way, or is next. That may be repeated for long, and
+                # these threads are for all runs.
+                self.wake(execution)
+        except Exception as error:  # noqa: BLE001 - logged; kept for the next try
+            # The events are back in the buffer; they go with the next checkpoint, or with the next wake.
+            log.warning("event_writer.failed", run_id=execution.key.run_id, error=type(error).__name__)
+            time.sleep(LINGER_S)
+            if not execution.dead and not self._stopping:
+                self.wake(execution)
