@@ -114,7 +114,7 @@ class EventWriter:
                 execution = taken.pop()
                 if execution.unanswered is not None:
                     self._give_back(taken)
-                    taken: list[Execution] = []
+                    taken = []
                 self._write_one(execution)
 
     def _give_back(self, taken: list[Execution]) -> None:
