@@ -1,4 +1,4 @@
-"""Go programs of the tests, built once into the user's cache, and again when their source or a module of theirs changes.
+"""Go programs of the tests, built once into the user's cache, and again when their source or their modules change.
 
 `python -m tests.helpers.go_programs FOLDER…` builds; tests only look, as a build takes longer than a test may.
 """
@@ -41,23 +41,20 @@ def build(folder: Path) -> None:
         sys.exit(f"Go 1.24 or newer is needed to build {folder}, and there is no `go` on the PATH")
     print(f"building {folder} (once)", flush=True)
     CACHE.mkdir(parents=True, exist_ok=True)
+    link = " ".join(["-s", "-w", *_variables(folder)])
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:  # then renamed: what lies there is whole
         made = Path(scratch) / path.name
-        flags = (folder / "ldflags").read_text().split() if (folder / "ldflags").exists() else []
-        command = [
-            "go",
-            "build",
-            "-trimpath",
-            "-buildvcs=false",
-            "-ldflags",
-            " ".join(["-s", "-w", *flags]),
-            "-o",
-            made,
-        ]
-        done = subprocess.run([*command, "."], cwd=folder, check=False)
+        command = ["go", "build", "-trimpath", "-buildvcs=false", "-ldflags", link, "-o", made, "."]
+        done = subprocess.run(command, cwd=folder, check=False)
         if done.returncode:
             sys.exit(done.returncode)
         made.rename(path)
+
+
+def _variables(folder: Path) -> list[str]:
+    """Returns the linker's flags for variables that are set by a build, which `folder` may hold in a file."""
+    path = folder / "ldflags"
+    return path.read_text().split() if path.exists() else []
 
 
 def _path(folder: Path) -> Path:
