@@ -41,13 +41,11 @@ class Leaf:
         secret: The Secret that it is put in.
         name: Its common name; to CockroachDB, the user.
         hosts: What it is valid for; `{namespace}` is the pod's own. Empty for a client.
-        client: Whether it may be shown by a client.
     """
 
     secret: str
     name: str
     hosts: tuple[str, ...] = ()
-    client: bool = True
 
 
 LEAVES = (
@@ -70,7 +68,6 @@ LEAVES = (
             "perdure.{namespace}.svc.cluster.local",
             "perdure-pods.{namespace}.svc.cluster.local",
         ),
-        client=False,
     ),
 )
 
@@ -202,8 +199,7 @@ def sign(leaf: Leaf, namespace: str, authority: Signed) -> Signed:
     """
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, leaf.name)])
-    uses = [ExtendedKeyUsageOID.SERVER_AUTH] if leaf.hosts else []
-    uses += [ExtendedKeyUsageOID.CLIENT_AUTH] if leaf.client else []
+    uses = [*([ExtendedKeyUsageOID.SERVER_AUTH] if leaf.hosts else []), ExtendedKeyUsageOID.CLIENT_AUTH]
     builder = (
         _builder(name, authority.certificate.subject, key)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)

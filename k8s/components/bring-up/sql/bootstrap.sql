@@ -13,3 +13,7 @@ SET CLUSTER SETTING feature.vector_index.enabled = true;
 
 -- Who migrates: it makes the databases, the servers' user and the schemas, and is not the administrator.
 CREATE USER IF NOT EXISTS perdure_migrate WITH CREATEDB CREATEROLE;
+
+-- The database of its lock.
+CREATE DATABASE IF NOT EXISTS perdure_migrate;
+ALTER DATABASE perdure_migrate OWNER TO perdure_migrate;
