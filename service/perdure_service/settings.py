@@ -118,12 +118,20 @@ class TlsSettings(BaseModel):
         "connect. Read again when it changes.",
     )
 
+    peer_ca_file: Path | None = Field(
+        None,
+        description="PEM file of the authorities of the servers of other cells. Unset: the public ones. Read again "
+        "when it changes.",
+    )
+
     @model_validator(mode="after")
     def _complete(self) -> TlsSettings:
         if (self.certificate_file is None) != (self.key_file is None):
             raise ValueError("certificate_file and key_file belong together; set both")
         if self.client_ca_file is not None and self.certificate_file is None:
             raise ValueError("client_ca_file needs certificate_file and key_file")
+        if self.peer_ca_file is not None and self.certificate_file is None:
+            raise ValueError("peer_ca_file needs certificate_file and key_file")
         return self
 
     @property
@@ -433,6 +441,13 @@ class Settings(BaseSettings):
         ge=SHORTEST_RETENTION,
         description="How long after its end the log of a run is kept, where the run itself is kept longer. Unset: as "
         "long as the run.",
+    )
+    regions_file: Path | None = Field(
+        None, description="The regions.yaml: regions, cells and homes. Unset: there are no regions, and one database."
+    )
+    region: str | None = Field(None, description="The region that this server is in. Required with regions_file.")
+    cell: str | None = Field(
+        None, description="The cell that this server serves. Unset: the only one whose home is its region."
     )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe to log.")
