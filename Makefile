@@ -47,6 +47,9 @@ SQL_TESTS ?= tests/integration
 test-sql: .venv/installed  ## Run the tests that parse every SQL statement with CockroachDB's grammar (built with Go once)
 	.venv/bin/python -m tests.helpers.go_programs tests/sql/grammar && d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && export PERDURE_TEST_RECORDED_SQL="$$d/statements" && PERDURE_TEST_DATABASE_FORM=cockroachdb+psycopg .venv/bin/python -m pytest $(WORKERS) $(SQL_TESTS) && .venv/bin/python -m pytest tests/sql
 
+test-k8s: .venv/installed  ## Apply every overlay of k8s/ to a real kube-apiserver (built with Go once, some minutes)
+	.venv/bin/python -m tests.helpers.go_programs tests/k8s/control_plane/etcd tests/k8s/control_plane/kube-apiserver && .venv/bin/python -m pytest tests/k8s
+
 lint: style types layers api generated  ## Check style, types, layers, the API, and that generated code is current
 
 style: .venv/installed

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import secrets
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ from tests.helpers.waiting import eventually, free_port, scaled
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ROOT / "tests/k8s/control_plane"
-FIELD_MANAGER = "perdure-tests"
+VERSION = "v1.34.1"
+"""Of the kube-apiserver, as its go.mod and its ldflags say."""
 
 
 class ControlPlane:
@@ -28,7 +30,6 @@ class ControlPlane:
 
     Attributes:
         folder: Where its data, its logs and the kubeconfig lie.
-        kubectl: The program to speak to it with.
     """
 
     def __init__(self, folder: Path, kubectl: Path) -> None:
@@ -70,16 +71,18 @@ class ControlPlane:
         Raises:
             AssertionError: Something was refused; with what the server said of it.
         """
-        done = self.run("apply", "--server-side", f"--field-manager={FIELD_MANAGER}", *arguments, given=given)
+        done = self.run("apply", "--server-side", *arguments, given=given)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 
-    def versions(self, kinds: str, namespace: str) -> dict[str, str]:
-        """Returns the versions of all objects of some kinds in a namespace, by kind and name."""
-        done = self.run("get", kinds, "--namespace", namespace, "--output", "json")
+    def versions(self, objects: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+        """Returns the versions that it has of some objects, by kind and name."""
+        done = self.run("get", "--filename=-", "--output=json", given=yaml.safe_dump_all(objects))
         assert done.returncode == 0, done.stderr
-        objects: list[dict[str, Any]] = json.loads(done.stdout)["items"]
-        return {f"{each['kind']}/{each['metadata']['name']}": each["metadata"]["resourceVersion"] for each in objects}
+        return {
+            f"{each['kind']}/{each['metadata']['name']}": each["metadata"]["resourceVersion"]
+            for each in json.loads(done.stdout)["items"]
+        }
 
     def _start_etcd(self) -> str:
         client, peer = (f"http://127.0.0.1:{free_port()}" for _ in range(2))

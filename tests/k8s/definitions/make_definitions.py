@@ -22,6 +22,7 @@ GENERATOR = "sigs.k8s.io/controller-tools/cmd/controller-gen"
 KINDS = (
     "cert-manager.io_certificates",
     "cert-manager.io_issuers",
+    "gateway.networking.k8s.io_backendtlspolicies",
     "gateway.networking.k8s.io_gateways",
     "gateway.networking.k8s.io_grpcroutes",
     "monitoring.coreos.com_podmonitors",
