@@ -107,6 +107,11 @@ def numbered(text: str) -> str:
     return " ".join(_PARAMETER.sub(number, text).split())
 
 
+def is_sql(text: str) -> bool:
+    """Returns whether a text begins as a statement does: with a verb in capitals, and something after it."""
+    return _IS_SQL.match(text) is not None
+
+
 @functools.cache
 def in_source() -> tuple[list[Statement], list[Template]]:
     """Returns what stands in the service's source, in the order of its files."""
@@ -132,7 +137,7 @@ def _of_constants(tree: ast.Module, module: ModuleType, parts: set[str]) -> Iter
         for target in targets:
             if isinstance(target, ast.Name) and target.id not in parts:
                 for text in _texts(getattr(module, target.id, None)):
-                    if _IS_SQL.match(text):
+                    if is_sql(text):
                         yield node.lineno, text
 
 
@@ -156,7 +161,7 @@ def _of_functions(tree: ast.Module, module: ModuleType) -> Iterator[tuple[int, s
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             for node in _outermost(function):
                 text = _put_together(node, module)
-                if _IS_SQL.match(text):
+                if is_sql(text):
                     yield node.lineno, text
 
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from dbos._migration import get_dbos_migrations
+from perdure_service.domain.regions import parse_regions
+from perdure_service.store import provisioning
 from perdure_service.store.schema import MIGRATIONS
 
 from tests.helpers import sql_record, sql_source
@@ -21,6 +24,7 @@ from tests.helpers.go_programs import program
 from tests.helpers.sql_source import Statement, numbered
 
 GRAMMAR = Path(__file__).parent / "grammar"
+K8S = Path(__file__).parents[2] / "k8s"
 POSTGRESQL_ONLY = {
     "SET lock_timeout = '…s'": "schema changes on CockroachDB take no table locks to queue for",
 }
@@ -55,6 +59,35 @@ def migrations() -> Iterator[Statement]:
             yield Statement(f"migration {migration.number}, {migration.name}", text)
 
 
+def provisioning_of_cells() -> Iterator[Statement]:
+    """Yields what `perdure-server migrate` sends to CockroachDB besides, for the regions of the manifests."""
+    path = K8S / "overlays/multi-cluster/shared/regions.yaml"
+    regions = parse_regions(path.read_text(), path.name)
+    for cell in regions.cells.values():
+        changes = [
+            *provisioning.database_changes(regions, cell, cockroach=True),
+            *provisioning.cell_changes(regions, cell),
+        ]
+        for change in changes:
+            yield Statement(f"cell {cell.name}, {change.name}", change.statement)
+            if change.done:
+                yield Statement(f"cell {cell.name}, whether {change.name} is done", change.done)
+
+
+def manifests() -> Iterator[Statement]:
+    """Yields what Jobs of the manifests send: in files of SQL, and in the arguments of their commands."""
+    for path in sorted(K8S.rglob("*.sql")):
+        yield Statement(str(path.relative_to(K8S.parent)), path.read_text())
+    for path in sorted(K8S.rglob("*.yaml")):
+        for text in re.findall(r'"([^"]+)"', path.read_text()):
+            if sql_source.is_sql(text):
+                yield Statement(str(path.relative_to(K8S.parent)), _without_variables(text))
+
+
+def _without_variables(text: str) -> str:
+    return re.sub(r"\$\w+", "perdure_use1", text)
+
+
 @pytest.fixture(scope="module")
 def recorded() -> list[Statement]:
     path = os.environ.get(sql_record.VARIABLE)
@@ -82,6 +115,23 @@ def test_a_statement_that_is_postgresqls_only_is_refused_and_named_with_its_plac
     assert told(refused).startswith("store/runs.py:1: ")
 
 
+@pytest.mark.parametrize(
+    ("file", "beginning"),
+    [
+        ("store/migrations.py", "INSERT INTO perdure.migration (number, name) VALUES ($1, $2)"),  # a string
+        ("store/event_log.py", "SELECT first_sequence, events FROM perdure.run_event"),  # sa.text
+        ("store/schema.py", "CREATE TABLE IF NOT EXISTS perdure.run ("),  # in a migration
+        ("durable/transactions.py", "SELECT workflow_uuid FROM dbos.workflow_status WHERE"),  # in a function
+        ("store/retention.py", "SELECT r.workflow_id, r.ended_at, NOT EXISTS"),  # with a gap
+    ],
+)
+def test_statements_are_found_in_the_source_however_they_are_written(file: str, beginning: str) -> None:
+    statements, templates = sql_source.in_source()
+    of_file = [each for each in (*statements, *templates) if each.place.startswith(f"perdure_service/{file}:")]
+
+    assert any(str(each).startswith(beginning) for each in of_file), of_file
+
+
 def test_the_statements_in_the_source_parse() -> None:
     statements, _ = sql_source.in_source()
     refused = refusals([statement for statement in statements if str(statement) not in POSTGRESQL_ONLY])
@@ -104,6 +154,22 @@ def test_the_migrations_parse() -> None:
     assert not refused, told(refused)
 
 
+def test_what_makes_databases_and_roles_parses() -> None:
+    statements = list(provisioning_of_cells())
+    refused = refusals(statements)
+
+    assert sum("SURVIVE REGION FAILURE" in statement.text for statement in statements) >= 3
+    assert not refused, told(refused)
+
+
+def test_what_the_jobs_of_the_manifests_send_parses() -> None:
+    statements = list(manifests())
+    refused = refusals(statements)
+
+    assert {Path(statement.place).name for statement in statements} >= {"bootstrap.sql", "bootstrap.yaml", "job.yaml"}
+    assert not refused, told(refused)
+
+
 def test_what_the_servers_of_the_tests_have_sent_parses(recorded: list[Statement]) -> None:
     refused = refusals(recorded)
 
@@ -113,7 +179,8 @@ def test_what_the_servers_of_the_tests_have_sent_parses(recorded: list[Statement
 
 def test_each_statement_with_gaps_in_the_source_was_seen_whole(recorded: list[Statement]) -> None:
     _, templates = sql_source.in_source()
-    whole = [*recorded, *(Statement(each.place, numbered(each.text)) for each in migrations())]
+    migrating = [*migrations(), *provisioning_of_cells()]
+    whole = [*recorded, *(Statement(each.place, numbered(each.text)) for each in migrating)]
 
     unseen = [
         template
