@@ -28,9 +28,20 @@ _seen: set[str] = set()
 def start() -> None:
     """Records from here on, in this process and in those forked from it, if the environment asks for it."""
     path = os.environ.get(VARIABLE)
-    if path:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        sa.event.listen(sa.Engine, "before_cursor_execute", lambda *arguments: _record(file, *arguments))
+    if not path:
+        return
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def record(connection: sa.Connection, _cursor: Any, text: str, *_: Any) -> None:
+        if text in _seen or connection.dialect.name != "cockroachdb":
+            return
+        place = _place(sys._getframe(1))
+        if place is not None:
+            _seen.add(text)
+            line = json.dumps({"place": place, "text": numbered(text)}) + "\n"
+            os.write(file, line.encode())  # one write: the lines of other processes stay whole
+
+    sa.event.listen(sa.Engine, "before_cursor_execute", record)
 
 
 def recorded(path: Path) -> list[Statement]:
@@ -40,16 +51,6 @@ def recorded(path: Path) -> list[Statement]:
         statement = Statement(**json.loads(line))
         by_text.setdefault(statement.text, statement)
     return sorted(by_text.values())
-
-
-def _record(file: int, connection: sa.Connection, _cursor: Any, text: str, *_: Any) -> None:
-    if text in _seen or connection.dialect.name != "cockroachdb":
-        return
-    _seen.add(text)
-    place = _place(sys._getframe(1))
-    if place is not None:
-        line = json.dumps({"place": place, "text": numbered(text)}) + "\n"
-        os.write(file, line.encode())  # one write: the lines of other processes stay whole
 
 
 def _place(frame: FrameType | None) -> str | None:
