@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers import chaos_report, marks, sql_record
-from tests.helpers.databases import FORMS, DatabaseServer, given_server, url_in_form
+from tests.helpers.databases import FORM, FORMS, DatabaseServer, given_server, url_in_form
 
 HERE = Path(__file__).parent
 SEED = int(os.environ.get("PERDURE_TEST_SEED") or random.SystemRandom().randrange(2**32))
@@ -75,7 +75,7 @@ def database_server() -> Iterator[DatabaseServer]:
 def database_url(database_server: DatabaseServer, request: pytest.FixtureRequest) -> Iterator[str]:
     """A migrated database, DBOS's tables and ours, of this module's own (but see `DatabaseServer.migrated`)."""
     url = database_server.migrated(Path(request.node.nodeid).stem, _migrate)
-    yield url_in_form(url, os.environ.get("PERDURE_TEST_DATABASE_FORM"))
+    yield url_in_form(url, FORM)
     database_server.drop_of(url)
 
 

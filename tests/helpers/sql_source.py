@@ -135,8 +135,9 @@ def _of_constants(tree: ast.Module, module: ModuleType, parts: set[str]) -> Iter
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
-            if isinstance(target, ast.Name) and target.id not in parts:
-                for text in _texts(getattr(module, target.id, None)):
+            name = _name(target)
+            if name is not None and name not in parts:
+                for text in _texts(getattr(module, name, None)):
                     if is_sql(text):
                         yield node.lineno, text
 
@@ -156,13 +157,13 @@ def _texts(value: object) -> Iterator[str]:
 
 
 def _of_functions(tree: ast.Module, module: ModuleType) -> Iterator[tuple[int, str]]:
-    """Yields what functions hold or put together, the outermost expression each."""
+    """Yields what functions hold or put together, the outermost expression each; what is added to later has a gap."""
     for function in ast.walk(tree):
         if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             for node in _outermost(function):
                 text = _put_together(node, module)
                 if is_sql(text):
-                    yield node.lineno, text
+                    yield node.lineno, text + _GAP * _is_begun(node, function)
 
 
 def _outermost(node: ast.AST) -> Iterator[ast.expr]:
@@ -173,6 +174,19 @@ def _outermost(node: ast.AST) -> Iterator[ast.expr]:
             yield child  # type: ignore[misc]
         else:
             yield from _outermost(child)
+
+
+def _is_begun(text: ast.expr, function: ast.AST) -> bool:
+    """Returns whether a text is kept under a name by which `function` goes on to make a longer one."""
+    parts = set(_names_of_parts(function))
+    return any(
+        isinstance(node, ast.Assign) and node.value is text and any(_name(target) in parts for target in node.targets)
+        for node in ast.walk(function)
+    )
+
+
+def _name(node: ast.AST | None) -> str | None:
+    return node.id if isinstance(node, ast.Name) else None
 
 
 def _formatted(node: ast.AST) -> ast.expr | None:
@@ -203,14 +217,17 @@ def _put_together(node: ast.expr, module: ModuleType) -> str:
     return "".join(literal + (_GAP if field is not None else "") for literal, field, _, _ in pieces)
 
 
-def _names_of_parts(tree: ast.Module) -> Iterator[str]:
+def _names_of_parts(tree: ast.AST) -> Iterator[str]:
     """Yields the names from which longer strings are put together."""
     for node in ast.walk(tree):
         within: Sequence[ast.AST | None] = ()
-        if isinstance(node, ast.JoinedStr):
-            within = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
-        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            within = [node.left, node.right]
-        else:
-            within = [_formatted(node)]
-        yield from (part.id for part in within if isinstance(part, ast.Name))
+        match node:
+            case ast.JoinedStr():
+                within = [part.value for part in node.values if isinstance(part, ast.FormattedValue)]
+            case ast.BinOp(op=ast.Add()):
+                within = [node.left, node.right]
+            case ast.AugAssign(op=ast.Add()):
+                within = [node.target]
+            case _:
+                within = [_formatted(node)]
+        yield from (name for part in within if (name := _name(part)) is not None)

@@ -16,7 +16,7 @@ from perdure_service.settings import load_settings
 from perdure_service.store import cells, diagnosis, migrations
 from perdure_service.store.engine import create_engine, parse_url
 
-from tests.helpers.databases import DatabaseServer, url_in_form
+from tests.helpers.databases import DatabaseServer, not_in_another_form, url_in_form
 from tests.helpers.regions import regions_yaml, write_regions
 from tests.helpers.waiting import scaled
 
@@ -127,6 +127,7 @@ def test_a_server_refuses_a_database_that_is_not_its_cells(migrated: Cluster) ->
     assert "is the home of the cell ss1; set PERDURE_REGIONS_FILE" in unaware
 
 
+@not_in_another_form
 def test_a_server_refuses_a_database_that_is_nobodys_home(migrated: Cluster, database_url: str) -> None:
     database = parse_url(database_url).database
     regions = parse_regions(regions_yaml({"nn1": str(database)}), "regions.yaml")

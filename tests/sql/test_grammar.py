@@ -29,6 +29,12 @@ POSTGRESQL_ONLY = {
     "SET lock_timeout = '…s'": "schema changes on CockroachDB take no table locks to queue for",
 }
 """What the server sends to PostgreSQL only, and why."""
+COCKROACHDB_ONLY = (
+    "CREATE VECTOR INDEX IF NOT EXISTS chunk_vector_by_meaning ON perdure.chunk_vector (embedding vector_cosine_ops)",
+    "SHOW SURVIVAL GOAL FROM DATABASE perdure_use1",
+    "SELECT survival_goal FROM [SHOW SURVIVAL GOAL FROM DATABASE perdure_use1]",
+)
+"""Statements with gaps in the source, written out, which are never sent to a PostgreSQL."""
 UNSENT = ("perdure_service/testing/databases.py",)
 """Where databases for users' tests are made, on either kind of server; the server sends nothing of it."""
 
@@ -170,6 +176,14 @@ def test_what_the_jobs_of_the_manifests_send_parses() -> None:
     assert not refused, told(refused)
 
 
+def test_what_is_for_cockroachdb_only_parses() -> None:
+    _, templates = sql_source.in_source()
+    statements = [Statement("written out here", text) for text in COCKROACHDB_ONLY]
+
+    assert all(any(template.fits(statement) for template in templates) for statement in statements)
+    assert not refusals(statements), told(refusals(statements))
+
+
 def test_what_the_servers_of_the_tests_have_sent_parses(recorded: list[Statement]) -> None:
     refused = refusals(recorded)
 
@@ -180,7 +194,8 @@ def test_what_the_servers_of_the_tests_have_sent_parses(recorded: list[Statement
 def test_each_statement_with_gaps_in_the_source_was_seen_whole(recorded: list[Statement]) -> None:
     _, templates = sql_source.in_source()
     migrating = [*migrations(), *provisioning_of_cells()]
-    whole = [*recorded, *(Statement(each.place, numbered(each.text)) for each in migrating)]
+    texts = [*COCKROACHDB_ONLY, *(numbered(each.text) for each in migrating)]
+    whole = [*recorded, *(Statement("", text) for text in texts)]
 
     unseen = [
         template
