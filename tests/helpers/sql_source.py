@@ -1,8 +1,8 @@
 """Finds the SQL in the product's source: what each text is, as a database gets it, and where it stands.
 
-Strings that begin with one of SQL's verbs count, wherever they stand: constants of modules (alone, in `sa.text`, in
-tuples, in migrations), and what functions put together. What is put together from more than constants has gaps; it is
-returned as a `Template`, which some statement of a running server should fit.
+Strings that begin with one of SQL's verbs count, wherever they stand: constants of modules and classes (alone, in
+`sa.text`, in tuples, in migrations), and what functions put together. What is put together from more than constants has
+gaps; it is returned as a `Template`, which some statement of a running server should fit.
 """
 
 from __future__ import annotations
@@ -130,14 +130,18 @@ def in_source() -> tuple[list[Statement], list[Template]]:
     )
 
 
-def _of_constants(tree: ast.Module, module: ModuleType, parts: set[str]) -> Iterator[tuple[int, str]]:
-    """Yields what a module's own names hold, but not what other strings are put together from."""
+def _of_constants(
+    tree: ast.Module | ast.ClassDef, owner: ModuleType | type, parts: set[str]
+) -> Iterator[tuple[int, str]]:
+    """Yields what the names of a module and of its classes hold, but not what other strings are put together from."""
     for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from _of_constants(node, vars(owner)[node.name], parts)
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for target in targets:
             name = _name(target)
             if name is not None and name not in parts:
-                for text in _texts(getattr(module, name, None)):
+                for text in _texts(vars(owner).get(name)):
                     if is_sql(text):
                         yield node.lineno, text
 
@@ -159,7 +163,7 @@ def _texts(value: object) -> Iterator[str]:
 def _of_functions(tree: ast.Module, module: ModuleType) -> Iterator[tuple[int, str]]:
     """Yields what functions hold or put together, the outermost expression each; what is added to later has a gap."""
     for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
             for node in _outermost(function):
                 text = _put_together(node, module)
                 if is_sql(text):
