@@ -134,7 +134,7 @@ def test_a_statement_that_is_postgresqls_only_is_refused_and_named_with_its_plac
         (
             "store/provisioning.py",
             "SELECT 1 FROM [SHOW REGIONS FROM DATABASE …] WHERE …",
-        ),  # begun here, ended elsewhere
+        ),  # begun only
     ],
 )
 def test_statements_are_found_in_the_source_however_they_are_written(file: str, beginning: str) -> None:
