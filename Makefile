@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 WORKERS ?= -n 2 --dist loadfile
 # What `make api` compares the API with, when it exists.
 BASE ?= origin/main
-PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos
+PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos -I protos/third_party
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -31,7 +31,7 @@ test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE
 chaos: .venv/installed  ## Run the chaos tests at every point there is, and sum up what was broken and found
 	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest $(WORKERS) tests/chaos
 
-bench: .venv/installed  ## Measure, some minutes (BENCH='recovery --kills 10', --help; --write puts the tables into the documents)
+bench: .venv/installed  ## Measure, about half an hour (BENCH='throughput --secs 3', --help; --write puts the tables into the documents)
 	.venv/bin/python -m tests.load $(BENCH)
 
 # A Go program, built once into the user's cache; PERDURE_TEST_S3_SERVER is another one that takes its arguments.

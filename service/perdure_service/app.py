@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -34,13 +35,25 @@ from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
-from perdure_service.store import cells, diagnosis, document_vectors, documents, embedded, event_log, migrations
+from perdure_service.store import (
+    cells,
+    diagnosis,
+    document_vectors,
+    documents,
+    embedded,
+    event_log,
+    migrations,
+    run_heads,
+)
 from perdure_service.store.engine import create_engine, idle_in_transaction_timeout
 from perdure_service.store.regions_file import load_regions, locate
 from perdure_service.store.s3 import S3Objects
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry
+
+GC_ALLOCATIONS = 10_000
+"""Objects more than were freed before the collector looks; Python's 700 are the objects of two calls."""
 
 log = structlog.get_logger()
 
@@ -208,12 +221,6 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
     queues = Queues.of_settings(settings.queues)
     queues.check_agents({agent.spec.workflow_name: agent.spec.queue for agent in agents})
 
-    service: RunService | None = None
-
-    def hint(workflow_ids: Sequence[str]) -> None:
-        if service is not None:
-            service.hint(workflow_ids)
-
     def lost() -> None:
         loop.call_soon_threadsafe(stop, "its lease is lost", 1)
 
@@ -227,7 +234,6 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
         queue_poll=settings.queue_poll_interval,
         lease_ttl=settings.lease_ttl,
         tracer=telemetry.tracer,
-        hint=hint,
         lost=lost,
         owns_database=dev,
         max_output_bytes=settings.max_output_bytes,
@@ -236,6 +242,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
         max_recoveries=settings.max_recoveries,
         queues=queues,
         payload_threshold_bytes=settings.payload_threshold_bytes,
+        checkpoint_timeout=settings.statement_timeout if settings.batch_checkpoints else None,
         objects=S3Objects(settings.payloads) if settings.payloads.s3_bucket else None,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
@@ -249,9 +256,11 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
     agents_context.bind(lambda: current_run(runtime.database))
     taken_back = await asyncio.to_thread(runtime.launch)
     tailer = Tailer(
-        lambda seen: retrying(engine, "events.news", lambda conn: event_log.news(conn, seen)),
+        lambda seen: reading(engine, "events.news", lambda conn: event_log.news(conn, seen)),
         runtime.database.close_ended_if_any,
+        lambda ids: reading(engine, "runs.closed", lambda conn: run_heads.closed(conn, ids)),
         poll_s=settings.watch_poll_interval.total_seconds(),
+        hinted=lambda: runtime.hints.arrives,
     )
     tailer.start()
     service = RunService(
@@ -268,6 +277,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
     server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS)
     try:
         ports = await server.start()
+        _settle_garbage()
         host = settings.address.rpartition(":")[0]
         log.info(
             "server.ready",
@@ -292,6 +302,13 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
             engine.dispose()
     log.info("server.stopped")
     return status
+
+
+def _settle_garbage() -> None:
+    """Has the garbage collector leave alone what was loaded, and look less often at what comes and goes with calls."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS, 20, 20)
 
 
 def _advertised(settings: Settings) -> str:

@@ -10,6 +10,7 @@
 
 from perdure_client._async_client import AsyncClient
 from perdure_client._async_iterators import AsyncWatch, AsyncWatching
+from perdure_client._bulk import AgentStart, StartResult
 from perdure_client._client import Client
 from perdure_client._config import VERSION as __version__
 from perdure_client._errors import (
@@ -115,6 +116,7 @@ from perdure_client._types import (
 __all__ = [
     "AgentInfo",
     "AgentNotFound",
+    "AgentStart",
     "Approval",
     "ApprovalClosed",
     "ApprovalDecided",
@@ -183,6 +185,7 @@ __all__ = [
     "SpanKind",
     "SpanLink",
     "SpanStatus",
+    "StartResult",
     "StartedRun",
     "StateChanged",
     "Step",

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -181,6 +181,16 @@ def uuid7() -> str:
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
 
 
+def epoch_ms(time: datetime) -> int:
+    """Returns a time as DBOS stores times: in whole milliseconds since 1970."""
+    return int(time.timestamp() * 1000)
+
+
+def of_epoch_ms(milliseconds: int) -> datetime:
+    """Returns the time that DBOS stores as these milliseconds."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
+
+
 def canonical_json(value: Any) -> str:
     """Returns the one JSON text of a value: sorted keys, no spaces, ASCII only.
 
@@ -306,6 +316,59 @@ class Run:
     input_argument: str | None = None
     input_bytes: int = 0
     output_bytes: int = 0
+
+    @classmethod
+    def of_start(
+        cls,
+        start: RunStart,
+        state: RunState,
+        create_time: datetime,
+        *,
+        executor_id: str = "",
+        input_argument: str | None = None,
+        last_sequence: int = 0,
+        state_reason: str = "",
+    ) -> Run:
+        """Returns the run that a start makes, as a read would that finds nothing but the start.
+
+        Args:
+            start: What was decided about the run.
+            state: SCHEDULED, QUEUED, or RUNNING when it begins at once.
+            create_time: By the database's clock.
+            executor_id: The executor on which it begins at once; empty when it waits.
+            input_argument: See `Run`.
+            last_sequence: How many events it has.
+            state_reason: Why it is in its state.
+        """
+        origin, deadline = start.forked_from_workflow_id, start.deadline_at
+        return cls(
+            key=start.key,
+            agent=start.agent,
+            agent_version=start.agent_version,
+            input_sha256=start.input_sha256,
+            request_id=start.request_id,
+            state=state,
+            state_reason=state_reason,
+            create_time=create_time,
+            start_time=create_time if executor_id else None,
+            end_time=None,
+            deadline_time=None if deadline is None else of_epoch_ms(epoch_ms(deadline)),
+            execution=1 if executor_id else 0,
+            executor_id=executor_id,
+            progress=None,
+            pending_approvals=0,
+            labels=start.labels,
+            context_id=start.context_id,
+            parent_run_id="",
+            trace_id=start.trace_id,
+            last_sequence=last_sequence,
+            caller=start.caller,
+            forked_from_run_id="" if origin is None else RunKey.of_workflow(origin).run_id,
+            forked_from_step_id=start.forked_from_step,
+            queue=start.queue,
+            priority=start.priority,
+            input_argument=input_argument,
+        )
 
 
 @dataclass(frozen=True, slots=True)

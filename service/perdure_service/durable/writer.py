@@ -1,8 +1,9 @@
-"""The event writer: commits buffered events of executions that reach no checkpoint within 100 ms."""
+"""The event writer: commits buffered events that reach no checkpoint within 100 ms, or long text before that."""
 
 from __future__ import annotations
 
-import queue
+import heapq
+import itertools
 import threading
 import time
 from collections.abc import Callable
@@ -23,16 +24,19 @@ log = structlog.get_logger()
 class EventWriter:
     """Writes the buffers of executions, a transaction each, in a few threads; idle, it costs nothing."""
 
-    def __init__(self, write: Callable[[Execution], None]) -> None:
+    def __init__(self, write: Callable[[Execution], bool]) -> None:
         """Creates the writer.
 
         Args:
-            write: Commits what an execution has buffered, under its slot and its owner's lock.
+            write: Commits what an execution has buffered, under its slot and its owner's lock, or has it committed;
+                returns False when another commit of it is under way.
         """
         self._write = write
-        self._due: queue.SimpleQueue[tuple[float, Execution] | None] = queue.SimpleQueue()
-        self._pending: set[Execution] = set()
-        self._lock = threading.Lock()
+        self._due: list[tuple[float, int, Execution]] = []
+        self._order = itertools.count()
+        self._pending: dict[Execution, float] = {}
+        self._changed = threading.Condition()
+        self._stopping = False
         self._threads = [
             threading.Thread(target=self._run, name=f"event-writer-{n}", daemon=True) for n in range(THREADS)
         ]
@@ -42,42 +46,60 @@ class EventWriter:
         for thread in self._threads:
             thread.start()
 
-    def wake(self, execution: Execution) -> None:
-        """Says that an execution has events. Called with every event, so it is cheap when it knows already."""
-        with self._lock:
-            if execution in self._pending:
+    def wake(self, execution: Execution, *, at_once: bool = False) -> None:
+        """Says that an execution has events. Called with every event, so it is cheap when it knows already.
+
+        Args:
+            execution: Whose.
+            at_once: Whether they are too many to wait.
+        """
+        with self._changed:
+            due = time.monotonic() + (0.0 if at_once else LINGER_S)
+            known = self._pending.get(execution)
+            if known is not None and (known <= due or not at_once):
                 return
-            self._pending.add(execution)
-        self._due.put((time.monotonic() + LINGER_S, execution))
+            self._pending[execution] = due
+            heapq.heappush(self._due, (due, next(self._order), execution))
+            self._changed.notify()
+
+    def write_now(self, execution: Execution) -> None:
+        """Has an execution looked at at once: what the checkpoint writer did not write of it must be written alone."""
+        self.wake(execution, at_once=True)
 
     def stop(self) -> None:
-        """Ends the threads after what is due now."""
-        for _ in self._threads:
-            self._due.put(None)
+        """Ends the threads after what waits now."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout=5)
 
+    def _next(self) -> Execution | None:
+        """Waits for the next execution that is due; None at the end, when all of them have been."""
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                if self._due and (self._stopping or self._due[0][0] <= now):
+                    due, _, execution = heapq.heappop(self._due)
+                    if self._pending.get(execution) == due:  # else it was due earlier, and has been
+                        del self._pending[execution]
+                        return execution
+                elif self._stopping:
+                    return None
+                else:
+                    self._changed.wait(self._due[0][0] - now if self._due else None)
+
     def _run(self) -> None:
-        while (item := self._due.get()) is not None:
-            due, execution = item
-            time.sleep(max(0.0, due - time.monotonic()))
-            with self._lock:
-                self._pending.discard(execution)
-            if not execution.has_events or execution.dead:
-                continue
-            if not execution.slot.acquire(blocking=False):
-                # What waits rides on the commit that is under way, or is next. That may be repeated for long, and these
-                # threads are for all runs.
-                self.wake(execution)
-                continue
+        while (execution := self._next()) is not None:
             try:
-                self._write(execution)
+                if not self._write(execution) and not self._stopping:
+                    # What waits rides on the commit that is under way, or is next. That may be repeated for long, and
+                    # these threads are for all runs.
+                    self.wake(execution)
             except Exception as error:  # noqa: BLE001 - logged; kept for the next try
                 # The events are back in the buffer; they go with the next checkpoint, or with the next wake.
                 log.warning("event_writer.failed", run_id=execution.key.run_id, error=type(error).__name__)
                 time.sleep(LINGER_S)
-                if not execution.dead:
+                if not execution.dead and not self._stopping:
                     self.wake(execution)
-            finally:
-                execution.slot.release()

@@ -13,6 +13,7 @@ from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
 
 from perdure_service.durable.service import ForkCommand, RunService, StartCommand
 from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
+from perdure_service.rpc.bulk_starts import BulkStarts, Item
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.streams import RESPONSE_BYTES, Streams, closing
@@ -39,18 +40,31 @@ class AgentRuns(AgentRunServiceServicer):
 
     async def StartAgent(self, request: pb.StartAgentRequest, context: RpcContext) -> pb.StartAgentResponse:
         """Starts an agent."""
+        return await self._start(request, current_call().trace_parent)
+
+    async def StartAgents(
+        self, request_iterator: AsyncIterator[Item], context: RpcContext
+    ) -> AsyncIterator[pb.StartAgentsResponse]:
+        """Starts many agents; answers one by one, in order."""
+        async with closing(BulkStarts(self._start, self._settings.namespaces).answers(request_iterator)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _start(self, request: pb.StartAgentRequest, trace_parent: str) -> pb.StartAgentResponse:
         # A large input takes up to half a second to check, in which other calls shall be served.
         large = request.ByteSize() > LARGE_REQUEST_BYTES
-        command = await asyncio.to_thread(self._command, request) if large else self._command(request)
+        if large:
+            command = await asyncio.to_thread(self._command, request, trace_parent)
+        else:
+            command = self._command(request, trace_parent)
         run, created = await self._service.start(command)
         return pb.StartAgentResponse(run=convert.agent_run(run, full=False), created=created)
 
-    def _command(self, request: pb.StartAgentRequest) -> StartCommand:
-        call = current_call()
+    def _command(self, request: pb.StartAgentRequest, trace_parent: str) -> StartCommand:
         return requests.start_command(
             request,
-            caller=call.caller,
-            trace_parent=call.trace_parent,
+            caller=current_call().caller,
+            trace_parent=trace_parent,
             now=datetime.now(UTC),
             max_input_bytes=self._settings.max_input_bytes,
         )

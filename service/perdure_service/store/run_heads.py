@@ -29,6 +29,7 @@ _OPEN_HEADS = sa.text(f"""
     {_HEAD} JOIN members AS m ON m.workflow_id = r.workflow_id
     WHERE r.namespace = :namespace AND (r.ended_at IS NULL OR r.workflow_id = :workflow_id)
 """)
+_CLOSED = sa.text("SELECT workflow_id FROM perdure.run WHERE workflow_id = ANY(:workflow_ids) AND ended_at IS NOT NULL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,12 @@ def heads(conn: sa.Connection, namespace: str, workflow_ids: Sequence[str]) -> d
 def open_heads(conn: sa.Connection, key: RunKey) -> dict[str, Head]:
     """Returns how far a run and those of its descendants that have not ended have come, at one moment."""
     return _heads(conn, _OPEN_HEADS, {"namespace": key.namespace, "workflow_id": key.workflow_id})
+
+
+def closed(conn: sa.Connection, workflow_ids: Sequence[str]) -> list[str]:
+    """Returns those of the runs whose last event is in the log."""
+    rows = conn.execute(_CLOSED, {"workflow_ids": list(workflow_ids)})
+    return [row.workflow_id for row in rows]
 
 
 def _heads(conn: sa.Connection, query: sa.TextClause, values: dict[str, Any]) -> dict[str, Head]:
