@@ -293,3 +293,9 @@ def test_the_alerts_ask_for_metrics_that_there_are() -> None:
     }  # fmt: skip
     assert asked, "the alerts name no metric of ours"
     assert asked <= known
+
+
+def test_dev_needs_nothing_that_a_cluster_does_not_bring() -> None:
+    assert {one["apiVersion"].partition("/")[0] for one in render("dev").documents} <= {
+        "v1", "apps", "batch", "networking.k8s.io", "rbac.authorization.k8s.io", "scheduling.k8s.io",
+    }  # fmt: skip

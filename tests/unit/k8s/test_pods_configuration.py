@@ -103,5 +103,5 @@ def test_the_migrator_connects_to_a_database_that_is_no_cells(
     assert url.username == "perdure_migrate"
     assert url.database not in [cell.database for cell in regions.cells.values()]
     made = found.get("ConfigMap", "crdb-bootstrap")["data"]["bootstrap.sql"]
-    assert f"CREATE USER IF NOT EXISTS {url.username} WITH CREATEDB CREATEROLE" in made
+    assert f"CREATE USER IF NOT EXISTS {url.username};" in made
     assert f"CREATE DATABASE IF NOT EXISTS {url.database};" in made
