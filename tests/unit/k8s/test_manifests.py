@@ -23,6 +23,7 @@ from tests.helpers import manifest_rules as rules
 from tests.helpers.certificates_job import make_certificates
 from tests.helpers.manifest_rules import RULES, Rule
 from tests.helpers.manifests import K8S, OVERLAYS, Document, Manifests, render, render_folder
+from tests.helpers.network_policies import Network
 
 KUBERNETES = "1.37"
 OLDEST = "1.34"
@@ -237,8 +238,18 @@ def test_zones_may_be_fixed_where_kubernetes_does_not_tell_them(tmp_path: Path) 
         assert pod["nodeSelector"] == {"topology.kubernetes.io/zone": f"us-east1-{zone}"}
 
 
+def test_the_shell_of_the_administrator_fits_in() -> None:
+    shell = render_folder(K8S / "components" / "sql-shell")
+    found = Manifests(ONE, (*render(ONE).documents, *shell))
+    for document in shell:
+        validate(document)
+    for rule in RULES:
+        assert list(rule(found)) == []
+    assert {one for one in Network(found).open() if "crdb-sql-shell" in one} == {("crdb-sql-shell", "crdb", 26257)}
+
+
 def test_every_component_is_in_an_overlay_or_tried_above() -> None:
-    used = {"locality-static"}
+    used = {"locality-static", "sql-shell"}
     for path in (K8S / "overlays").rglob("kustomization.yaml"):
         content = yaml.safe_load(path.read_text())
         used |= {Path(one).name for one in (*content.get("components", []), *content.get("resources", []))}
@@ -299,3 +310,12 @@ def test_dev_needs_nothing_that_a_cluster_does_not_bring() -> None:
     assert {one["apiVersion"].partition("/")[0] for one in render("dev").documents} <= {
         "v1", "apps", "batch", "networking.k8s.io", "rbac.authorization.k8s.io", "scheduling.k8s.io",
     }  # fmt: skip
+
+
+def test_the_readme_names_what_is_to_be_brought_and_every_component() -> None:
+    text = (K8S / "README.md").read_text()
+    rows = re.findall(r"^\| (?:Secret|ConfigMap) `([a-z-]+)` \|", text, re.MULTILINE)
+    assert set(rows) == rules.BROUGHT
+    table = text[text.index("| folder |") : text.index("## What was tried")]
+    named = set(re.findall(r"`(?:components/)?([a-z-]+)`", table))
+    assert {path.name for path in (K8S / "components").iterdir()} <= named
