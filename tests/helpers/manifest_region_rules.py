@@ -109,7 +109,7 @@ def addresses_exist(found: Manifests) -> Iterator[str]:
 
 
 def certificates_cover_names(found: Manifests) -> Iterator[str]:
-    """CockroachDB's certificate is for each name by which nodes and clients reach it, in every cluster."""
+    """The certificates are for each name by which nodes and clients reach the database and the servers."""
     names = server_names(found, "crdb-node-tls")
     wanted = {"localhost", "crdb", "crdb-sql"}
     for pod in found.pods():
@@ -121,6 +121,9 @@ def certificates_cover_names(found: Manifests) -> Iterator[str]:
     for name in sorted(wanted):
         if not _covered(name, names):
             yield f"the certificate crdb-node-tls is not for {name}"
+    for name in ("localhost", "perdure", f"perdure.{found.namespace}.svc"):
+        if not _covered(name, server_names(found, "perdure-tls")):
+            yield f"the certificate perdure-tls is not for {name}"
     users = {"crdb-root-tls": "root", "perdure-migrate-tls": "perdure_migrate", "perdure-db-tls": "perdure"}
     for one in found.of("Certificate"):
         name, spec = one["metadata"]["name"], one["spec"]

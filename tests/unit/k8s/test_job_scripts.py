@@ -84,8 +84,8 @@ def test_the_cluster_is_set_up_when_it_answers_and_gets_the_licence_that_nobody_
     made = run("crdb-bootstrap", tmp_path, (1, ""), (1, ""), (0, "1"), CRDB_HOST="crdb-sql:26257")
     arguments = [call[3:] for call, _ in made]
     assert arguments == [["-e", "SELECT 1"]] * 3 + [["-f", "/sql/bootstrap.sql"], []]
-    organization, licence = made[-1][1].split("; ")
-    assert organization == "SET CLUSTER SETTING cluster.organization = 'Tide''s Ltd'"
+    organization, licence = made[-1][1].splitlines()
+    assert organization == "SET CLUSTER SETTING cluster.organization = 'Tide''s Ltd';"
     assert licence == f"SET CLUSTER SETTING enterprise.license = '{LICENCE}';"
     assert LICENCE not in json.dumps([call for call, _ in made])
 
