@@ -12,7 +12,8 @@ SET CLUSTER SETTING server.shutdown.transactions.timeout = '15s';
 SET CLUSTER SETTING feature.vector_index.enabled = true;
 
 -- Who migrates: it makes the databases, the servers' user and the schemas, and is not the administrator.
-CREATE USER IF NOT EXISTS perdure_migrate WITH CREATEDB CREATEROLE;
+CREATE USER IF NOT EXISTS perdure_migrate;
+ALTER USER perdure_migrate WITH CREATEDB CREATEROLE CREATELOGIN;
 
 -- The database of its lock.
 CREATE DATABASE IF NOT EXISTS perdure_migrate;
