@@ -26,6 +26,7 @@ from tests.helpers.sql_source import Statement, numbered
 GRAMMAR = Path(__file__).parent / "grammar"
 K8S = Path(__file__).parents[2] / "k8s"
 POSTGRESQL_ONLY = {
+    "LISTEN …": "CockroachDB has none; there a changefeed tells of news",
     "SET lock_timeout = '…s'": "schema changes on CockroachDB take no table locks to queue for",
 }
 """What the server sends to PostgreSQL only, and why."""

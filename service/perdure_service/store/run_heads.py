@@ -19,7 +19,7 @@ _HEAD = f"""
     FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id
 """
 _HEADS = sa.text(f"{_HEAD} WHERE r.namespace = :namespace AND r.workflow_id = ANY(:workflow_ids)")
-# Not `family`: that word is reserved on CockroachDB.
+# Not `family`: CockroachDB does not take that word as the name of a query.
 _OPEN_HEADS = sa.text(f"""
     WITH RECURSIVE members (workflow_id) AS (
       SELECT CAST(:workflow_id AS TEXT)
