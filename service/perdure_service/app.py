@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -20,10 +20,12 @@ from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
 from perdure_service.domain.queues import Queues
+from perdure_service.domain.regions import Place, describe
 from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
-from perdure_service.durable.migrate import migrate_all, verify_dbos
+from perdure_service.durable.migrate import migrate_all, migrate_cells, verify_dbos
+from perdure_service.durable.migrate import plan as migration_plan
 from perdure_service.durable.retention import Retention
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
@@ -33,8 +35,18 @@ from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
-from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations, run_heads
+from perdure_service.store import (
+    cells,
+    diagnosis,
+    document_vectors,
+    documents,
+    embedded,
+    event_log,
+    migrations,
+    run_heads,
+)
 from perdure_service.store.engine import create_engine, idle_in_transaction_timeout
+from perdure_service.store.regions_file import load_regions, locate
 from perdure_service.store.s3 import S3Objects
 from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.store.tailer import Tailer
@@ -65,9 +77,36 @@ def database_url(settings: Settings) -> str:
     return url
 
 
-def migrate_database(settings: Settings, report: Report) -> None:
-    """Brings the schema of the configured database up to date."""
-    migrate_all(database_url(settings), report)
+def migrate_database(
+    settings: Settings, report: Report, *, cells_named: Sequence[str] = (), plan: bool = False
+) -> None:
+    """Brings the schema of the configured database up to date; with regions, makes and migrates those of the cells.
+
+    Args:
+        settings: The settings.
+        report: Gets the progress, or the plan.
+        cells_named: With regions, only these cells; empty for all.
+        plan: Report the SQL, and do nothing.
+
+    Raises:
+        ConfigurationError: It cannot be done; in one sentence.
+    """
+    url = database_url(settings)
+    regions = None if settings.regions_file is None else load_regions(settings.regions_file)
+    known = () if regions is None else tuple(regions.cells)
+    for name in cells_named:
+        if name not in known:
+            raise ConfigurationError(
+                f"--cell {name}: there is no such cell" + (f"; there are {', '.join(known)}" if known else "")
+            )
+    names = tuple(cells_named) or known
+    if plan:
+        for piece in migration_plan(url, regions, names):
+            report(piece)
+    elif regions is None:
+        migrate_all(url, report)
+    else:
+        migrate_cells(url, regions, names, report)
 
 
 def check(settings: Settings, report: Report) -> bool:
@@ -75,7 +114,10 @@ def check(settings: Settings, report: Report) -> bool:
     report(security.describe(settings))
     findings = security.diagnose(settings)
     try:
-        findings += diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify))
+        settings, place = locate(settings)
+        for line in describe(place):
+            report(line)
+        findings += diagnosis.diagnose(database_url(settings), _verify(place))
     except ConfigurationError as error:
         findings.append(diagnosis.Finding("error", error.message))
     findings += diagnosis.object_store(settings.payloads)
@@ -84,6 +126,10 @@ def check(settings: Settings, report: Report) -> bool:
     for finding in findings:
         report(f"{finding.severity}: {finding.text}")
     return not any(finding.severity == "error" for finding in findings)
+
+
+def _verify(place: Place | None) -> tuple[diagnosis.Verify, ...]:
+    return (verify_dbos, migrations.verify, cells.verifier(place))
 
 
 def load_documents(engine: sa.Engine, settings: Settings, folder: Path, report: Report) -> bool:
@@ -115,7 +161,7 @@ def _end_at_the_latest(after: timedelta, exit_status: int) -> None:
     timer.start()
 
 
-async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> int:
+async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place: Place | None = None) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
 
     Args:
@@ -123,6 +169,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         url: The database, migrated.
         dev: Whether this process owns its database, and its callers are `dev`.
         ready: Told where it listens, once it does.
+        place: Where it is; None without regions.
 
     Returns:
         The process's exit status.
@@ -146,7 +193,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, signal.Signals(number).name)
 
-    for finding in await asyncio.to_thread(diagnosis.diagnose, url, (verify_dbos, migrations.verify)):
+    for finding in await asyncio.to_thread(diagnosis.diagnose, url, _verify(place)):
         if finding.severity == "error":
             raise ConfigurationError(finding.text)
         log.warning("database.finding", text=finding.text)
@@ -291,6 +338,9 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
     Raises:
         ConfigurationError: It cannot serve like this; in one sentence.
     """
+    settings, place = locate(settings)
+    if dev and place is not None:
+        raise ConfigurationError("`dev` has a database of its own and no regions; use `perdure-server serve`")
     for finding in security.findings(settings, dev=dev):
         if finding.severity == "error":
             raise ConfigurationError(finding.text)
@@ -313,7 +363,9 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
                 load_documents(engine, settings, documents_folder, report)
             finally:
                 engine.dispose()
-        return asyncio.run(serve(settings, url, dev=dev, ready=lambda where: report(f"perdure serves on {where}")))
+        return asyncio.run(
+            serve(settings, url, dev=dev, ready=lambda where: report(f"perdure serves on {where}"), place=place)
+        )
     finally:
         if server is not None:
             server.stop()

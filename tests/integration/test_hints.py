@@ -24,7 +24,7 @@ from perdure_service.store.dbos_tables import APPLICATION, STATUS
 from perdure_service.store.engine import create_engine, dedicated_connection
 from perdure_service.store.hints import EVERYTHING, Hint, NotifyFeed
 
-from tests.helpers.databases import DatabaseServer
+from tests.helpers.databases import DatabaseServer, not_in_another_form
 from tests.helpers.proxy import DatabaseProxy
 from tests.helpers.rpc import Reading, Rpc, new_id, states_in
 from tests.helpers.server import ServerProcess, create_effects_table, sql
@@ -285,10 +285,12 @@ def watched_signalled_and_ended(both: Pair) -> None:
     assert json.loads(both.at_b.end_of(run_id).output_json) == [7]
 
 
+@not_in_another_form
 def test_a_run_is_watched_and_signalled_at_another_server_without_any_poll(both: Pair) -> None:
     watched_signalled_and_ended(both)
 
 
+@not_in_another_form
 def test_a_run_that_one_server_queues_is_taken_by_another_at_once(both: Pair) -> None:
     busy = both.at_a.start("listener", {})
     both.at_a.until(busy, "AWAITING_INPUT")
@@ -301,6 +303,7 @@ def test_a_run_that_one_server_queues_is_taken_by_another_at_once(both: Pair) ->
     assert json.loads(both.at_a.end_of(both.at_a.start("counter", {"steps": 1})).output_json) == {"total": 0}
 
 
+@not_in_another_form
 def test_an_approval_is_in_the_other_servers_inbox_at_once(both: Pair) -> None:
     inbox = Reading(both.at_b.approvals.WatchApprovals(approval_pb.WatchApprovalsRequest(), timeout=scaled(30)))
     eventually(lambda: inbox.responses)
@@ -311,6 +314,7 @@ def test_an_approval_is_in_the_other_servers_inbox_at_once(both: Pair) -> None:
     assert both.at_a.output_of(run_id)["approved"] is True
 
 
+@not_in_another_form
 def test_a_feed_whose_connection_the_database_ends_comes_back(url: str, both: Pair) -> None:
     with sql(url) as conn:
         ended = conn.execute(

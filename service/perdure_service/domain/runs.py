@@ -23,7 +23,7 @@ LOCAL_CELL = "local"
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 NAMESPACE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 SIGNAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_SERVER_MADE = re.compile(r"[a-z0-9]+-[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+_SERVER_MADE = re.compile(r"(?P<cell>[a-z0-9]+)-[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 _API_WORKFLOW = re.compile(
     r"(?P<namespace>[a-z0-9][a-z0-9-]{0,31})\.(?P<root>[a-z0-9][a-z0-9-]{0,63})\.r(?P<path>(?:-\d+)*)"
 )
@@ -164,6 +164,12 @@ def check_client_run_id(run_id: str, field_name: str = "run_id") -> None:
 def new_run_id(cell: str = LOCAL_CELL) -> str:
     """Returns a server-made id, `<cell>-<uuid7>`: ordered by time, so that new runs lie together."""
     return f"{cell}-{uuid7()}"
+
+
+def cell_of(run_id: str) -> str | None:
+    """Returns the cell that an id names, its own or that of the run it is a child of; None if no server made it."""
+    match = _SERVER_MADE.fullmatch(run_id.partition(".")[0])
+    return None if match is None else match["cell"]
 
 
 def uuid7() -> str:
