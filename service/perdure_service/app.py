@@ -20,6 +20,7 @@ from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
 from perdure_service.domain.queues import Queues
 from perdure_service.domain.regions import Place, describe
+from perdure_service.domain.runs import LOCAL_CELL
 from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
@@ -237,6 +238,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
         queues=queues,
         payload_threshold_bytes=settings.payload_threshold_bytes,
         objects=S3Objects(settings.payloads) if settings.payloads.s3_bucket else None,
+        cell=LOCAL_CELL if place is None else place.cell.name,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(
@@ -265,7 +267,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
     )
     retention = Retention(runtime, settings.retentions, settings.event_retention)
     retention.start()
-    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS)
+    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS, place=place)
     try:
         ports = await server.start()
         host = settings.address.rpartition(":")[0]

@@ -165,7 +165,7 @@ def test_a_clock_that_is_more_than_five_seconds_off_is_refused(
 
 
 def test_it_goes_on_after_a_death_at_every_change(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each migrator makes one change more than those before it, and dies; the numbered ones die in tests of their own."""
+    """Each migrator makes one change more than those before it, and dies; the migrations die in other tests."""
     real_run = migrations._run
     made: list[str] = []
 

@@ -27,7 +27,7 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
 from perdure_service.domain.queues import QueueLimits, Queues
-from perdure_service.domain.runs import RunStart
+from perdure_service.domain.runs import LOCAL_CELL, RunStart
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import metering, parking, replay, retries, steps, system_database
 from perdure_service.durable.drain import Drain
@@ -100,10 +100,12 @@ class Runtime:
         queues: Queues | None = None,
         payload_threshold_bytes: int = 2**16,
         objects: Objects | None = None,
+        cell: str = LOCAL_CELL,
     ) -> None:
         """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
         self.engine = engine
         self.executor_id = executor_id
+        self.cell = cell
         self.application_version = application_version
         self._max_running = max_running
         self._max_threads = max_threads

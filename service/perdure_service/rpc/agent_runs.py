@@ -12,6 +12,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
 
 from perdure_service.durable.service import ForkCommand, RunService, StartCommand
+from perdure_service.errors import InvalidArgument
 from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.interceptors import RpcContext
@@ -47,6 +48,8 @@ class AgentRuns(AgentRunServiceServicer):
 
     def _command(self, request: pb.StartAgentRequest) -> StartCommand:
         call = current_call()
+        if request.home_region and self._settings.regions_file is None:
+            raise InvalidArgument("home_region", "this service has no regions")
         return requests.start_command(
             request,
             caller=call.caller,
