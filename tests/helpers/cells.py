@@ -6,21 +6,26 @@ import uuid
 
 import sqlalchemy as sa
 from perdure_service.domain.regions import Place, parse_regions
-from perdure_service.durable.migrate import database_of, migrate_cells, verify_dbos
+from perdure_service.durable.migrate import database_of, migrate_all, migrate_cells, verify_dbos
 from perdure_service.store import cells, diagnosis, migrations
-from perdure_service.store.engine import create_engine
+from perdure_service.store.engine import create_engine, parse_url
 
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.regions import regions_yaml
 
 
 class Cluster:
-    """A PostgreSQL with databases for two cells that nobody has made yet, and the regions that name them."""
+    """A PostgreSQL with databases for two cells, and the regions that name them.
 
-    def __init__(self, server: DatabaseServer) -> None:
+    Nobody has made them yet; or they are copies of the session's migrated one, which is quicker.
+    """
+
+    def __init__(self, server: DatabaseServer, *, copies: bool = False) -> None:
         mark = uuid.uuid4().hex[:8]
         self.server = server
         self.databases = {"nn1": f"perdure_nn1_{mark}", "ss1": f"perdure_ss1_{mark}"}
+        if copies:
+            self.databases = {cell: str(parse_url(server.migrated(cell, _migrate)).database) for cell in self.databases}
         self.role = f"perdure_role_{mark}"
         self.regions = parse_regions(regions_yaml(self.databases, role=self.role), "regions.yaml")
         self.url = server.url
@@ -51,6 +56,11 @@ class Cluster:
         return [found.text for found in diagnosis.diagnose(self.url_of(cell), checks) if found.severity == "error"]
 
     def drop(self) -> None:
+        """Drops the databases and the role."""
         for database in self.databases.values():
             self.server.execute(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")
         self.server.execute(f"DROP ROLE IF EXISTS {self.role}")
+
+
+def _migrate(url: str) -> None:
+    migrate_all(url, lambda _line: None)

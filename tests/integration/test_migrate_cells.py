@@ -36,7 +36,7 @@ def migrated(database_server: DatabaseServer) -> Iterator[Cluster]:
     """One that is, for all tests that change nothing."""
     if database_server.cockroach:
         pytest.skip("databases stand for cells on PostgreSQL only: this one's nodes have no such regions")
-    made = Cluster(database_server)
+    made = Cluster(database_server, copies=True)
     made.migrate()
     yield made
     made.drop()

@@ -51,7 +51,7 @@ def two(database_server: DatabaseServer, tmp_path_factory: pytest.TempPathFactor
     """Both servers, after the namespace `moved` got its home in the south."""
     if database_server.cockroach:
         pytest.skip("databases stand for cells on PostgreSQL only: this one's nodes have no such regions")
-    cluster = Cluster(database_server)
+    cluster = Cluster(database_server, copies=True)
     with ExitStack() as stack:
         stack.callback(cluster.drop)
         cluster.migrate()
