@@ -17,6 +17,7 @@ from perdure_client._errors import (
     ApprovalClosed,
     ApprovalNotFound,
     ArtifactNotFound,
+    CellNotServed,
     ClientClosed,
     ConfigurationError,
     Contention,
@@ -29,6 +30,7 @@ from perdure_client._errors import (
     InvalidArgument,
     KeysUnavailable,
     NamespaceNotFound,
+    NamespacePaused,
     NotFound,
     OffsetOutOfRange,
     Overloaded,
@@ -37,6 +39,7 @@ from perdure_client._errors import (
     PermissionDenied,
     ProtocolViolation,
     QuotaExceeded,
+    RegionUnavailable,
     ResourceExhausted,
     RevisionConflict,
     RunConflict,
@@ -82,6 +85,7 @@ from perdure_client._events import (
     WatchUpdate,
 )
 from perdure_client._iterators import Watch, Watching
+from perdure_client._listing import IncompleteListing
 from perdure_client._types import (
     AgentInfo,
     Approval,
@@ -128,6 +132,7 @@ __all__ = [
     "AsyncWatch",
     "AsyncWatching",
     "AttemptReset",
+    "CellNotServed",
     "ChildStarted",
     "Client",
     "ClientClosed",
@@ -145,6 +150,7 @@ __all__ = [
     "ExecutorState",
     "FailedPrecondition",
     "Failure",
+    "IncompleteListing",
     "InputSchemaViolation",
     "InternalError",
     "InvalidArgument",
@@ -153,6 +159,7 @@ __all__ = [
     "LogLine",
     "ModelUsage",
     "NamespaceNotFound",
+    "NamespacePaused",
     "NotFound",
     "OffsetOutOfRange",
     "OutputDelta",
@@ -166,6 +173,7 @@ __all__ = [
     "QueueInfo",
     "QuotaExceeded",
     "Recovered",
+    "RegionUnavailable",
     "ResourceExhausted",
     "RevisionConflict",
     "Run",

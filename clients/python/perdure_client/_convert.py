@@ -129,6 +129,7 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "priority": message.priority,
         "input_bytes": message.input_bytes,
         "output_bytes": message.output_bytes,
+        "home_region": message.home_region,
     }
 
 

@@ -242,6 +242,7 @@ class Run:
         priority: Its place among the waiting runs of the queue: the lower the sooner.
         input_bytes: How many bytes the input has as JSON; 0 where it was not asked for.
         output_bytes: The same of the output; 0 while there is none.
+        home_region: The region where it lives; empty where the service has no regions.
     """
 
     namespace: str
@@ -275,6 +276,7 @@ class Run:
     priority: int = 0
     input_bytes: int = 0
     output_bytes: int = 0
+    home_region: str = ""
 
     @property
     def done(self) -> bool:

@@ -24,7 +24,7 @@ ModelUsage NamespaceNotFound NotFound OutputDelta Overloaded PayloadTooLarge Per
 ProtocolViolation Published QueueInfo QuotaExceeded Recovered ResourceExhausted RevisionConflict Run RunConflict
 RunEvent RunFailed RunFinished RunForked RunInputMismatch RunNotFound RunState RunTrace ServerUnavailable SignalReceived
 SpanKind SpanLink SpanStatus StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded
-StoreUnavailable StrandedReason StrandedRun
+StoreUnavailable StrandedReason StrandedRun CellNotServed IncompleteListing NamespacePaused RegionUnavailable
 TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
 Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching
 __version__
