@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 WORKERS ?= -n 2 --dist loadfile
 # What `make api` compares the API with, when it exists.
 BASE ?= origin/main
-PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos
+PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos -I protos/third_party
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile

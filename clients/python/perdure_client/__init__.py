@@ -10,6 +10,7 @@
 
 from perdure_client._async_client import AsyncClient
 from perdure_client._async_iterators import AsyncWatch, AsyncWatching
+from perdure_client._bulk import AgentStart, StartResult
 from perdure_client._client import Client
 from perdure_client._config import VERSION as __version__
 from perdure_client._errors import (
@@ -119,6 +120,7 @@ from perdure_client._types import (
 __all__ = [
     "AgentInfo",
     "AgentNotFound",
+    "AgentStart",
     "Approval",
     "ApprovalClosed",
     "ApprovalDecided",
@@ -191,6 +193,7 @@ __all__ = [
     "SpanKind",
     "SpanLink",
     "SpanStatus",
+    "StartResult",
     "StartedRun",
     "StateChanged",
     "Step",

@@ -9,7 +9,8 @@ from typing import Any, Self
 
 from perdure_client import _requests
 from perdure_client._artifacts import read_all
-from perdure_client._async_iterators import AsyncWatch, AsyncWatching, iterate, iterate_bytes
+from perdure_client._async_iterators import AsyncWatch, AsyncWatching, Starts, iterate, iterate_bytes, iterate_starts
+from perdure_client._bulk import StartResult
 from perdure_client._config import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_RECONNECT_TIMEOUT_S,
@@ -180,6 +181,28 @@ class AsyncClient:
                 home_region=home_region,
             )
         )
+
+    def start_many(self, starts: Starts) -> AsyncIterator[StartResult]:
+        """Starts many agents over one stream, and iterates over what came of each, in their order.
+
+        What `start` would raise for one of them is the `error` of its result, and the others go on. A stream that
+        breaks is opened again, at another server where there is one, and what had no answer is sent once more: no run
+        is started twice, and none is left out. The server bounds how many are at work at a time, and how many a
+        namespace may start in a second; the iteration is then slower.
+
+        Starts are taken ahead, up to 256 of them: what gives them must not wait for their results. Leaving the loop
+        ends the stream; what had been taken may have been started. Give each start a `run_id` to be able to do the
+        whole again.
+
+        Args:
+            starts: The starts; they may be endless, and are taken as fast as the server takes them.
+
+        Raises:
+            PermissionDenied: The token lacks the role `operator` (by the iteration, as everything from the server).
+            PerdureError: There was no answer for too long. What came before stands; of what was given and did not come,
+                nothing is known.
+        """
+        return iterate_starts(self._core.start_many(starts))
 
     async def run(
         self,

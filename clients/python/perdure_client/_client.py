@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from perdure_client import _requests
 from perdure_client._artifacts import read_all
+from perdure_client._bulk import StartResult
 from perdure_client._config import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_RECONNECT_TIMEOUT_S,
@@ -18,7 +19,7 @@ from perdure_client._config import (
 )
 from perdure_client._core import Core
 from perdure_client._events import EventKind, RunEvent
-from perdure_client._iterators import Watch, Watching, iterate, iterate_bytes
+from perdure_client._iterators import Starts, Watch, Watching, iterate, iterate_bytes, iterate_starts
 from perdure_client._listing import OnUnreachable
 from perdure_client._transport_sync import SyncTransport, run_blocking
 from perdure_client._types import (
@@ -182,6 +183,28 @@ class Client:
                 )
             )
         )
+
+    def start_many(self, starts: Starts) -> Iterator[StartResult]:
+        """Starts many agents over one stream, and iterates over what came of each, in their order.
+
+        What `start` would raise for one of them is the `error` of its result, and the others go on. A stream that
+        breaks is opened again, at another server where there is one, and what had no answer is sent once more: no run
+        is started twice, and none is left out. The server bounds how many are at work at a time, and how many a
+        namespace may start in a second; the iteration is then slower.
+
+        Starts are taken ahead, up to 256 of them: what gives them must not wait for their results. Leaving the loop
+        ends the stream; what had been taken may have been started. Give each start a `run_id` to be able to do the
+        whole again.
+
+        Args:
+            starts: The starts; they may be endless, and are taken as fast as the server takes them.
+
+        Raises:
+            PermissionDenied: The token lacks the role `operator` (by the iteration, as everything from the server).
+            PerdureError: There was no answer for too long. What came before stands; of what was given and did not come,
+                nothing is known.
+        """
+        return iterate_starts(self._core.start_many(starts))
 
     def run(
         self,

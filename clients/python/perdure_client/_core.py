@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
@@ -14,6 +14,7 @@ from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_service_pb
 
 from perdure_client import _convert, _requests, _transport
 from perdure_client._artifacts import ArtifactReader, read_all
+from perdure_client._bulk import AgentStart, BulkStarter
 from perdure_client._config import Config
 from perdure_client._errors import DeadlineExceeded, RunFailed, WaitTimeout
 from perdure_client._events import EventKind, RunEvent
@@ -121,6 +122,10 @@ class Core:
         """Starts an agent."""
         response = await self.call(_transport.START_AGENT, request)
         return _convert.started_run_from(response.run, created=response.created)
+
+    def start_many(self, starts: AsyncIterable[AgentStart] | Iterable[AgentStart]) -> BulkStarter:
+        """Starts many agents; nothing is sent before the first read."""
+        return BulkStarter(self.transport, self.config, starts)
 
     async def get(self, run: Run | str, *, full: bool) -> Run:
         """Returns a run."""

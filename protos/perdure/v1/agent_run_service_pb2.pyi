@@ -11,6 +11,7 @@ from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 from perdure.v1 import agent_run_pb2 as _agent_run_pb2
 from perdure.v1 import run_event_pb2 as _run_event_pb2
 import builtins as _builtins
@@ -298,6 +299,72 @@ class StartAgentResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartAgentResponse: _TypeAlias = StartAgentResponse  # noqa: Y015
+
+@_typing.final
+class StartAgentsRequest(_message.Message):
+    """One of many starts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    TRACE_PARENT_FIELD_NUMBER: _builtins.int
+    trace_parent: _builtins.str
+    """The W3C `traceparent` whose trace the run continues; empty gives the run a trace of its own. The one in the
+    stream's metadata is the stream's, and no run's.
+    """
+    @_builtins.property
+    def start(self) -> Global___StartAgentRequest:
+        """What to start. Required. Give every item a request_id, and a run_id where you want one: they make a repeat safe."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___StartAgentRequest | None = ...,
+        trace_parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start", "trace_parent", b"trace_parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartAgentsRequest: _TypeAlias = StartAgentsRequest  # noqa: Y015
+
+@_typing.final
+class StartAgentsResponse(_message.Message):
+    """The answer to one start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request_id of the start, as it was sent."""
+    @_builtins.property
+    def started(self) -> Global___StartAgentResponse:
+        """It was committed, or existed."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """It failed, as StartAgent would have: code, text and details (ErrorInfo, and RetryInfo where a repeat helps)."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        started: Global___StartAgentResponse | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "result", b"result", "started", b"started"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "request_id", b"request_id", "result", b"result", "started", b"started"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["started", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___StartAgentsResponse: _TypeAlias = StartAgentsResponse  # noqa: Y015
 
 @_typing.final
 class GetRunRequest(_message.Message):

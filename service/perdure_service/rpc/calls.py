@@ -29,7 +29,7 @@ class Call:
         caller: Who calls; empty until that is known.
         trace_parent: The caller's W3C `traceparent` as it came, or empty.
         parent: What it says; None for none.
-        expires_at_s: When the caller's token is no longer good, in seconds since 1970; None for never.
+        rights: What the caller may do; None until that is known.
     """
 
     method: str
@@ -37,7 +37,7 @@ class Call:
     caller: str
     trace_parent: str = ""
     parent: TraceParent | None = None
-    expires_at_s: float | None = None
+    rights: Caller | None = None
 
 
 _current: ContextVar[Call] = ContextVar("perdure_call")
@@ -75,6 +75,6 @@ def enter_call(method: str, metadata: Iterable[tuple[str, Any]]) -> Call:
 
 def identify(caller: Caller) -> Call:
     """Says who makes the call being served; returns the call with that."""
-    call = replace(_current.get(), caller=caller.name, expires_at_s=caller.expires_at_s)
+    call = replace(_current.get(), caller=caller.name, rights=caller)
     _current.set(call)
     return call

@@ -16,7 +16,7 @@ that, by its ids. A call that a dying home may have done is for the same reason 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -43,6 +43,9 @@ from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.peers import Forward, Peers, forwarded_to
 from perdure_service.rpc.streams import Streams, closing
 
+Start = Callable[[pb.StartAgentRequest, str], Awaitable[pb.StartAgentResponse]]
+"""Starts one run here, in the trace of a `traceparent`."""
+_START = "/perdure.v1.AgentRunService/StartAgent"
 _MISSING = frozenset({RunNotFound.reason, ApprovalNotFound.reason})
 
 
@@ -63,7 +66,7 @@ class Route(Enum):
     DELETION = auto()
     """All cells are asked; see `gathering`."""
     HERE = auto()
-    """Whoever is asked answers."""
+    """Whoever is asked answers; the starts of a stream go their ways one by one (`Router.start`)."""
 
 
 _RUNS = "perdure.v1.AgentRunService."
@@ -72,6 +75,7 @@ _APPROVALS = "perdure.v1.ApprovalService."
 ROUTES: Mapping[str, Route] = MappingProxyType(
     {
         _RUNS + "StartAgent": Route.START,
+        _RUNS + "StartAgents": Route.HERE,
         _RUNS + "GetRun": Route.RUN,
         _RUNS + "ListRuns": Route.RUNS,
         _RUNS + "WatchRun": Route.RUN,
@@ -192,6 +196,22 @@ class Router:
                 return await self._fork_with_id(method, request, context)
             case _:
                 return await self._first(method, self._cells_of(route, request), request, context)
+
+    async def start(self, serve: Start, context: RpcContext, request: pb.StartAgentRequest, trace_parent: str) -> Any:
+        """Returns the answer to one of many starts of a stream, which is sent on alone.
+
+        Args:
+            serve: Starts it here.
+            context: The stream's.
+            request: The start.
+            trace_parent: The `traceparent` of the start, or empty.
+        """
+        cell = await self._cell_for_start(request, context)
+        request = _with_request_id(request)
+        if cell.name == self._own.name:
+            return self._stamped(await serve(request, trace_parent))
+        forward = Forward.of(context).in_trace(trace_parent)
+        return await self._peers.unary(cell, _START, request, pb.StartAgentResponse, forward)
 
     # ---- which cell --------------------------------------------------------------------------------------------------
 

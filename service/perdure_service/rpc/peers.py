@@ -31,7 +31,8 @@ from perdure_service.settings import Settings, TlsSettings, is_loopback
 
 FORWARDED_KEY = "perdure-forwarded"
 """Metadata of a forwarded call: the cell it was sent to."""
-PASSED_ON = frozenset({AUTHORIZATION_KEY, TRACE_PARENT_KEY, "tracestate"})
+TRACE_STATE_KEY = "tracestate"
+PASSED_ON = frozenset({AUTHORIZATION_KEY, TRACE_PARENT_KEY, TRACE_STATE_KEY})
 """What the caller sent that is passed on as it is: who it is, and in which trace."""
 CONNECT_TIMEOUT_MS = 2_000
 """How long a connection may take. gRPC's default is 20 s, and its callers would wait that long for a lost region."""
@@ -63,6 +64,11 @@ class Forward:
         """Returns what a call keeps."""
         metadata = tuple((key, value) for key, value in context.invocation_metadata() or () if key in PASSED_ON)
         return cls((*metadata, (REQUEST_ID_KEY, current_call().call_id)), context.time_remaining())
+
+    def in_trace(self, trace_parent: str) -> Forward:
+        """Returns the same in the trace of a `traceparent`; empty means in none."""
+        others = tuple((key, value) for key, value in self.metadata if key not in (TRACE_PARENT_KEY, TRACE_STATE_KEY))
+        return Forward((*others, (TRACE_PARENT_KEY, trace_parent)) if trace_parent else others, self.timeout_s)
 
     def within(self, seconds: float) -> Forward:
         """Returns the same with less time, if it has more."""

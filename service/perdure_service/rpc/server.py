@@ -215,7 +215,7 @@ class RpcServer:
 
     def _make_server(self) -> grpc.aio.Server:
         server = self._new_server()
-        runs: Any = AgentRuns(self._service, self._settings, self._streams)
+        runs: Any = AgentRuns(self._service, self._settings, self._streams, self._router)
         approvals: Any = Approvals(self._service, self._settings)
         if self._router is not None:
             runs = Routed(runs, agent_run_service_pb2.DESCRIPTOR.services_by_name["AgentRunService"], self._router)

@@ -116,7 +116,7 @@ def test_every_method_has_a_route_or_is_answered_by_whoever_is_asked() -> None:
         for file, service in ((pb, "AgentRunService"), (approval_pb, "ApprovalService"))
         for method in file.DESCRIPTOR.services_by_name[service].methods
     }
-    assert methods - {"perdure.v1.AgentRunService.StartAgents"} == set(ROUTES)
+    assert methods == set(ROUTES)
 
 
 async def test_a_run_is_read_in_its_cell_whoever_is_asked_and_says_where_it_lives() -> None:
@@ -362,6 +362,36 @@ async def test_a_home_region_is_refused_with_an_id_and_when_it_is_none(fields: A
     async with two() as cells:
         failure = await failing(cells.at_south.runs.StartAgent(pb.StartAgentRequest(agent="research", **fields)))
         assert complaint in failure.violations["home_region"]
+
+
+async def test_the_starts_of_a_stream_go_their_ways_one_by_one_each_in_its_own_trace() -> None:
+    commands: list[Any] = []
+
+    def start(command: Any) -> Any:
+        commands.append(command)
+        if command.run_id == "late" and len(commands) < 4:
+            raise QuotaExceeded("wait", 0.01, limit_per_second="1")
+        return a_run_of("default", command.run_id or "made"), True
+
+    def item(**fields: Any) -> pb.StartAgentsRequest:
+        return pb.StartAgentsRequest(start=pb.StartAgentRequest(agent="research", **fields), trace_parent=parent)
+
+    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    async with two() as cells:
+        cells.north.script["start"] = cells.south.script["start"] = start
+        items = [
+            item(run_id="mine", request_id="r-1"),
+            item(home_region="south", request_id="r-2"),
+            item(home_region="west", request_id="r-3"),
+            item(run_id="late", request_id="r-4"),
+        ]
+        stream = cells.at_south.runs.StartAgents(iter(items), metadata=(("traceparent", "00-" + "1" * 32 + "-x"),))
+        answers = [answer async for answer in stream]
+        assert [answer.request_id for answer in answers] == ["r-1", "r-2", "r-3", "r-4"]
+        assert [answer.started.run.home_region for answer in answers] == ["north", "south", "", "north"]
+        assert "the region west" in answers[2].error.message
+        assert {command.trace_parent for command in commands} == {parent}
+        assert {command.request_id for _, (command,), _ in cells.north.calls} == {"r-1", "r-4"}
 
 
 async def test_a_service_without_regions_has_no_home_region(service: ScriptedService) -> None:
