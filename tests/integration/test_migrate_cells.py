@@ -8,15 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
+from dbos._migration import ensure_dbos_schema, get_dbos_migrations
 from perdure_service.domain.regions import Place, parse_regions
-from perdure_service.durable.migrate import migrate_cells, plan
+from perdure_service.durable.migrate import migrate_cells, migrate_dbos, plan, verify_dbos
 from perdure_service.errors import ConfigurationError
 from perdure_service.settings import load_settings
 from perdure_service.store import cells, diagnosis, migrations
 from perdure_service.store.engine import create_engine, parse_url
 
 from tests.helpers.cells import Cluster
-from tests.helpers.databases import DatabaseServer, url_in_form
+from tests.helpers.databases import FORMS, DatabaseServer, url_in_form
 from tests.helpers.regions import regions_yaml, write_regions
 from tests.helpers.waiting import scaled
 
@@ -148,6 +149,41 @@ def test_it_goes_on_after_a_death_at_every_change(cluster: Cluster, monkeypatch:
         "rights on the tables",
     ]
     assert cluster.findings("nn1", cluster.place("nn1")) == []
+
+
+def _half_made(url: str) -> sa.Engine:
+    """Makes DBOS's schema as a migrator leaves it on CockroachDB that dies between a change and its record."""
+    engine = create_engine(url_in_form(url, FORMS[1]), pool_size=4, statement_timeout=migrations.STATEMENT_TIMEOUT)
+    ensure_dbos_schema(engine, "dbos")
+    with engine.begin() as connection:
+        for sql in get_dbos_migrations("dbos", False, False)[:4]:
+            connection.execute(sa.text(sql))
+        connection.exec_driver_sql("INSERT INTO dbos.dbos_migrations VALUES (3)")
+    return engine
+
+
+def test_on_cockroachdb_dbos_begins_anew_where_its_making_broke_off(empty_database_url: str) -> None:
+    engine = _half_made(empty_database_url)
+    try:
+        migrate_dbos(engine)
+        verify_dbos(engine)
+    finally:
+        engine.dispose()
+
+
+def test_on_cockroachdb_a_schema_with_workflows_is_left_alone(empty_database_url: str) -> None:
+    engine = _half_made(empty_database_url)
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO dbos.workflow_status (workflow_uuid, status) VALUES ('theirs', 'SUCCESS')"
+            )
+        with pytest.raises(sa.exc.DBAPIError, match="already exists"):
+            migrate_dbos(engine)
+        with engine.begin() as connection:
+            assert connection.exec_driver_sql("SELECT workflow_uuid FROM dbos.workflow_status").scalar() == "theirs"
+    finally:
+        engine.dispose()
 
 
 def test_two_migrators_at_once_take_turns(cluster: Cluster) -> None:

@@ -107,6 +107,8 @@ class Peers:
             ("grpc.keepalive_time_ms", KEEPALIVE_MS),
             ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
             ("grpc.enable_retries", 0),  # what is repeated is the caller's to say
+            # A name of several servers (a headless service): all get their share, and one that is gone is passed over.
+            ("grpc.service_config", '{"loadBalancingConfig": [{"round_robin": {}}]}'),
         )
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._closing: set[asyncio.Task[None]] = set()
