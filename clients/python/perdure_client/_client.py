@@ -26,6 +26,7 @@ from perdure_client._types import (
     AgentInfo,
     Approval,
     ApprovalState,
+    CellInfo,
     ConflictPolicy,
     Decision,
     Deletion,
@@ -687,6 +688,17 @@ class Client:
             Unimplemented: This is not the admin address.
         """
         return iterate(self._core.list_queues())
+
+    def cells(self) -> Iterator[CellInfo]:
+        """Iterates over the cells of the service; there are none where it has no regions.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address, or the server is older.
+        """
+        return iterate(self._core.list_cells())
 
     def stranded(self) -> Iterator[StrandedRun]:
         """Iterates over the runs that no living executor can continue, the oldest first, of all namespaces.

@@ -24,6 +24,7 @@ from perdure_client._transport import Method, Transport
 from perdure_client._types import (
     AgentInfo,
     Approval,
+    CellInfo,
     Deletion,
     ExecutorInfo,
     JsonValue,
@@ -347,6 +348,17 @@ class Core:
             request.page_token = token
             page = await self.call(_transport.LIST_QUEUES, request)
             return [_convert.queue_from(queue) for queue in page.queues], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_cells(self) -> Pages[CellInfo]:
+        """Lists the cells in the order of the regions file."""
+        request = operator_service_pb2.ListCellsRequest(page_size=_PAGE_SIZE)
+
+        async def fetch(token: str) -> tuple[Sequence[CellInfo], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_CELLS, request)
+            return [_convert.cell_from(cell) for cell in page.cells], page.next_page_token
 
         return Pages(fetch)
 

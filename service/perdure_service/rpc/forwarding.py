@@ -16,6 +16,7 @@ that, by its ids. A call that a dying home may have done is for the same reason 
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from perdure.v1 import agent_run_service_pb2 as pb
 
 from perdure_service.domain.regions import Cell, Place
@@ -46,6 +48,8 @@ from perdure_service.rpc.streams import Streams, closing
 Start = Callable[[pb.StartAgentRequest, str], Awaitable[pb.StartAgentResponse]]
 """Starts one run here, in the trace of a `traceparent`."""
 _START = "/perdure.v1.AgentRunService/StartAgent"
+_HEALTH = "/grpc.health.v1.Health/Check"
+_HEALTH_S = 3.0
 _MISSING = frozenset({RunNotFound.reason, ApprovalNotFound.reason})
 
 
@@ -140,6 +144,7 @@ class Router:
             peers: Calls the other cells.
             streams: Ends what waits when this server drains.
         """
+        self.place = place
         self._regions = place.regions
         self._own = place.cell
         self._peers = peers
@@ -212,6 +217,21 @@ class Router:
             return self._stamped(await serve(request, trace_parent))
         forward = Forward.of(context).in_trace(trace_parent)
         return await self._peers.unary(cell, _START, request, pb.StartAgentResponse, forward)
+
+    async def reachable(self) -> Mapping[str, bool]:
+        """Returns, by cell, whether one of its servers answers this one."""
+
+        async def answers(cell: Cell) -> bool:
+            forward = Forward((), _HEALTH_S)  # health asks nobody who he is
+            try:
+                await self._peers.unary(cell, _HEALTH, HealthCheckRequest(), HealthCheckResponse, forward)
+            except PerdureError:
+                return False
+            return True
+
+        others = [cell for cell in self._regions.cells.values() if cell.name != self._own.name]
+        found = await asyncio.gather(*map(answers, others))
+        return {self._own.name: True, **{cell.name: one for cell, one in zip(others, found, strict=True)}}
 
     # ---- which cell --------------------------------------------------------------------------------------------------
 

@@ -229,7 +229,7 @@ class RpcServer:
 
     def _make_admin_server(self) -> grpc.aio.Server:
         server = self._new_server()
-        add_OperatorServiceServicer_to_server(Operators(self._service), server)
+        add_OperatorServiceServicer_to_server(Operators(self._service, self._router), server)
         self._reflect(server, (ADMIN_SERVICE,))
         return server
 

@@ -15,6 +15,8 @@ import grpc.aio
 import pytest
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2 as approval_pb
+from perdure.v1 import operator_service_pb2 as operator_pb
+from perdure.v1.operator_service_pb2_grpc import OperatorServiceStub
 from perdure_service.domain.regions import Place, parse_regions
 from perdure_service.domain.runs import RunKey, RunState, new_run_id
 from perdure_service.durable.requests import Deleted, Page
@@ -43,6 +45,7 @@ from tests.unit.rpc.doubles import (
     a_batch,
     a_run,
     an_approval,
+    channel_to,
     failing,
     fails_with,
     serving,
@@ -599,6 +602,29 @@ async def test_the_inbox_is_of_all_cells_and_a_region_that_is_lost_is_named_unti
         call.cancel()
         await eventually_async(lambda: cells.north.closed == ["watch_approvals"])
         await eventually_async(lambda: len(cells.south.closed) >= 2)
+
+
+async def test_operators_see_which_cells_answer() -> None:
+    async with two(admin_address="127.0.0.1:0") as cells, channel_to(cells.at_south.admin_port or 0) as channel:
+        stub = OperatorServiceStub(channel)
+        found = (await stub.ListCells(operator_pb.ListCellsRequest())).cells
+        assert [(one.cell, one.served_here, one.reachable) for one in found] == [
+            ("nn1", False, True),
+            ("ss1", True, True),
+            ("ww1", False, False),
+        ]
+        assert list(found[0].namespaces) == ["default", "half", "paused"]
+        assert found[0].survival_goal == operator_pb.SURVIVAL_GOAL_REGION
+        failure = await failing(stub.ListCells(operator_pb.ListCellsRequest(page_token="x")))
+        assert "page_token" in failure.violations
+
+
+async def test_without_regions_there_are_no_cells(service: ScriptedService) -> None:
+    async with (
+        serving(service, admin_address="127.0.0.1:0") as served,
+        channel_to(served.admin_port or 0) as channel,
+    ):
+        assert not (await OperatorServiceStub(channel).ListCells(operator_pb.ListCellsRequest())).cells
 
 
 # ---- deletions -------------------------------------------------------------------------------------------------------
