@@ -32,6 +32,7 @@ from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
 from perdure_service.rpc import security
 from perdure_service.rpc.calls import ANONYMOUS
+from perdure_service.rpc.peers import check_wire
 from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
@@ -103,6 +104,8 @@ def check(settings: Settings, report: Report) -> bool:
     findings = security.diagnose(settings)
     try:
         settings, place = locate(settings)
+        if place is not None:
+            check_wire(settings, place)
         for line in describe(place):
             report(line)
         findings += diagnosis.diagnose(database_url(settings), _verify(place))

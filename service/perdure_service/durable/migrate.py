@@ -30,12 +30,8 @@ from perdure_service.store.schema import MIGRATIONS
 
 SCHEMA_CHANGE_TIMEOUT = timedelta(minutes=10)
 """A schema change on CockroachDB takes a second each and may wait for others'."""
-
-
 REPEATABLE_FROM = 20
 """The first of DBOS's migrations from which on each says IF NOT EXISTS (dbos/_migration.py)."""
-
-
 DBOS_SCHEMA = "dbos"
 _TABLES = "SELECT table_name FROM information_schema.tables WHERE table_schema = :schema"
 _ANY_WORKFLOW = "SELECT 1 FROM dbos.workflow_status LIMIT 1"

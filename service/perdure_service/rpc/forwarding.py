@@ -20,8 +20,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from enum import Enum, auto
-from types import MappingProxyType
 from typing import Any
 
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
@@ -43,6 +41,7 @@ from perdure_service.errors import (
 from perdure_service.rpc.gathering import Gathering
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.peers import Forward, Peers, forwarded_to
+from perdure_service.rpc.routes import ROUTES, Route
 from perdure_service.rpc.streams import Streams, closing
 
 Start = Callable[[pb.StartAgentRequest, str], Awaitable[pb.StartAgentResponse]]
@@ -51,54 +50,6 @@ _START = "/perdure.v1.AgentRunService/StartAgent"
 _HEALTH = "/grpc.health.v1.Health/Check"
 _HEALTH_S = 3.0
 _MISSING = frozenset({RunNotFound.reason, ApprovalNotFound.reason})
-
-
-class Route(Enum):
-    """By what a method finds its cell."""
-
-    START = auto()
-    """By `home_region`, or the home of the namespace."""
-    RUN = auto()
-    """By `run_id`."""
-    FORK = auto()
-    """By `run_id`; and an id of its own must be at home there."""
-    APPROVAL = auto()
-    """By the run in `approval_id`."""
-    RUNS = auto()
-    APPROVALS = auto()
-    INBOX = auto()
-    DELETION = auto()
-    """All cells are asked; see `gathering`."""
-    HERE = auto()
-    """Whoever is asked answers; the starts of a stream go their ways one by one (`Router.start`)."""
-
-
-_RUNS = "perdure.v1.AgentRunService."
-_APPROVALS = "perdure.v1.ApprovalService."
-
-ROUTES: Mapping[str, Route] = MappingProxyType(
-    {
-        _RUNS + "StartAgent": Route.START,
-        _RUNS + "StartAgents": Route.HERE,
-        _RUNS + "GetRun": Route.RUN,
-        _RUNS + "ListRuns": Route.RUNS,
-        _RUNS + "WatchRun": Route.RUN,
-        _RUNS + "WaitRun": Route.RUN,
-        _RUNS + "ListRunEvents": Route.RUN,
-        _RUNS + "ListSteps": Route.RUN,
-        _RUNS + "SignalRun": Route.RUN,
-        _RUNS + "CancelRun": Route.RUN,
-        _RUNS + "ForkRun": Route.FORK,
-        _RUNS + "DeleteRuns": Route.DELETION,
-        _RUNS + "GetRunTrace": Route.RUN,
-        _RUNS + "ReadArtifact": Route.RUN,
-        _APPROVALS + "ListApprovals": Route.APPROVALS,
-        _APPROVALS + "GetApproval": Route.APPROVAL,
-        _APPROVALS + "DecideApproval": Route.APPROVAL,
-        _APPROVALS + "WatchApprovals": Route.INBOX,
-    }
-)
-"""By full name of the method. A test walks the schema and finds one without an entry."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,9 +31,9 @@ from perdure_service.errors import (
     StoreUnavailable,
 )
 from perdure_service.rpc import gathering, peers
-from perdure_service.rpc.forwarding import ROUTES
 from perdure_service.rpc.gathering import merged
 from perdure_service.rpc.peers import FORWARDED_KEY, Peers
+from perdure_service.rpc.routes import ROUTES
 
 from tests.helpers.regions import regions_yaml
 from tests.helpers.security import IdentityProvider, SigningKey, certified
@@ -82,10 +82,10 @@ async def two(
     ports = {"nn1": free_port(), "ss1": free_port()}
     west = f"127.0.0.1:{free_port()}"
     addresses = {"nn1": f"{host}:{ports['nn1']}", "ss1": f"{host}:{ports['ss1']}", "ww1": west}
-    text = regions_yaml(DATABASES, addresses=addresses, homes=HOMES)
-    if standby:
-        text = text.replace(f"address: {west}\n", f"address: {west}\n        standby_address: {addresses['ss1']}\n")
-    regions = parse_regions(text, "regions.yaml")
+    standbys = {"ww1": addresses["ss1"]} if standby else {}
+    regions = parse_regions(
+        regions_yaml(DATABASES, addresses=addresses, standbys=standbys, homes=HOMES), "regions.yaml"
+    )
     shared: dict[str, Any] = {"namespaces": tuple(HOMES), "regions_file": "regions.yaml", **settings}
     north, there = ScriptedService(), ScriptedService()
     async with (
