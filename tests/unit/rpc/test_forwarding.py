@@ -32,7 +32,7 @@ from perdure_service.errors import (
 )
 from perdure_service.rpc import gathering, peers
 from perdure_service.rpc.gathering import merged
-from perdure_service.rpc.peers import FORWARDED_KEY, Peers
+from perdure_service.rpc.peers import FORWARDED_KEY, Forward, Peers
 from perdure_service.rpc.routes import ROUTES
 
 from tests.helpers.regions import regions_yaml
@@ -76,11 +76,24 @@ class Two:
 
 @asynccontextmanager
 async def two(
-    *, host: str = "127.0.0.1", south: dict[str, Any] | None = None, standby: bool = False, **settings: Any
+    *,
+    host: str = "127.0.0.1",
+    south: dict[str, Any] | None = None,
+    standby: bool = False,
+    mistaken: bool = False,
+    **settings: Any,
 ) -> AsyncIterator[Two]:
-    """Serves both cells; `south` are settings of that server only."""
+    """Serves both cells.
+
+    Args:
+        host: Where they reach each other.
+        south: Settings of that server only.
+        standby: The server in the south serves the cell in the west, as its standby.
+        mistaken: The address of the cell in the west is that of the server in the north.
+        settings: Of both.
+    """
     ports = {"nn1": free_port(), "ss1": free_port()}
-    west = f"127.0.0.1:{free_port()}"
+    west = f"127.0.0.1:{ports['nn1'] if mistaken else free_port()}"
     addresses = {"nn1": f"{host}:{ports['nn1']}", "ss1": f"{host}:{ports['ss1']}", "ww1": west}
     standbys = {"ww1": addresses["ss1"]} if standby else {}
     regions = parse_regions(
@@ -239,6 +252,55 @@ async def test_the_standby_of_a_lost_region_is_asked_next() -> None:
         cells.south.script["get"] = lambda *_, **__: a_run_of("lost", "foo")
         run = (await cells.at_north.runs.GetRun(pb.GetRunRequest(namespace="lost", run_id="foo"))).run
         assert run.home_region == "west"
+
+
+async def test_the_standby_is_asked_where_the_home_is_served_by_somebody_else() -> None:
+    async with two(standby=True, mistaken=True) as cells:
+        cells.south.script["get"] = lambda *_, **__: a_run_of("lost", "foo")
+        run = (await cells.at_north.runs.GetRun(pb.GetRunRequest(namespace="lost", run_id="foo"))).run
+        assert run.home_region == "west"
+    async with two(mistaken=True) as cells:
+        failure = await failing(cells.at_south.runs.GetRun(pb.GetRunRequest(namespace="lost", run_id="foo")))
+        assert (failure.info.reason, failure.info.metadata["region"]) == ("REGION_UNAVAILABLE", "west")
+
+
+async def test_a_stream_that_broke_is_not_begun_anew_at_the_standby() -> None:
+    """Its caller has a part of it, and continues by its cursor."""
+
+    async def breaks(_: Any, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
+        yield pb.WatchRunResponse(cursor="one")
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "no details: as gRPC says it of a lost connection")
+
+    async def goes_on(*_: Any) -> AsyncIterator[pb.WatchRunResponse]:
+        yield pb.WatchRunResponse(cursor="two")
+
+    servers, ports = [], []
+    for serve in (breaks, goes_on):
+        server = grpc.aio.server()
+        handler = grpc.unary_stream_rpc_method_handler(
+            serve, pb.WatchRunRequest.FromString, pb.WatchRunResponse.SerializeToString
+        )
+        generic = grpc.method_handlers_generic_handler("perdure.v1.AgentRunService", {"WatchRun": handler})
+        server.add_generic_rpc_handlers((generic,))
+        ports.append(server.add_insecure_port("127.0.0.1:0"))
+        await server.start()
+        servers.append(server)
+    home, standby = (f"127.0.0.1:{port}" for port in ports)
+    regions = parse_regions(
+        regions_yaml(DATABASES, addresses={"ss1": home}, standbys={"ss1": standby}, homes=HOMES), "regions.yaml"
+    )
+    calling = Peers(settings_of(), Place(regions, regions.cells["nn1"]))
+    path = "/perdure.v1.AgentRunService/WatchRun"
+    request = pb.WatchRunRequest(run_id="foo")
+    answers = calling.stream(regions.cells["ss1"], path, request, pb.WatchRunResponse, Forward((), 10))
+    try:
+        assert (await anext(answers)).cursor == "one"
+        with pytest.raises(peers.RegionUnavailable):
+            await anext(answers)
+    finally:
+        await calling.close()
+        for server in servers:
+            await server.stop(0)
 
 
 async def test_a_server_that_drains_ends_the_waits_it_has_sent_on() -> None:
