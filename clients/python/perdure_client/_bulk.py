@@ -13,7 +13,7 @@ import grpc
 from perdure.v1 import agent_run_service_pb2 as pb
 
 from perdure_client import _requests
-from perdure_client._config import Config
+from perdure_client._config import MAX_MESSAGE_BYTES, Config
 from perdure_client._convert import started_run_from
 from perdure_client._errors import PayloadTooLarge, PerdureError, ProtocolViolation, ServerUnavailable
 from perdure_client._retry import Backoff, Patience
@@ -62,6 +62,7 @@ class AgentStart:
     queue: str = ""
     priority: int = 0
     traceparent: str = ""
+    home_region: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,7 +107,7 @@ class BulkStarter:
         self._pending: deque[_Pending] = deque()
         self._pending_bytes = 0
         self._sent = 0
-        self._alone = 0
+        self._most = 1
         self._backoff = Backoff()
         self._answered = False
         self._closed = False
@@ -125,14 +126,19 @@ class BulkStarter:
             try:
                 result = await self._read_once()
             except PerdureError as failure:
+                sent = self._sent
                 self._cancel()
                 if self._closed:
                     return None
-                if isinstance(failure, PayloadTooLarge) and (told := self._too_large(failure)):
-                    return told
                 outage = outage or self._begin_outage()
-                delay_s = 0.0 if isinstance(failure, PayloadTooLarge) else outage.delay_before_repeat_s(failure)
-                if delay_s is None:
+                if isinstance(failure, PayloadTooLarge):
+                    # gRPC's own, of the stream as a whole. Sent alone, a start is the one that is meant.
+                    if sent == 1:
+                        return self._told(error=failure)
+                    delay_s = 0.0
+                elif (delay := outage.delay_before_repeat_s(failure)) is not None:
+                    delay_s = delay
+                else:
                     raise
                 _log.info("stream of starts broke, going on in %.2f s: %s", delay_s, failure)
             except BaseException:
@@ -184,9 +190,12 @@ class BulkStarter:
         self._pending_bytes += pending.request.ByteSize()
 
     def _send(self) -> None:
-        """Sends what is waiting for it."""
-        most = 1 if self._alone else len(self._pending)
-        while self._sent < most:
+        """Sends what is waiting for it.
+
+        A stream begins with one start, and with each answer twice as many may be without one. So it is the real reason
+        that ends a stream which the server refuses: grpc.aio forgets it when it cannot write (`set_internal_error`).
+        """
+        while self._sent < min(self._most, len(self._pending)):
             pending = self._pending[self._sent]
             self._sent += 1
             if pending.error is None:
@@ -224,17 +233,10 @@ class BulkStarter:
         pending = self._pending.popleft()
         self._pending_bytes -= pending.request.ByteSize()
         self._sent = max(0, self._sent - 1)
-        self._alone = max(0, self._alone - 1)
+        self._most = min(2 * self._most, _WINDOW)
         self._answered = True
         self._backoff.reset()
         return StartResult(start=pending.start, run=run, error=error)
-
-    def _too_large(self, failure: PerdureError) -> StartResult | None:
-        """Finds out which message is over a limit, as gRPC says it of the stream: each is sent alone until then."""
-        if self._alone:
-            return self._told(error=failure)
-        self._alone = len(self._pending)
-        return None
 
     async def _finish(self) -> None:
         """Lets the stream end by itself after its last answer, so that the server counts it as OK."""
@@ -252,7 +254,7 @@ class BulkStarter:
         return Patience(total_s, total_s if self._answered else self._config.connect_timeout_s, self._backoff)
 
     def _cancel(self) -> None:
-        self._sent = 0
+        self._sent, self._most = 0, 1
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.cancel()
@@ -282,7 +284,19 @@ def _pending(namespace: str, start: AgentStart) -> _Pending:
             validate_only=start.validate_only,
             queue=start.queue,
             priority=start.priority,
+            home_region=start.home_region,
         )
     except PerdureError as error:
         return _Pending(start, pb.StartAgentsRequest(), error)
-    return _Pending(start, pb.StartAgentsRequest(start=request, trace_parent=start.traceparent))
+    item = pb.StartAgentsRequest(start=request, trace_parent=start.traceparent)
+    if item.ByteSize() > MAX_MESSAGE_BYTES:  # of which gRPC would say nothing but that the stream has failed
+        return _Pending(start, pb.StartAgentsRequest(), _too_large(item.ByteSize()))
+    return _Pending(start, item)
+
+
+def _too_large(size_bytes: int) -> PayloadTooLarge:
+    return PayloadTooLarge(
+        f"the start takes {size_bytes} bytes, more than the {MAX_MESSAGE_BYTES} of one message; "
+        "send a reference to what is large instead",
+        metadata={"field": "request", "limit_bytes": str(MAX_MESSAGE_BYTES)},
+    )

@@ -77,7 +77,9 @@ _CODES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
 # How gRPC's transport names a connection that broke under a call (src/core/ext/transport/chttp2; grpc/_channel.py).
 _CONNECTION_BROKE = re.compile(
     r"RST_STREAM|GOAWAY|Stream removed|Socket closed|[Cc]onnection (?:reset|closed|aborted)|Broken pipe|"
-    r"Endpoint closing|Transport closed|HTTP/?2",
+    r"Endpoint closing|Transport closed|HTTP/?2|"
+    # What grpc.aio says of a stream that ended under a write, whatever it ended with.
+    r"Internal error from Core",
 )
 # How gRPC names a message that is over a limit (src/core/ext/filters/message_size); whose limit, it says before that.
 _TOO_LARGE = re.compile(

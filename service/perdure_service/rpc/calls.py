@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from perdure_service.domain.callers import Caller
@@ -67,7 +67,7 @@ def enter_call(method: str, metadata: Iterable[tuple[str, Any]]) -> Call:
             trace_parent = value
     if not call_id or len(call_id) > MAX_REQUEST_ID or not call_id.isprintable():
         call_id = secrets.token_hex(8)
-    parent = parse_traceparent(trace_parent)
+    parent = parse_traceparent(trace_parent) if trace_parent else None
     call = Call(method, call_id, "", trace_parent if parent else "", parent)
     _current.set(call)
     return call
@@ -75,6 +75,7 @@ def enter_call(method: str, metadata: Iterable[tuple[str, Any]]) -> Call:
 
 def identify(caller: Caller) -> Call:
     """Says who makes the call being served; returns the call with that."""
-    call = replace(_current.get(), caller=caller.name, rights=caller)
+    known = _current.get()
+    call = Call(known.method, known.call_id, caller.name, known.trace_parent, known.parent, caller)
     _current.set(call)
     return call

@@ -104,7 +104,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         serve: Any = handler.unary_unary
 
         async def call(data: bytes, context: RpcContext) -> Any:
-            return await self._guarded(handler, method, data, context, lambda request: serve(request, context))
+            return await self._guarded(handler, method, data, context, serve)
 
         return call
 
@@ -122,7 +122,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                     await serve(request, context)
 
         async def call(data: bytes, context: RpcContext) -> None:
-            await self._guarded(handler, method, data, context, lambda request: write_all(request, context))
+            await self._guarded(handler, method, data, context, write_all)
 
         return call
 
@@ -130,13 +130,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Returns what serves a stream of requests, each of which is a call of its own: the servicer answers for it."""
         serve: Any = handler.stream_stream
 
-        async def write_all(requests: Requests, context: RpcContext) -> None:
+        async def write_all(_request: None, context: RpcContext) -> None:
+            requests = Requests(context.read, partial(_decoded, handler))
             with self._stay(self._streams, stop=requests.stop):
                 await _write(serve(requests, context), context)
 
         async def call(_items: Any, context: RpcContext) -> None:
-            requests = Requests(context.read, partial(_decoded, handler))
-            await self._guarded(handler, method, None, context, lambda _: write_all(requests, context))
+            await self._guarded(handler, method, None, context, write_all)
 
         return call
 
@@ -150,7 +150,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return stay
 
     async def _guarded(
-        self, handler: Handler, path: str, data: bytes | None, context: RpcContext, serve: Callable[[Any], Awaitable[T]]
+        self,
+        handler: Handler,
+        path: str,
+        data: bytes | None,
+        context: RpcContext,
+        serve: Callable[[Any, RpcContext], Awaitable[T]],
     ) -> T:
         """Lets a call in, serves it and maps what it raises.
 
@@ -165,14 +170,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         request: Any = None
         try:
             if not path.startswith(OUR_METHODS):
-                result = await serve(_decoded(handler, data or b""))
+                result = await serve(_decoded(handler, data or b""), context)
             else:
                 caller = await self._authentication.caller_of(metadata)
                 call = identify(caller)
                 if data is not None:
                     request = _decoded(handler, data)  # only now: who may not call shall not make work
                 access.check(call.method, caller, request, self._namespaces)
-                result = await serve(request)
+                result = await serve(request, context)
                 if data is not None:
                     audit(call, request, result, "OK")
         except BaseException as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from perdure.v1 import agent_run_service_pb2 as pb
@@ -139,13 +140,13 @@ def start_command(
         found.add("home_region", "excludes run_id: an id of one's own lives in the home of its namespace")
     if request.priority < 0:
         found.add("priority", f"must be from 0 to {MAX_PRIORITY}; the lower the sooner")
-    command = StartCommand(
+    start = partial(
+        StartCommand,
         namespace=namespace_of(found, request.namespace),
         agent=found.name("agent", request.agent, required=True),
         agent_version=found.name("agent_version", request.agent_version),
         run_id=request.run_id,
         request_id=found.request_id(request.request_id),
-        run_input=None,
         caller=caller,
         refuse_existing=found.enum("conflict_policy", request.conflict_policy, enums.REFUSES_EXISTING, False),
         start_at=start_at,
@@ -159,7 +160,7 @@ def start_command(
         priority=request.priority,
     )
     found.raise_any()
-    return replace(command, run_input=_read_input(request, max_input_bytes))
+    return start(run_input=_read_input(request, max_input_bytes))
 
 
 def fork_run(
