@@ -21,6 +21,7 @@ from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
 from perdure_service.domain.queues import Queues
 from perdure_service.domain.regions import Place, describe
+from perdure_service.domain.runs import LOCAL_CELL
 from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
@@ -32,6 +33,7 @@ from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
 from perdure_service.rpc import security
 from perdure_service.rpc.calls import ANONYMOUS
+from perdure_service.rpc.peers import check_wire
 from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
@@ -115,6 +117,8 @@ def check(settings: Settings, report: Report) -> bool:
     findings = security.diagnose(settings)
     try:
         settings, place = locate(settings)
+        if place is not None:
+            check_wire(settings, place)
         for line in describe(place):
             report(line)
         findings += diagnosis.diagnose(database_url(settings), _verify(place))
@@ -244,6 +248,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
         payload_threshold_bytes=settings.payload_threshold_bytes,
         checkpoint_timeout=settings.statement_timeout if settings.batch_checkpoints else None,
         objects=S3Objects(settings.payloads) if settings.payloads.s3_bucket else None,
+        cell=LOCAL_CELL if place is None else place.cell.name,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(
@@ -274,7 +279,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
     )
     retention = Retention(runtime, settings.retentions, settings.event_retention)
     retention.start()
-    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS)
+    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS, place=place)
     try:
         ports = await server.start()
         _settle_garbage()

@@ -15,6 +15,7 @@ def regions_yaml(
     databases: Mapping[str, str],
     *,
     addresses: Mapping[str, str] | None = None,
+    standbys: Mapping[str, str] | None = None,
     homes: Mapping[str, Mapping[str, object]] | None = None,
     survive: str = "region",
     role: str = "perdure",
@@ -24,6 +25,7 @@ def regions_yaml(
     Args:
         databases: By cell; cells without one are left out, their regions are not.
         addresses: By cell; where nobody listens unless given.
+        standbys: The addresses of standbys, by cell.
         homes: By namespace, as in the file; by default the namespace `default` in the first cell.
         survive: The goal of each cell.
         role: The servers' database user.
@@ -36,6 +38,8 @@ def regions_yaml(
             "address": (addresses or {}).get(cell, "127.0.0.1:1"),
             "survive": survive,
         }
+        if standbys and cell in standbys:
+            entry["standby_address"] = standbys[cell]
         neighbours = names[index + 1 :] + names[:index]
         regions[name] = {"neighbours": neighbours, "cells": {cell: entry} if cell in databases else {}}
     namespaces = homes or {"default": {"home": next(iter(databases))}}

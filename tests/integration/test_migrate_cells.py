@@ -3,64 +3,23 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import sqlalchemy as sa
+from dbos._migration import ensure_dbos_schema, get_dbos_migrations
 from perdure_service.domain.regions import Place, parse_regions
-from perdure_service.durable.migrate import database_of, migrate_cells, plan, verify_dbos
+from perdure_service.durable.migrate import migrate_cells, migrate_dbos, plan, verify_dbos
 from perdure_service.errors import ConfigurationError
 from perdure_service.settings import load_settings
 from perdure_service.store import cells, diagnosis, migrations
 from perdure_service.store.engine import create_engine, parse_url
 
-from tests.helpers.databases import DatabaseServer, not_in_another_form, url_in_form
+from tests.helpers.cells import Cluster
+from tests.helpers.databases import FORMS, DatabaseServer, not_in_another_form, url_in_form
 from tests.helpers.regions import regions_yaml, write_regions
 from tests.helpers.waiting import scaled
-
-
-class Cluster:
-    """A PostgreSQL with databases for two cells that nobody has made yet, and the regions that name them."""
-
-    def __init__(self, server: DatabaseServer) -> None:
-        mark = uuid.uuid4().hex[:8]
-        self.server = server
-        self.databases = {"nn1": f"perdure_nn1_{mark}", "ss1": f"perdure_ss1_{mark}"}
-        self.role = f"perdure_role_{mark}"
-        self.regions = parse_regions(regions_yaml(self.databases, role=self.role), "regions.yaml")
-        self.url = server.url
-
-    def migrate(self, *names: str) -> list[str]:
-        """Migrates some cells, or both; returns what was reported."""
-        report: list[str] = []
-        migrate_cells(self.url, self.regions, names or tuple(self.regions.cells), report.append)
-        return report
-
-    def url_of(self, cell: str) -> str:
-        return database_of(self.url, self.regions.cells[cell])
-
-    def place(self, cell: str) -> Place:
-        return Place(self.regions, self.regions.cells[cell])
-
-    def rows(self, cell: str, query: str) -> list[tuple[object, ...]]:
-        engine = create_engine(self.url_of(cell), pool_size=1, statement_timeout=migrations.STATEMENT_TIMEOUT)
-        try:
-            with engine.begin() as connection:
-                return [tuple(row) for row in connection.execute(sa.text(query))]
-        finally:
-            engine.dispose()
-
-    def findings(self, cell: str, place: Place | None) -> list[str]:
-        """Returns why a server at a place would not start on the database of a cell."""
-        checks = (verify_dbos, migrations.verify, cells.verifier(place))
-        return [found.text for found in diagnosis.diagnose(self.url_of(cell), checks) if found.severity == "error"]
-
-    def drop(self) -> None:
-        for database in self.databases.values():
-            self.server.execute(f"DROP DATABASE IF EXISTS {database} WITH (FORCE)")
-        self.server.execute(f"DROP ROLE IF EXISTS {self.role}")
 
 
 @pytest.fixture
@@ -78,7 +37,7 @@ def migrated(database_server: DatabaseServer) -> Iterator[Cluster]:
     """One that is, for all tests that change nothing."""
     if database_server.cockroach:
         pytest.skip("databases stand for cells on PostgreSQL only: this one's nodes have no such regions")
-    made = Cluster(database_server)
+    made = Cluster(database_server, copies=True)
     made.migrate()
     yield made
     made.drop()
@@ -166,7 +125,7 @@ def test_a_clock_that_is_more_than_five_seconds_off_is_refused(
 
 
 def test_it_goes_on_after_a_death_at_every_change(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each migrator makes one change more than those before it, and dies; numbered ones die in tests of their own."""
+    """Each migrator makes one change more than those before it, and dies; the migrations die in other tests."""
     real_run = migrations._run
     made: list[str] = []
 
@@ -191,6 +150,41 @@ def test_it_goes_on_after_a_death_at_every_change(cluster: Cluster, monkeypatch:
         "rights on the tables",
     ]
     assert cluster.findings("nn1", cluster.place("nn1")) == []
+
+
+def _half_made(url: str) -> sa.Engine:
+    """Makes DBOS's schema as a migrator leaves it on CockroachDB that dies between a change and its record."""
+    engine = create_engine(url_in_form(url, FORMS[1]), pool_size=4, statement_timeout=migrations.STATEMENT_TIMEOUT)
+    ensure_dbos_schema(engine, "dbos")
+    with engine.begin() as connection:
+        for sql in get_dbos_migrations("dbos", False, False)[:4]:
+            connection.execute(sa.text(sql))
+        connection.exec_driver_sql("INSERT INTO dbos.dbos_migrations VALUES (3)")
+    return engine
+
+
+def test_on_cockroachdb_dbos_begins_anew_where_its_making_broke_off(empty_database_url: str) -> None:
+    engine = _half_made(empty_database_url)
+    try:
+        migrate_dbos(engine)
+        verify_dbos(engine)
+    finally:
+        engine.dispose()
+
+
+def test_on_cockroachdb_a_schema_with_workflows_is_left_alone(empty_database_url: str) -> None:
+    engine = _half_made(empty_database_url)
+    try:
+        with engine.begin() as connection:
+            connection.exec_driver_sql(
+                "INSERT INTO dbos.workflow_status (workflow_uuid, status) VALUES ('theirs', 'SUCCESS')"
+            )
+        with pytest.raises(sa.exc.DBAPIError, match="already exists"):
+            migrate_dbos(engine)
+        with engine.begin() as connection:
+            assert connection.exec_driver_sql("SELECT workflow_uuid FROM dbos.workflow_status").scalar() == "theirs"
+    finally:
+        engine.dispose()
 
 
 def test_two_migrators_at_once_take_turns(cluster: Cluster) -> None:

@@ -174,7 +174,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ReadArtifact": {"input": True},
 }  # fmt: skip
 """How to ask each method that has a namespace; ids are added by the name of their field."""
-WITHOUT_NAMESPACE = {"StartAgents", "ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns"}
+WITHOUT_NAMESPACE = {
+    "StartAgents", "ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns", "ListCells",
+}  # fmt: skip
 ID_FIELDS = ("run_id", "run_ids", "parent_run_id", "approval_id")
 
 

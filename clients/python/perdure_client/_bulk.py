@@ -62,6 +62,7 @@ class AgentStart:
     queue: str = ""
     priority: int = 0
     traceparent: str = ""
+    home_region: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +284,7 @@ def _pending(namespace: str, start: AgentStart) -> _Pending:
             validate_only=start.validate_only,
             queue=start.queue,
             priority=start.priority,
+            home_region=start.home_region,
         )
     except PerdureError as error:
         return _Pending(start, pb.StartAgentsRequest(), error)

@@ -20,11 +20,13 @@ from perdure_client._config import (
 from perdure_client._core import Core
 from perdure_client._events import EventKind, RunEvent
 from perdure_client._iterators import Starts, Watch, Watching, iterate, iterate_bytes, iterate_starts
+from perdure_client._listing import OnUnreachable
 from perdure_client._transport_sync import SyncTransport, run_blocking
 from perdure_client._types import (
     AgentInfo,
     Approval,
     ApprovalState,
+    CellInfo,
     ConflictPolicy,
     Decision,
     Deletion,
@@ -130,6 +132,7 @@ class Client:
         validate_only: bool = False,
         queue: str = "",
         priority: int = 0,
+        home_region: str = "",
     ) -> StartedRun:
         """Starts an agent, and returns when the start is committed: from then on the run survives every crash.
 
@@ -148,6 +151,8 @@ class Client:
             validate_only: Check everything and start nothing; the returned run has not been created.
             queue: The queue whose limits count for the run; empty means the agent's own, or else the default queue.
             priority: Which runs of a queue come first when they wait: the lower the sooner, from 0 to 2^31-1.
+            home_region: The region where the run shall live; empty means the home of the namespace. Not together with
+                `run_id`: the server makes the id there.
 
         Returns:
             The run; its `created` says whether this call made it.
@@ -175,6 +180,7 @@ class Client:
                     validate_only=validate_only,
                     queue=queue,
                     priority=priority,
+                    home_region=home_region,
                 )
             )
         )
@@ -214,6 +220,7 @@ class Client:
         timeout: float | None = None,
         queue: str = "",
         priority: int = 0,
+        home_region: str = "",
     ) -> JsonValue:
         """Starts an agent, waits for its end, and returns its output.
 
@@ -228,6 +235,7 @@ class Client:
             timeout: Seconds to wait for the end; None for as long as it takes. The run goes on afterwards.
             queue: As in `start`.
             priority: As in `start`.
+            home_region: As in `start`.
 
         Returns:
             The output, as parsed JSON.
@@ -247,6 +255,7 @@ class Client:
             deadline=deadline,
             queue=queue,
             priority=priority,
+            home_region=home_region,
         )
         return run_blocking(self._core.run(request, timeout_s=timeout))
 
@@ -286,6 +295,7 @@ class Client:
         from_create_time: datetime | None = None,
         until_create_time: datetime | None = None,
         limit: int | None = None,
+        on_unreachable: OnUnreachable | None = None,
     ) -> Iterator[Run]:
         """Iterates over runs, newest first, without input and output. Pages are fetched as they are needed.
 
@@ -301,6 +311,8 @@ class Client:
             from_create_time: Only runs created at this time (timezone-aware) or later.
             until_create_time: Only runs created before this time (timezone-aware).
             limit: At most this many; None for all.
+            on_unreachable: Called with the names of regions that could not be asked, whose runs are missing. None: it
+                is warned of (`IncompleteListing`).
         """
         request = _requests.list_runs(
             self.namespace,
@@ -312,7 +324,7 @@ class Client:
             from_create_time=from_create_time,
             until_create_time=until_create_time,
         )
-        return iterate(self._core.list_runs(request, limit=limit))
+        return iterate(self._core.list_runs(request, limit=limit, on_unreachable=on_unreachable))
 
     def watch(
         self,
@@ -538,14 +550,22 @@ class Client:
             )
         )
 
-    def approvals(self, *, states: Iterable[ApprovalState] = (), run: Run | str | None = None) -> Iterator[Approval]:
+    def approvals(
+        self,
+        *,
+        states: Iterable[ApprovalState] = (),
+        run: Run | str | None = None,
+        on_unreachable: OnUnreachable | None = None,
+    ) -> Iterator[Approval]:
         """Iterates over approvals, oldest first. Pages are fetched as they are needed.
 
         Args:
             states: Only approvals in one of these states; empty means PENDING.
             run: Only approvals of this run; None for all.
+            on_unreachable: As in `list`.
         """
-        return iterate(self._core.list_approvals(_requests.list_approvals(self.namespace, states=states, run=run)))
+        request = _requests.list_approvals(self.namespace, states=states, run=run)
+        return iterate(self._core.list_approvals(request, on_unreachable=on_unreachable))
 
     def get_approval(self, approval: Approval | str) -> Approval:
         """Returns an approval as it is now.
@@ -668,6 +688,17 @@ class Client:
             Unimplemented: This is not the admin address.
         """
         return iterate(self._core.list_queues())
+
+    def cells(self) -> Iterator[CellInfo]:
+        """Iterates over the cells of the service; there are none where it has no regions.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address, or the server is older.
+        """
+        return iterate(self._core.list_cells())
 
     def stranded(self) -> Iterator[StrandedRun]:
         """Iterates over the runs that no living executor can continue, the oldest first, of all namespaces.

@@ -56,6 +56,7 @@ LIST_AGENTS = _method("AgentCatalogService", catalog.ListAgentsRequest, catalog.
 GET_AGENT = _method("AgentCatalogService", catalog.GetAgentRequest, catalog.GetAgentResponse)
 LIST_QUEUES = _method("OperatorService", operators.ListQueuesRequest, operators.ListQueuesResponse)
 LIST_EXECUTORS = _method("OperatorService", operators.ListExecutorsRequest, operators.ListExecutorsResponse)
+LIST_CELLS = _method("OperatorService", operators.ListCellsRequest, operators.ListCellsResponse)
 LIST_STRANDED_RUNS = _method("OperatorService", operators.ListStrandedRunsRequest, operators.ListStrandedRunsResponse)
 
 

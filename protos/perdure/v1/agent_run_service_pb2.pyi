@@ -187,6 +187,7 @@ class StartAgentRequest(_message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    HOME_REGION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace; empty means `default`."""
     agent: _builtins.str
@@ -211,6 +212,10 @@ class StartAgentRequest(_message.Message):
     """
     priority: _builtins.int
     """Which runs of a queue come first when they wait: the lower the sooner, from 0, equal ones by their creation."""
+    home_region: _builtins.str
+    """The region where the run shall live. Only without `run_id`: the server makes the id there, and a repeat with the
+    same request_id finds the run. Empty means the home of the namespace.
+    """
     @_builtins.property
     def input(self) -> _struct_pb2.Struct:
         """As a Struct. Integers above 2^53 lose digits here; use `input_json` for them."""
@@ -250,10 +255,11 @@ class StartAgentRequest(_message.Message):
         validate_only: _builtins.bool = ...,
         queue: _builtins.str = ...,
         priority: _builtins.int = ...,
+        home_region: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "schedule", b"schedule", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "conflict_policy", b"conflict_policy", "context_id", b"context_id", "deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "run_id", b"run_id", "schedule", b"schedule", "start_time", b"start_time", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "conflict_policy", b"conflict_policy", "context_id", b"context_id", "deadline_time", b"deadline_time", "delay", b"delay", "home_region", b"home_region", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "run_id", b"run_id", "schedule", b"schedule", "start_time", b"start_time", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input_format: _TypeAlias = _typing.Literal["input", "input_json"]  # noqa: Y015
     _WhichOneofArgType_input_format: _TypeAlias = _typing.Literal["input_format", b"input_format"]  # noqa: Y015
@@ -508,21 +514,29 @@ class ListRunsResponse(_message.Message):
 
     RUNS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Where the next page begins; empty at the end, and only there."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_agent_run_pb2.AgentRun]:
         """The runs, under view BASIC."""
 
+    @_builtins.property
+    def unreachable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The regions that could not be asked, so that their runs may be missing from this page. They are not in later pages
+        either: list again when they are back. Empty when all answered.
+        """
+
     def __init__(
         self,
         *,
         runs: _abc.Iterable[_agent_run_pb2.AgentRun] | None = ...,
         next_page_token: _builtins.str = ...,
+        unreachable: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "runs", b"runs", "unreachable", b"unreachable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -184,7 +184,7 @@ def _decide(runtime: Runtime, origin: Run, command: ForkCommand) -> _Plan:
         raise RunNotFound(f"there is no run {command.run_id!r} in namespace {command.namespace!r}")
     point = fork_point(recorded, command.from_step_id)
     code = _code(runtime, origin, facts, command)
-    key = RunKey.of_api(command.namespace, command.new_run_id or new_run_id())
+    key = RunKey.of_api(command.namespace, command.new_run_id or new_run_id(runtime.cell))
     caller_span = parse_traceparent(command.trace_parent)
     start = RunStart(
         key=key,

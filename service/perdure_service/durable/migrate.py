@@ -17,7 +17,7 @@ from datetime import timedelta
 
 import sqlalchemy as sa
 from dbos._error import DBOSInitializationError
-from dbos._migration import get_dbos_migrations
+from dbos._migration import get_dbos_migrations, get_migration_versions
 from dbos._serialization import DefaultSerializer
 from dbos._sys_db_postgres import PostgresSystemDatabase
 
@@ -30,11 +30,35 @@ from perdure_service.store.schema import MIGRATIONS
 
 SCHEMA_CHANGE_TIMEOUT = timedelta(minutes=10)
 """A schema change on CockroachDB takes a second each and may wait for others'."""
+REPEATABLE_FROM = 20
+"""The first of DBOS's migrations from which on each says IF NOT EXISTS (dbos/_migration.py)."""
+DBOS_SCHEMA = "dbos"
+_TABLES = "SELECT table_name FROM information_schema.tables WHERE table_schema = :schema"
+_ANY_WORKFLOW = "SELECT 1 FROM dbos.workflow_status LIMIT 1"
 
 
 def migrate_dbos(engine: sa.Engine) -> None:
     """Brings DBOS's schema to the version of the installed DBOS; does nothing when it is there."""
+    if is_cockroach(engine):
+        _drop_half_made(engine)
     _dbos_database(engine).run_migrations()
+
+
+def _drop_half_made(engine: sa.Engine) -> None:
+    """Drops DBOS's schema where its making broke off at a migration that cannot be repeated, so that it begins anew.
+
+    CockroachDB commits before each schema change, so DBOS's version of its schema may lag one migration behind what is
+    there. Nobody has worked with a schema that is not made to its end: it has no workflow, or else it is left alone.
+    """
+    version, _ = get_migration_versions(engine, DBOS_SCHEMA, False)
+    if version >= REPEATABLE_FROM:
+        return
+    with engine.connect() as connection:
+        tables = set(connection.execute(sa.text(_TABLES), {"schema": DBOS_SCHEMA}).scalars())
+        if not tables or ("workflow_status" in tables and connection.execute(sa.text(_ANY_WORKFLOW)).first()):
+            return
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        connection.execute(sa.text(f"DROP SCHEMA {DBOS_SCHEMA} CASCADE"))
 
 
 def verify_dbos(engine: sa.Engine) -> None:
@@ -143,8 +167,8 @@ def _shown(change: Change) -> str:
 
 
 def _dbos_plan(cockroach: bool) -> Iterator[str]:
-    yield "CREATE SCHEMA IF NOT EXISTS dbos;"
-    for number, sql in enumerate(get_dbos_migrations("dbos", not cockroach, cockroach), 1):
+    yield f"CREATE SCHEMA IF NOT EXISTS {DBOS_SCHEMA};"
+    for number, sql in enumerate(get_dbos_migrations(DBOS_SCHEMA, not cockroach, cockroach), 1):
         if sql.strip():
             yield f"-- DBOS's migration {number}\n{sql.strip().rstrip(';')};"
 

@@ -29,7 +29,7 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
 from perdure_service.domain.queues import QueueLimits, Queues
-from perdure_service.domain.runs import Run, RunStart, derive_state, epoch_ms
+from perdure_service.domain.runs import LOCAL_CELL, Run, RunStart, derive_state, epoch_ms
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
 from perdure_service.durable.checkpoints import Checkpoints, Presented
@@ -137,6 +137,7 @@ class Runtime:
         payload_threshold_bytes: int = 2**16,
         objects: Objects | None = None,
         checkpoint_timeout: timedelta | None = None,
+        cell: str = LOCAL_CELL,
     ) -> None:
         """Creates the runtime; `launch` starts it.
 
@@ -145,6 +146,7 @@ class Runtime:
         """
         self.engine = engine
         self.executor_id = executor_id
+        self.cell = cell
         self.application_version = application_version
         self._max_running = max_running
         self._max_threads = max_threads

@@ -271,7 +271,7 @@ class RunService:
         if command.deadline_at is not None and command.start_at is not None and command.deadline_at <= command.start_at:
             raise InvalidArgument("deadline_time", "must be after start_time")
         arguments = agent.arguments(command.run_input)  # refuses what the schema allows but the types do not
-        run_id = command.run_id or new_run_id()
+        run_id = command.run_id or new_run_id(self._runtime.cell)
         key = RunKey.of_api(command.namespace, run_id)
         caller_span = parse_traceparent(command.trace_parent)
         start = RunStart(

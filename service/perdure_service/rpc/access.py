@@ -57,6 +57,7 @@ ACCESS: Mapping[str, Access] = MappingProxyType(
         _OPERATORS + "ListExecutors": Access(Role.ADMIN),
         _OPERATORS + "ListQueues": Access(Role.ADMIN),
         _OPERATORS + "ListStrandedRuns": Access(Role.ADMIN),
+        _OPERATORS + "ListCells": Access(Role.ADMIN),
     }
 )
 """By method. One without an entry is refused to everybody; a test walks the schema and finds it."""

@@ -136,6 +136,8 @@ def start_command(
     deadline_at = _deadline(found, request, now)
     if deadline_at is not None and start_at is not None and now < deadline_at <= start_at:
         found.add("deadline_time", "must be after start_time")
+    if request.home_region and request.run_id:
+        found.add("home_region", "excludes run_id: an id of one's own lives in the home of its namespace")
     if request.priority < 0:
         found.add("priority", f"must be from 0 to {MAX_PRIORITY}; the lower the sooner")
     start = partial(

@@ -182,6 +182,17 @@ def list_page(
     return [_run(dict(row)) for row in page], token
 
 
+def token_after(run: RunKey, created_at: datetime, run_filter: RunFilter) -> str:
+    """Returns the token of the page that follows a run, in any database that the list is of.
+
+    Args:
+        run: The last run that was returned.
+        created_at: When it was created.
+        run_filter: What the list is of.
+    """
+    return encode_token((created_at.isoformat(), run.workflow_id), [run.namespace, run_filter.members])
+
+
 def conditions(namespace: str, run_filter: RunFilter) -> tuple[list[str], dict[str, Any]]:
     """Returns what a filter means in SQL, over `r` (our row) and `s` (DBOS's status), and the values in it."""
     where, values = ["r.namespace = :namespace"], dict[str, Any](namespace=namespace)

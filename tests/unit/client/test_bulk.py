@@ -14,6 +14,7 @@ from perdure_client import (
     AgentNotFound,
     AgentStart,
     AsyncClient,
+    InvalidArgument,
     PayloadTooLarge,
     PermissionDenied,
     ProtocolViolation,
@@ -95,6 +96,16 @@ async def test_a_start_that_cannot_be_sent_has_its_place_among_the_results(serve
     assert len(server.asked(START_AGENTS)) == 2
     assert ids(await all_of(server, [AgentStart("a", priority=-1)])) == ["InvalidArgument"]
     assert await all_of(server, []) == []
+
+
+async def test_one_of_many_starts_may_name_its_home_region_and_has_no_id_then(server: ScriptedServer) -> None:
+    server.script(START_AGENTS, started)
+    await all_of(server, [AgentStart("a", home_region="south"), AgentStart("a", run_id="run-1")])
+    first, second = (item.start for item in server.asked(START_AGENTS))
+    assert (first.run_id, first.home_region, bool(first.request_id)) == ("", "south", True)
+    assert (second.run_id, second.home_region) == ("run-1", "")
+    (refused,) = await all_of(server, [AgentStart("a", home_region="south", run_id="run-1")])
+    assert isinstance(refused.error, InvalidArgument)
 
 
 async def test_starts_may_come_from_an_asynchronous_iterator_and_its_error_comes_last(server: ScriptedServer) -> None:

@@ -39,6 +39,7 @@ _TYPES: dict[str, type] = {
     "deadline": str,
     "queue": str,
     "priority": int,
+    "home_region": str,
     "traceparent": str,
 }
 """What a line may have. Durations and times are written as in the options of `start`."""
@@ -71,8 +72,8 @@ def start_many(
     """Starts a run for each line of a file, over one stream, and tells what came of each, in the file's order.
 
     A line is a JSON object with some of: agent, input, run_id, agent_version, labels, context_id, delay, start_time,
-    deadline, queue, priority, traceparent. One that is wrong or refused is told of, and the others go on. Give lines a
-    run_id, and you can do the whole again: what was started stays as it is.
+    deadline, queue, priority, home_region, traceparent. One that is wrong or refused is told of, and the others go on.
+    Give lines a run_id, and you can do the whole again: what was started stays as it is.
 
     Exit codes: 0 every line has its run; 2 a line, or its input, is wrong; 3 the server refused some, or has gone.
 
