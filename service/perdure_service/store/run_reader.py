@@ -106,15 +106,10 @@ class RunReader:
 
     def _begin(self) -> None:
         """Begins as many queries as may be under way."""
-        while self._may_begin() and (batch := self._next()):
+        while self._queries < MAX_QUERIES and not self._closed and (batch := self._next()):
             self._queries += 1
             query = asyncio.get_running_loop().run_in_executor(self._pool, self._read, batch)
             query.add_done_callback(lambda done, batch=batch: self._deliver(batch, done))  # type: ignore[misc]
-
-    def _may_begin(self) -> bool:
-        """Whether another query pays: small ones cost nearly as much as large ones."""
-        most = MAX_QUERIES if len(self._gathered) >= MAX_RUNS // 4 else 1
-        return self._queries < most and not self._closed
 
     def _next(self) -> list[_Asked]:
         """Takes what the next query is to read; who has given up meanwhile is left out."""
