@@ -33,6 +33,7 @@ import structlog
 from dbos import DBOS, _core, _dbos
 from dbos._context import get_local_dbos_context, snapshot_step_context
 from dbos._outcome import DeferredResult, NoResult
+from dbos._utils import LoopAwareEvent
 
 from perdure_service.domain.events import EventKind
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
@@ -166,8 +167,7 @@ class WaitingDatabase(StatusDatabase):
             try:
                 while not event.is_set() and (left_s := deadline - time.monotonic()) > 0:
                     self.nap(execution, wait, min(left_s, self._event_recheck_interval()))
-                    if not event.is_set():
-                        self.recv_check(workflow_uuid, topic, event)
+                    self._look_again(execution, workflow_uuid, topic, event)
                 return self.recv_consume(workflow_uuid, function_id, topic, start_time)
             finally:
                 self.notifications_map.pop(payload, event)
@@ -199,11 +199,22 @@ class WaitingDatabase(StatusDatabase):
             try:
                 while not event.is_set() and (left_s := deadline - time.monotonic()) > 0:
                     await self.nap_async(execution, wait, min(left_s, self._event_recheck_interval()))
-                    if not event.is_set():
-                        await asyncio.to_thread(self.recv_check, workflow_uuid, topic, event)
+                    await asyncio.to_thread(self._look_again, execution, workflow_uuid, topic, event)
                 return await asyncio.to_thread(self.recv_consume, workflow_uuid, function_id, topic, start_time)
             finally:
                 self.notifications_map.pop(payload, event)
+
+    def _look_again(
+        self, execution: Execution | None, workflow_uuid: str, topic: str | None, event: LoopAwareEvent
+    ) -> None:
+        """Sets the event of a wait for a message if there is one, and only then.
+
+        What woke it may have been a late hint of a message that the wait before it has taken.
+        """
+        if execution is not None and execution.dead:
+            self.refuse_dead(execution)
+        event.clear()
+        self.recv_check(workflow_uuid, topic, event)
 
     def sleep(self, execution: Execution | None, seconds: float) -> None:
         """Sleeps what is left of a sleep that is recorded. Blocks."""
