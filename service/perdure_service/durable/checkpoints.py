@@ -181,16 +181,18 @@ class Checkpoints:
         return taken
 
     def answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:
-        """Is told by the writer what it has written."""
+        """Is told by the writer what it has written. It has happened, so whatever goes wrong here, all are told."""
         answered = [(self._presented.pop(id(row)), written) for row, written in batch]
         committed = []
         for one, written in answered:
             if written is not None:
                 committed.append(one)
-                one.note_end(written)
-                self._operations.tell(one.owner, one.pack.workflow_id, [one.pack])
+                with metering.telling(one.pack.workflow_id):
+                    one.note_end(written)
+                    self._operations.tell(one.owner, one.pack.workflow_id, [one.pack])
         if committed:
-            self._operations.hint([one.pack for one in committed])
+            with metering.telling(committed[0].pack.workflow_id):
+                self._operations.hint([one.pack for one in committed])
         for one, written in answered:
             one.done(written)
 

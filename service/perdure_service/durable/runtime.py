@@ -473,7 +473,10 @@ class Runtime:
                 hops.chain(self._starters.submit(go_on), promise)
                 return
             place.__exit__(None, None, None)
-            promise.set_result(self._started(prepared, presented))
+            try:
+                promise.set_result(self._started(prepared, presented))
+            except Exception as error:  # noqa: BLE001 - the caller's; the run is committed, and found by who repeats
+                promise.set_exception(error)
 
         presented.written.add_done_callback(answered)
         return promise

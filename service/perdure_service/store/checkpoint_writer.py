@@ -138,7 +138,10 @@ class CheckpointWriter:
             with self._changed:
                 self._busy -= 1
                 self._changed.notify()  # another one may begin while this one tells
-            self._answer([(row, written.get(row.workflow_id)) for row in rows])
+            try:
+                self._answer([(row, written.get(row.workflow_id)) for row in rows])
+            except Exception as error:  # noqa: BLE001 - it must not; without this thread nobody would be answered
+                log.error("checkpoints.answer_failed", rows=len(rows), error=type(error).__name__)
         session.drop()
 
     def _take(self) -> list[CheckpointRow] | None:
