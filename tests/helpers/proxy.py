@@ -40,8 +40,8 @@ class LostReply:
 
     def wants(self, sent: bytes) -> bool:
         """Returns whether the reply to the COMMIT of a transaction that sent this is to be lost."""
-        # Events are JSON, which may stand in JSON: its quotes are escaped. Twice, as one driver sends the parameters after
-        # the SQL, and the other within it.
+        # Events are JSON, which may stand in JSON: its quotes are escaped. Twice, as one driver sends the parameters
+        # after the SQL, and the other within it.
         return self.times > 0 and self.pattern.search(re.sub(rb"\\+\"", b'"', sent) * 2) is not None
 
 
