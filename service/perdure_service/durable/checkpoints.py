@@ -74,19 +74,19 @@ class Presented:
         return self.execution if self.call else None
 
     def done(self, written: Written | None) -> None:
-        """Tells how it ended."""
-        execution = self.owner
-        if written is None:
-            if execution is not None:
-                execution.unanswered = self  # the slot stays with it until its call adopts it
-            self.written.set_result(False)
-            return
-        self.returned = written
-        with metering.telling(self.pack.workflow_id):
-            self._after(written)
-        if execution is not None:
-            execution.slot.release_by(self)
-        self.written.set_result(True)
+        """Tells how it ended. Must not raise: the slot, and whoever waits, would be left."""
+        owner = self.owner
+        if written is not None:
+            self.returned = written
+            with metering.telling(self.pack.workflow_id):
+                self._after(written)
+        if owner is None:
+            if self.execution is not None:
+                self.execution.rest()
+        elif written is not None or not owner.leave_unanswered(self):
+            owner.slot.release_by(self)
+        # Else it keeps the slot until its call adopts it.
+        self.written.set_result(written is not None)
 
     def note_end(self, written: Written) -> None:
         """Tells the execution where its log ends now, and how its run ended."""
@@ -149,18 +149,21 @@ class Checkpoints:
         if end is None or slot.nested:
             slot.release()
             return None
-        riding = execution.take()
-        pack = Pack(execution.key.workflow_id, [*riding, *events], first_sequence=end.last + 1)
-        presented = None
-        if pack.events and sum(map(event_chars, pack.events)) <= MAX_PACK_CHARS:
+        riding, taken = execution.take(), False
+        try:
+            pack = Pack(execution.key.workflow_id, [*riding, *events], first_sequence=end.last + 1)
+            if not pack.events or sum(map(event_chars, pack.events)) > MAX_PACK_CHARS:
+                return None
             presented = Presented(make_row(pack, end.first), execution, after, call=call, riding=riding)
             slot.hand_to(presented)
-            if self._submit(writer, presented):
-                return presented
-            slot.take_over(presented)
-        execution.give_back(riding)
-        slot.release()
-        return None
+            taken = self._submit(writer, presented)
+            if not taken:
+                slot.take_over(presented)
+            return presented if taken else None
+        finally:
+            if not taken:
+                execution.give_back(riding)
+                slot.release()
 
     def present_start(
         self, row: CheckpointRow, execution: Execution | None, after: Callable[[Written], None]
@@ -171,7 +174,13 @@ class Checkpoints:
         if writer is None or self._operations.current is not None:
             return None
         presented = Presented(row, execution, after)
-        return presented if self._submit(writer, presented) else None
+        if execution is not None:
+            execution.work()  # who stops must not hand over what is not there yet
+        if self._submit(writer, presented):
+            return presented
+        if execution is not None:
+            execution.rest()
+        return None
 
     def _submit(self, writer: CheckpointWriter, presented: Presented) -> bool:
         self._presented[id(presented.row)] = presented
@@ -181,7 +190,7 @@ class Checkpoints:
         return taken
 
     def answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:
-        """Is told by the writer what it has written. It has happened, so whatever goes wrong here, all are told."""
+        """Is told by the writer what it has written. Must not raise, nor let one row's trouble be another's."""
         answered = [(self._presented.pop(id(row)), written) for row, written in batch]
         committed = []
         for one, written in answered:

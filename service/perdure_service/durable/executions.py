@@ -99,6 +99,11 @@ class Slot:
             self.release_by(threading.get_ident())
 
     @property
+    def held(self) -> bool:
+        """Whether a commit is under way."""
+        return self._holder is not None
+
+    @property
     def nested(self) -> bool:
         """Whether this thread, which has it, has taken it more than once."""
         return self._depth > 1
@@ -211,6 +216,8 @@ class Execution:
     """Where its next pack goes behind; None while it has committed none."""
     unanswered: Any = None
     """What the checkpoint writer was given and did not write, while it waits to be adopted; see `checkpoints`."""
+    left: bool = False
+    """Whether `Executions` has forgotten it: no call of it comes any more that could adopt something."""
     serialization: str | None = None
     """How DBOS stores its input and output, by DBOS's name; None when nobody has looked."""
     replaying: bool = False
@@ -426,6 +433,28 @@ class Execution:
             with self._lock:
                 self._buffer = events + self._buffer
 
+    # ---- commits of which nobody knows whether they happened: see `durable.checkpoints` ------------------------------
+
+    def leave_unanswered(self, commit: object) -> bool:
+        """Keeps a commit, which holds the slot, for the call it is of; returns False when that comes no more."""
+        with self._lock:
+            self.unanswered = None if self.left else commit
+            return not self.left
+
+    def adopt(self, commit: object) -> bool:
+        """Lets the call of a commit have it; returns whether it still holds the slot."""
+        with self._lock:
+            found, self.unanswered = self.unanswered is commit, None
+            return found
+
+    def leave(self) -> None:
+        """Is told that it is forgotten; gives up what no call of it will adopt."""
+        with self._lock:
+            self.left = True
+            unanswered, self.unanswered = self.unanswered, None
+        if unanswered is not None:
+            self.slot.release_by(unanswered)
+
     @property
     def may_go_on(self) -> bool:
         """Whether it may begin something."""
@@ -475,6 +504,7 @@ class Executions:
         self._of_agent: Counter[AgentKey] = Counter()
         self._lock = threading.Lock()
         self._wake_writer = wake_writer
+        self._retiring = False
         self.wake_waits: Callable[[str], None] = lambda _workflow_id: None
         """Wakes what waits in a run, so that it finds itself dead; set by the system database, which knows them."""
         self.left: Callable[[Execution], None] = lambda _execution: None
@@ -489,6 +519,7 @@ class Executions:
                 is not the newest before `stands`.
         """
         execution._wake_writer = self._wake_writer
+        execution.retiring = execution.retiring or self._retiring
         with self._lock:
             older = (
                 []
@@ -545,6 +576,7 @@ class Executions:
                 self._uncount(execution)
             if execution.end is not None:
                 self._keep_end(execution)
+        execution.leave()
         execution.leave_parent()
         if held:
             self.left(execution)
@@ -631,7 +663,8 @@ class Executions:
             loop.call_soon_threadsafe(cancel_if_waiting)
 
     def retire_all(self) -> None:
-        """Lets every execution finish the step bodies it is in, and begin nothing more."""
+        """Lets every execution finish the step bodies it is in, and begin nothing more; also those that come yet."""
+        self._retiring = True
         for execution in list(self):
             execution.retiring = True
 
@@ -654,11 +687,10 @@ def slot_of(execution: Execution | None, adopted: object = None) -> Iterator[Non
     if execution is None:
         yield
         return
-    if adopted is None:
-        execution.slot.acquire()
-    else:
+    if adopted is not None and execution.adopt(adopted):
         execution.slot.take_over(adopted)
-        execution.unanswered = None
+    else:
+        execution.slot.acquire()
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import sqlalchemy as sa
+import structlog
 
 from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, in_pieces
 from perdure_service.domain.runs import RunState
@@ -26,6 +27,8 @@ from perdure_service.store.sqlstates import QUERY_CANCELED, sqlstate_of
 from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
 
 Hook = Callable[[sa.Connection], object]
+
+log = structlog.get_logger()
 
 
 class Adoptable(Protocol):
@@ -288,8 +291,11 @@ class Operations:
         self._told(execution, workflow_id, packs)
 
     def hint(self, packs: list[Pack]) -> None:
-        """Tells what commits have written; see `committed` of the constructor."""
-        self._committed(packs)
+        """Tells what commits have written; see `committed` of the constructor. Raises nothing: they have happened."""
+        try:
+            self._committed(packs)
+        except Exception as error:  # noqa: BLE001 - logged; everybody also looks by himself
+            log.error("hints.not_told", packs=len(packs), error=type(error).__name__)
 
     def _stack(self) -> list[Operation]:
         stack: list[Operation] | None = getattr(self._local, "stack", None)

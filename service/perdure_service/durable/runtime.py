@@ -458,29 +458,24 @@ class Runtime:
         if start.delay_s:
             return None
         prepared = self._prepare(agent, start, arguments, server_made_id=server_made_id)
-        place = self._placed(prepared)
-        place.__enter__()
-        presented = self.database.present_start(**prepared.columns)
+        with self._placed(prepared):
+            presented = self.database.present_start(**prepared.columns)  # its execution now counts for itself
         if presented is None:
-            place.__exit__(None, None, None)
             return None
         promise: Future[Started] = Future()
 
         def go_on() -> Started:
-            try:
-                with self.database.bounded(), waits_for_a_connection(CALLER_POOL_PATIENCE_S):
-                    return self._write_start(prepared, presented)
-            finally:
-                place.__exit__(None, None, None)
+            with self.database.bounded(), waits_for_a_connection(CALLER_POOL_PATIENCE_S):
+                return self._write_start(prepared, presented)
 
         def answered(written: Future[bool]) -> None:
-            if not written.result():
-                hops.chain(self._starters.submit(go_on), promise)
-                return
-            place.__exit__(None, None, None)
+            # In the checkpoint writer's thread: nobody there would tell who waits of what goes wrong here.
             try:
-                promise.set_result(self._started(prepared, presented))
-            except Exception as error:  # noqa: BLE001 - the caller's; the run is committed, and found by who repeats
+                if written.result():
+                    promise.set_result(self._started(prepared, presented))
+                else:
+                    hops.chain(self._starters.submit(go_on), promise)
+            except Exception as error:  # noqa: BLE001 - raised to whom it belongs
                 promise.set_exception(error)
 
         presented.written.add_done_callback(answered)
@@ -570,7 +565,11 @@ class Runtime:
             with hops.refusing():
                 self._execute(status, owner_xid)
         except hops.NeedsThread:
-            _dbos_instance()._executor.submit(self._execute, status, owner_xid)
+            try:
+                _dbos_instance()._executor.submit(self._execute, status, owner_xid)
+            except RuntimeError as error:  # the engine has ended
+                log.error("run.begin_failed", workflow_id=status["workflow_uuid"], error=type(error).__name__)
+                self._forget_unbegun(status["workflow_uuid"], owner_xid)
 
     def _execute(self, status: Any, owner_xid: str) -> None:
         try:
@@ -578,7 +577,15 @@ class Runtime:
                 _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)
         except Exception as error:  # noqa: BLE001 - logged
             # The run's own failures are recorded by DBOS; what comes here has left it PENDING under a live lease.
-            log.error("run.begin_failed", workflow_id=status["workflow_uuid"], error=type(error).__name__)
+            workflow_id = status["workflow_uuid"]
+            log.error("run.begin_failed", workflow_id=workflow_id, error=type(error).__name__)
+            self._forget_unbegun(workflow_id, owner_xid)
+
+    def _forget_unbegun(self, workflow_id: str, owner_xid: str) -> None:
+        """Gives up an execution without a task or thread: `owners` finds that nobody runs it, and gives it back."""
+        execution = self.executions.find(workflow_id, owner_xid)
+        if execution is not None and execution.inline:
+            self.executions.remove(execution)
 
     def _begin_ms(self, start: RunStart) -> int:
         """Returns when a delayed run begins, by the database's clock, in milliseconds since 1970."""

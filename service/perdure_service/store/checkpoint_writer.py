@@ -24,8 +24,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 
 import sqlalchemy as sa
 import structlog
@@ -60,6 +60,10 @@ ATTEMPTS = 4
 LOST_ATTEMPTS = 2
 """How often when the connection is lost: the second one is new."""
 FIRST_PAUSE_S = 0.005
+
+STOP_S = 5.0
+"""How long what waits may take to be written when it is stopped."""
+
 TOO_SLOW = frozenset({QUERY_CANCELED, LOCK_NOT_AVAILABLE})
 """Nobody knows because of which row; each goes on alone, at its own pace."""
 
@@ -107,13 +111,14 @@ class CheckpointWriter:
             thread.start()
 
     def stop(self) -> None:
-        """Writes what waits, and ends the threads."""
+        """Writes what waits, and ends the threads; those that hang in the database are not waited for longer."""
         with self._changed:
             self._open = False
             self._changed.notify_all()
+        latest = time.monotonic() + STOP_S
         for thread in self._threads:
             if thread.is_alive():
-                thread.join(timeout=5)
+                thread.join(timeout=max(0.0, latest - time.monotonic()))
         self._engine.dispose()
 
     def submit(self, row: CheckpointRow) -> bool:
@@ -140,7 +145,7 @@ class CheckpointWriter:
                 self._changed.notify()  # another one may begin while this one tells
             try:
                 self._answer([(row, written.get(row.workflow_id)) for row in rows])
-            except Exception as error:  # noqa: BLE001 - it must not; without this thread nobody would be answered
+            except Exception as error:  # noqa: BLE001 - logged; this thread is for all runs
                 log.error("checkpoints.answer_failed", rows=len(rows), error=type(error).__name__)
         session.drop()
 
@@ -211,13 +216,24 @@ class CheckpointWriter:
         """Writes rows and commits them: of one kind in an implicit transaction, of several in an explicit one."""
         kinds = [kind for kind in KINDS if any(type(row) is kind for row in rows)]
         written: dict[str, Written] = {}
-        if len(kinds) > 1:
-            conn.exec_driver_sql("BEGIN")
-        for kind in kinds:
-            written.update(write(conn, kind, [row for row in rows if type(row) is kind]))
-        if len(kinds) > 1:
-            conn.exec_driver_sql("COMMIT")
+        with nullcontext() if len(kinds) == 1 else _explicit(conn):
+            for kind in kinds:
+                written.update(write(conn, kind, [row for row in rows if type(row) is kind]))
         return written
+
+
+@contextmanager
+def _explicit(conn: sa.Connection) -> Iterator[None]:
+    """Surrounds what is one transaction on a connection that commits each statement by itself."""
+    conn.exec_driver_sql("BEGIN")
+    try:
+        yield
+        conn.exec_driver_sql("COMMIT")
+    except BaseException:
+        # By name: psycopg2 believes that there is nothing to undo.
+        with suppress(sa.exc.SQLAlchemyError):
+            conn.exec_driver_sql("ROLLBACK")
+        raise
 
 
 class _Session:
