@@ -1,6 +1,6 @@
 # Each recipe is one line that also works when typed. Variables given to make (`make demo YES=1`) reach the program.
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-crash test test-s3 chaos bench lint style types layers api generated format protos clean
+.PHONY: help install demo demo-crash test test-s3 test-sql test-k8s chaos bench lint style types layers api generated format protos clean
 
 # The first of these that is Python 3.11 or newer; or choose: make PYTHON=/path/to/python3.12 …
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 p
 WORKERS ?= -n 2 --dist loadfile
 # What `make api` compares the API with, when it exists.
 BASE ?= origin/main
-PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos
+PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos -I protos/third_party
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
@@ -31,7 +31,7 @@ test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE
 chaos: .venv/installed  ## Run the chaos tests at every point there is, and sum up what was broken and found
 	PERDURE_TEST_ALL_POINTS=1 .venv/bin/python -m pytest $(WORKERS) tests/chaos
 
-bench: .venv/installed  ## Measure, some minutes (BENCH='recovery --kills 10', --help; --write puts the tables into the documents)
+bench: .venv/installed  ## Measure, about half an hour (BENCH='throughput --secs 3', --help; --write puts the tables into the documents)
 	.venv/bin/python -m tests.load $(BENCH)
 
 # A Go program, built once into the user's cache; PERDURE_TEST_S3_SERVER is another one that takes its arguments.
@@ -40,6 +40,15 @@ PERDURE_TEST_S3_SERVER ?= $(S3_FOLDER)/versitygw
 
 test-s3: .venv/installed  ## Run the tests that need a real S3-compatible server (versitygw, built with Go once)
 	test -x "$(PERDURE_TEST_S3_SERVER)" || { command -v go >/dev/null || { echo "make test-s3 needs Go 1.24 or newer to build versitygw, or PERDURE_TEST_S3_SERVER=/path/to/versitygw" >&2; exit 1; }; GOBIN="$(S3_FOLDER)" go install github.com/versity/versitygw/cmd/versitygw@v1.8.0; } && PERDURE_TEST_S3_SERVER="$(PERDURE_TEST_S3_SERVER)" .venv/bin/python -m pytest tests/s3
+
+# What the tests of the server send over CockroachDB's dialect (to PostgreSQL) is recorded, then parsed.
+SQL_TESTS ?= tests/integration
+
+test-sql: .venv/installed  ## Run the tests that parse every SQL statement with CockroachDB's grammar (built with Go once)
+	.venv/bin/python -m tests.helpers.go_programs tests/sql/grammar && d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && export PERDURE_TEST_RECORDED_SQL="$$d/statements" && PERDURE_TEST_DATABASE_FORM=cockroachdb+psycopg .venv/bin/python -m pytest $(WORKERS) $(SQL_TESTS) && .venv/bin/python -m pytest tests/sql
+
+test-k8s: .venv/installed  ## Apply every overlay of k8s/ to a real kube-apiserver (built with Go once, some minutes)
+	.venv/bin/python -m tests.helpers.go_programs tests/k8s/control_plane/etcd tests/k8s/control_plane/kube-apiserver && .venv/bin/python -m pytest tests/k8s
 
 lint: style types layers api generated  ## Check style, types, layers, the API, and that generated code is current
 

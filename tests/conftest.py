@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import chaos_report, marks
-from tests.helpers.databases import FORMS, DatabaseServer, given_server, url_in_form
+from tests.helpers import chaos_report, marks, sql_record
+from tests.helpers.databases import FORM, FORMS, DatabaseServer, given_server, url_in_form
 
 HERE = Path(__file__).parent
 SEED = int(os.environ.get("PERDURE_TEST_SEED") or random.SystemRandom().randrange(2**32))
@@ -21,6 +21,7 @@ os.environ["PERDURE_TEST_SEED"] = str(SEED)  # the workers of pytest-xdist are m
 CHAOS_FOLDER = "PERDURE_TEST_CHAOS_FOLDER"
 _outcomes: dict[str, Counter[str]] = {}
 _logged_marks: set[str] = set()
+sql_record.start()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,7 +75,7 @@ def database_server() -> Iterator[DatabaseServer]:
 def database_url(database_server: DatabaseServer, request: pytest.FixtureRequest) -> Iterator[str]:
     """A migrated database, DBOS's tables and ours, of this module's own (but see `DatabaseServer.migrated`)."""
     url = database_server.migrated(Path(request.node.nodeid).stem, _migrate)
-    yield url
+    yield url_in_form(url, FORM)
     database_server.drop_of(url)
 
 

@@ -24,6 +24,7 @@ _REPLACEMENTS = (
     (r"\bAioTransport\b", "SyncTransport"),
     (r"\b_transport_aio import SyncTransport\b", "_transport_sync import SyncTransport, run_blocking"),
     (r"(?m)^(from perdure_client\._watch import Watcher)$", f"{_RUN_BLOCKING}\n\\1"),
+    (r"AsyncIterable(, |\[AgentStart\] \| )", ""),
     (r"_async_(iterators|client)\b", r"_\1"),
     (r"\bAsync(Client|Watch|Watching|Iterator)\b", r"\1"),
     (r"\bStopAsyncIteration\b", "StopIteration"),

@@ -94,11 +94,16 @@ def _parser() -> argparse.ArgumentParser:
                 help="start again with the new code whenever a Python file of the agents or of this folder changes",
             )
             command.add_argument("--reload-child", action="store_true", help=argparse.SUPPRESS)
-    _command(
+    migrate = _command(
         commands,
         "migrate",
         "bring the schema of the configured database up to date",
-        "Once per deployment, before the servers; safe to repeat. `dev` does it itself.",
+        "Once per deployment, before the servers; safe to repeat. `dev` does it itself. With PERDURE_REGIONS_FILE it "
+        "makes the databases of the cells, their role and rights, too; the configured one is any other of the cluster.",
+    )
+    migrate.add_argument("--plan", action="store_true", help="print the SQL and do nothing")
+    migrate.add_argument(
+        "--cell", action="append", default=[], metavar="CELL", help="with regions, only this cell; repeatable"
     )
     _command(
         commands,
@@ -167,8 +172,9 @@ def _run(options: argparse.Namespace) -> int:
             folder = options.documents if dev else None
             return app.run_server(settings, dev=dev, documents_folder=folder, report=report)
         case "migrate":
-            app.migrate_database(settings, report)
-            report("the schema is up to date")
+            app.migrate_database(settings, report, cells_named=options.cell, plan=options.plan)
+            if not options.plan:
+                report("the schema is up to date")
             return 0
         case "check":
             return _check(settings, report)

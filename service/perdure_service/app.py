@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -19,25 +20,42 @@ from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
 from perdure_service.domain.queues import Queues
+from perdure_service.domain.regions import Place, describe
+from perdure_service.domain.runs import LOCAL_CELL
 from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
-from perdure_service.durable.migrate import migrate_all, verify_dbos
+from perdure_service.durable.migrate import migrate_all, migrate_cells, verify_dbos
+from perdure_service.durable.migrate import plan as migration_plan
 from perdure_service.durable.retention import Retention
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
 from perdure_service.rpc import security
 from perdure_service.rpc.calls import ANONYMOUS
+from perdure_service.rpc.peers import check_wire
 from perdure_service.rpc.server import RpcServer
 from perdure_service.settings import Settings, configured_database_url
 from perdure_service.store import agents as agent_store
-from perdure_service.store import diagnosis, document_vectors, documents, embedded, event_log, migrations
+from perdure_service.store import (
+    cells,
+    diagnosis,
+    document_vectors,
+    documents,
+    embedded,
+    event_log,
+    migrations,
+    run_heads,
+)
 from perdure_service.store.engine import create_engine, idle_in_transaction_timeout
+from perdure_service.store.regions_file import load_regions, locate
 from perdure_service.store.s3 import S3Objects
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry
+
+GC_ALLOCATIONS = 10_000
+"""Objects more than were freed before the collector looks; Python's 700 are the objects of two calls."""
 
 log = structlog.get_logger()
 
@@ -61,9 +79,36 @@ def database_url(settings: Settings) -> str:
     return url
 
 
-def migrate_database(settings: Settings, report: Report) -> None:
-    """Brings the schema of the configured database up to date."""
-    migrate_all(database_url(settings), report)
+def migrate_database(
+    settings: Settings, report: Report, *, cells_named: Sequence[str] = (), plan: bool = False
+) -> None:
+    """Brings the schema of the configured database up to date; with regions, makes and migrates those of the cells.
+
+    Args:
+        settings: The settings.
+        report: Gets the progress, or the plan.
+        cells_named: With regions, only these cells; empty for all.
+        plan: Report the SQL, and do nothing.
+
+    Raises:
+        ConfigurationError: It cannot be done; in one sentence.
+    """
+    url = database_url(settings)
+    regions = None if settings.regions_file is None else load_regions(settings.regions_file)
+    known = () if regions is None else tuple(regions.cells)
+    for name in cells_named:
+        if name not in known:
+            raise ConfigurationError(
+                f"--cell {name}: there is no such cell" + (f"; there are {', '.join(known)}" if known else "")
+            )
+    names = tuple(cells_named) or known
+    if plan:
+        for piece in migration_plan(url, regions, names):
+            report(piece)
+    elif regions is None:
+        migrate_all(url, report)
+    else:
+        migrate_cells(url, regions, names, report)
 
 
 def check(settings: Settings, report: Report) -> bool:
@@ -71,7 +116,12 @@ def check(settings: Settings, report: Report) -> bool:
     report(security.describe(settings))
     findings = security.diagnose(settings)
     try:
-        findings += diagnosis.diagnose(database_url(settings), (verify_dbos, migrations.verify))
+        settings, place = locate(settings)
+        if place is not None:
+            check_wire(settings, place)
+        for line in describe(place):
+            report(line)
+        findings += diagnosis.diagnose(database_url(settings), _verify(place))
     except ConfigurationError as error:
         findings.append(diagnosis.Finding("error", error.message))
     findings += diagnosis.object_store(settings.payloads)
@@ -80,6 +130,10 @@ def check(settings: Settings, report: Report) -> bool:
     for finding in findings:
         report(f"{finding.severity}: {finding.text}")
     return not any(finding.severity == "error" for finding in findings)
+
+
+def _verify(place: Place | None) -> tuple[diagnosis.Verify, ...]:
+    return (verify_dbos, migrations.verify, cells.verifier(place))
 
 
 def load_documents(engine: sa.Engine, settings: Settings, folder: Path, report: Report) -> bool:
@@ -111,7 +165,7 @@ def _end_at_the_latest(after: timedelta, exit_status: int) -> None:
     timer.start()
 
 
-async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> int:
+async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place: Place | None = None) -> int:
     """Serves until SIGTERM or SIGINT, then drains; a second signal ends at once.
 
     Args:
@@ -119,6 +173,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         url: The database, migrated.
         dev: Whether this process owns its database, and its callers are `dev`.
         ready: Told where it listens, once it does.
+        place: Where it is; None without regions.
 
     Returns:
         The process's exit status.
@@ -142,7 +197,7 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, signal.Signals(number).name)
 
-    for finding in await asyncio.to_thread(diagnosis.diagnose, url, (verify_dbos, migrations.verify)):
+    for finding in await asyncio.to_thread(diagnosis.diagnose, url, _verify(place)):
         if finding.severity == "error":
             raise ConfigurationError(finding.text)
         log.warning("database.finding", text=finding.text)
@@ -170,12 +225,6 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     queues = Queues.of_settings(settings.queues)
     queues.check_agents({agent.spec.workflow_name: agent.spec.queue for agent in agents})
 
-    service: RunService | None = None
-
-    def hint(workflow_ids: Sequence[str]) -> None:
-        if service is not None:
-            service.hint(workflow_ids)
-
     def lost() -> None:
         loop.call_soon_threadsafe(stop, "its lease is lost", 1)
 
@@ -189,7 +238,6 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         queue_poll=settings.queue_poll_interval,
         lease_ttl=settings.lease_ttl,
         tracer=telemetry.tracer,
-        hint=hint,
         lost=lost,
         owns_database=dev,
         max_output_bytes=settings.max_output_bytes,
@@ -198,7 +246,9 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
         max_recoveries=settings.max_recoveries,
         queues=queues,
         payload_threshold_bytes=settings.payload_threshold_bytes,
+        checkpoint_timeout=settings.statement_timeout if settings.batch_checkpoints else None,
         objects=S3Objects(settings.payloads) if settings.payloads.s3_bucket else None,
+        cell=LOCAL_CELL if place is None else place.cell.name,
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(
@@ -211,9 +261,11 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     agents_context.bind(lambda: current_run(runtime.database))
     taken_back = await asyncio.to_thread(runtime.launch)
     tailer = Tailer(
-        lambda seen: retrying(engine, "events.news", lambda conn: event_log.news(conn, seen)),
+        lambda seen: reading(engine, "events.news", lambda conn: event_log.news(conn, seen)),
         runtime.database.close_ended_if_any,
+        lambda ids: reading(engine, "runs.closed", lambda conn: run_heads.closed(conn, ids)),
         poll_s=settings.watch_poll_interval.total_seconds(),
+        hinted=lambda: runtime.hints.arrives,
     )
     tailer.start()
     service = RunService(
@@ -227,9 +279,10 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
     )
     retention = Retention(runtime, settings.retentions, settings.event_retention)
     retention.start()
-    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS)
+    server = RpcServer(service, settings, tracer=telemetry.tracer, caller="dev" if dev else ANONYMOUS, place=place)
     try:
         ports = await server.start()
+        _settle_garbage()
         host = settings.address.rpartition(":")[0]
         log.info(
             "server.ready",
@@ -254,6 +307,13 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report) -> in
             engine.dispose()
     log.info("server.stopped")
     return status
+
+
+def _settle_garbage() -> None:
+    """Has the garbage collector leave alone what was loaded, and look less often at what comes and goes with calls."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(GC_ALLOCATIONS, 20, 20)
 
 
 def _advertised(settings: Settings) -> str:
@@ -283,6 +343,9 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
     Raises:
         ConfigurationError: It cannot serve like this; in one sentence.
     """
+    settings, place = locate(settings)
+    if dev and place is not None:
+        raise ConfigurationError("`dev` has a database of its own and no regions; use `perdure-server serve`")
     for finding in security.findings(settings, dev=dev):
         if finding.severity == "error":
             raise ConfigurationError(finding.text)
@@ -305,7 +368,9 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
                 load_documents(engine, settings, documents_folder, report)
             finally:
                 engine.dispose()
-        return asyncio.run(serve(settings, url, dev=dev, ready=lambda where: report(f"perdure serves on {where}")))
+        return asyncio.run(
+            serve(settings, url, dev=dev, ready=lambda where: report(f"perdure serves on {where}"), place=place)
+        )
     finally:
         if server is not None:
             server.stop()

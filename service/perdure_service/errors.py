@@ -224,6 +224,30 @@ class Draining(PerdureError):
     retry_delay_s = 0.5
 
 
+class RegionUnavailable(PerdureError):
+    """The region where the run lives cannot be reached; wait and repeat, which is safe."""
+
+    status = "UNAVAILABLE"
+    reason = "REGION_UNAVAILABLE"
+    retry_delay_s = 2.0
+
+
+class CellNotServed(PerdureError):
+    """The call came to a server that does not serve the cell it was sent to; repeat it, and it finds another way."""
+
+    status = "UNAVAILABLE"
+    reason = "CELL_NOT_SERVED"
+    retry_delay_s = 1.0
+
+
+class NamespacePaused(PerdureError):
+    """The namespace is being moved to another home, and nothing is started in it meanwhile; wait and repeat."""
+
+    status = "UNAVAILABLE"
+    reason = "NAMESPACE_PAUSED"
+    retry_delay_s = 5.0
+
+
 class Overloaded(PerdureError):
     """Too much at once; slow down."""
 

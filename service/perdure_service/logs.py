@@ -14,6 +14,7 @@ import re
 import sys
 import traceback
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, TextIO
 
 import structlog
@@ -46,6 +47,9 @@ _ROW = re.compile(
     r"\n\nDuring handling |\Z)",
     re.DOTALL,
 )
+_NAME_ALONE = re.compile(r"[\w./@+-]*")
+"""An id, a name, a path: nothing of these can be in it, as each needs a space, a colon, `=` or a newline. Most texts of
+a line are such, and every start of a run writes one."""
 _BEARER = re.compile(r"(?P<before>\b(?:bearer|basic)\s+)[a-z0-9._~+/=-]{8,}", re.IGNORECASE)
 
 
@@ -110,8 +114,46 @@ def configure_logs(log_format: str = "auto", level: str = "info", stream: TextIO
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
+    _audit.configured = _straight_audit_log(stream) if as_json else None
     _take_over_dbos(handler, root.level)
     logging.captureWarnings(True)
+
+
+class _Audit:
+    """The audit log of this process, once it is configured and not for a person."""
+
+    configured: structlog.typing.FilteringBoundLogger | None = None
+
+
+_audit = _Audit()
+
+
+def audit_log() -> Any:
+    """Returns the logger of audit lines: each start of a run writes one, so as JSON it goes straight to the stream.
+
+    Through `logging` a line costs four times as much, a tenth of what a start costs.
+    """
+    return _audit.configured or structlog.get_logger(AUDIT_LOGGER)
+
+
+def _straight_audit_log(stream: TextIO) -> Any:
+    def name(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+        event["logger"] = AUDIT_LOGGER
+        return event
+
+    return structlog.wrap_logger(
+        structlog.WriteLogger(stream),
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            name,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            censor,
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        cache_logger_on_first_use=True,
+    ).bind()
 
 
 _EXTRA_FIELDS = ("executorID", "operationUUID", "traceId", "exception")
@@ -180,15 +222,18 @@ def censor(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
 
 def censor_text(text: str) -> str:
     """Returns `text` without passwords of URLs, values of `password=` and `Bearer`, and rows that are quoted."""
+    if _NAME_ALONE.fullmatch(text):
+        return text
     for pattern in (_URL_PASSWORD, _KEYWORD_PASSWORD, _BEARER, _ROW):
         text = pattern.sub(rf"\g<before>{CENSORED}", text)
     return text
 
 
 def _censored(key: str, value: Any, depth: int) -> Any:
-    name = key.lower().replace("-", "_")
-    if value is not None and (_SECRET_KEY.search(name) or _PAYLOAD_KEY.match(name)):
+    if value is not None and _is_secret(key):
         return CENSORED
+    if isinstance(value, str):
+        return censor_text(value)
     if isinstance(value, bool | int | float) or value is None:
         return value
     if depth >= MAX_DEPTH:
@@ -198,4 +243,10 @@ def _censored(key: str, value: Any, depth: int) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [_censored("", item, depth + 1) for item in value]
     # Whatever else it is would be rendered by its text.
-    return censor_text(value if isinstance(value, str) else str(value))
+    return censor_text(str(value))
+
+
+@lru_cache(maxsize=1_024)  # field names are few; those inside a value could be anything
+def _is_secret(key: str) -> bool:
+    name = key.lower().replace("-", "_")
+    return bool(_SECRET_KEY.search(name) or _PAYLOAD_KEY.match(name))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import yaml
@@ -118,12 +118,20 @@ class TlsSettings(BaseModel):
         "connect. Read again when it changes.",
     )
 
+    peer_ca_file: Path | None = Field(
+        None,
+        description="PEM file of the authorities of the servers of other cells. Unset: the public ones. Read again "
+        "when it changes.",
+    )
+
     @model_validator(mode="after")
     def _complete(self) -> TlsSettings:
         if (self.certificate_file is None) != (self.key_file is None):
             raise ValueError("certificate_file and key_file belong together; set both")
         if self.client_ca_file is not None and self.certificate_file is None:
             raise ValueError("client_ca_file needs certificate_file and key_file")
+        if self.peer_ca_file is not None and self.certificate_file is None:
+            raise ValueError("peer_ca_file needs certificate_file and key_file")
         return self
 
     @property
@@ -272,8 +280,47 @@ NEVER = "never"
 SHORTEST_RETENTION = timedelta(seconds=1)
 
 
+FILE_SUFFIX = "_FILE"
+"""What is put behind the name of a secret's variable to give the file that it is in."""
+
+
+def secrets_of(settings: type[BaseModel], prefix: str = "PERDURE_") -> Iterator[str]:
+    """Yields the variables whose values are secrets, and which may therefore be files, too."""
+    for name, field in settings.model_fields.items():
+        variable = f"{prefix}{name.upper()}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from secrets_of(field.annotation, f"{variable}__")
+        elif SecretStr in (field.annotation, *get_args(field.annotation)):
+            yield variable
+
+
+def _read_secret(path: Path, variable: str) -> str:
+    """Returns a file's text without the newline at its end, which editors and `echo` put there."""
+    try:
+        secret = path.read_text(encoding="utf-8").rstrip("\r\n")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigurationError(f"{variable}: {path} cannot be read ({why})") from None
+    if not secret:
+        raise ConfigurationError(f"{variable}: {path} is empty")
+    return secret
+
+
 class _Environment(EnvSettingsSource):
-    """The environment without `PERDURE_TLS` itself: that is the client's switch, perhaps in the same shell."""
+    """The environment, with the secrets that it names files of.
+
+    Without `PERDURE_TLS` itself: that is the client's switch, perhaps in the same shell.
+    """
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        found = dict(super()._load_env_vars())
+        for variable in secrets_of(self.settings_cls):
+            path = os.environ.get(f"{variable}{FILE_SUFFIX}")
+            if path:
+                if os.environ.get(variable):
+                    raise ConfigurationError(f"{variable} and {variable}{FILE_SUFFIX} are both set; unset one")
+                found[variable.lower()] = _read_secret(Path(path), f"{variable}{FILE_SUFFIX}")
+        return found
 
     def prepare_field_value(self, field_name: str, field: FieldInfo, value: Any, value_is_complex: bool) -> Any:
         return super().prepare_field_value(field_name, field, None if field_name == "tls" else value, value_is_complex)
@@ -296,6 +343,10 @@ class Settings(BaseSettings):
         timedelta(seconds=30),
         ge=timedelta(seconds=1),
         description="The longest a statement may take; schema changes have their own.",
+    )
+    batch_checkpoints: bool = Field(
+        True,
+        description="Whether starts, steps, outcomes and events of many runs share a commit; else each has its own.",
     )
     data_dir: Path | None = Field(
         None, description="Where dev keeps its embedded PostgreSQL. Unset: the user's data folder."
@@ -345,12 +396,14 @@ class Settings(BaseSettings):
     queue_poll_interval: timedelta = Field(
         timedelta(seconds=0.5),
         ge=timedelta(seconds=0.01),
-        description="How often to look for queued runs. Bounds the delay of a queued start.",
+        description="How often to look for queued runs that no hint announced; a fifth as often in a quiet queue while "
+        "hints of the other servers arrive (PostgreSQL).",
     )
     watch_poll_interval: timedelta = Field(
         timedelta(seconds=1),
         ge=timedelta(seconds=0.05),
-        description="How often to look for news of watched runs that no hint announced.",
+        description="How often to look for news of watched runs that no hint announced; a fifth as often while hints "
+        "of the other servers arrive.",
     )
     lease_ttl: timedelta = Field(
         timedelta(seconds=8),
@@ -433,6 +486,13 @@ class Settings(BaseSettings):
         ge=SHORTEST_RETENTION,
         description="How long after its end the log of a run is kept, where the run itself is kept longer. Unset: as "
         "long as the run.",
+    )
+    regions_file: Path | None = Field(
+        None, description="The regions.yaml: regions, cells and homes. Unset: there are no regions, and one database."
+    )
+    region: str | None = Field(None, description="The region that this server is in. Required with regions_file.")
+    cell: str | None = Field(
+        None, description="The cell that this server serves. Unset: the only one whose home is its region."
     )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe to log.")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import sqlalchemy as sa
 from dbos import DBOS
+from dbos._dbos import _get_dbos_instance
 from perdure_service.agents import agent, expose, run
 from perdure_service.agents.resources import resources
 from pydantic import BaseModel
@@ -124,6 +125,23 @@ async def listener(timeout_s: float | None = None, signals: int = 1) -> list[Any
     """Waits for signals `more`."""
     timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
     return [await run.signal("more", timeout=timeout) for _ in range(signals)]
+
+
+@agent(name="falsely-woken")
+async def falsely_woken() -> Any:
+    """Waits for a signal `more`, and is woken again and again for nothing."""
+    database, workflow_id = _get_dbos_instance()._sys_db, DBOS.workflow_id
+
+    async def wake() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            database._wake_waits(workflow_id)
+
+    waking = asyncio.create_task(wake())
+    try:
+        return await run.signal("more", timeout=timedelta(seconds=60))
+    finally:
+        waking.cancel()
 
 
 @agent(name="sleeper")

@@ -16,7 +16,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, tzinfo
 from types import ModuleType
@@ -28,6 +28,7 @@ from grpc._cython import cygrpc
 from perdure_service.durable import executions, owners, service
 from perdure_service.durable import operation as seam
 from perdure_service.rpc import agent_runs, requests
+from perdure_service.store import checkpoint_writer, checkpoints
 
 from tests.helpers import agents, chaos_report
 from tests.helpers.server import KILLED
@@ -86,6 +87,33 @@ def _broken_run(operations: seam.Operations, operation: seam.Operation, begin: A
         yield conn
 
 
+_packs_lost: set[str] = set()
+
+
+def _broken_commit(
+    writer: checkpoint_writer.CheckpointWriter, conn: sa.Connection, rows: Sequence[checkpoints.CheckpointRow]
+) -> dict[str, checkpoints.Written]:
+    """Commits a batch in one transaction, whatever its kinds, so that there is a point before the COMMIT."""
+    written: dict[str, checkpoints.Written] = {}
+    conn.exec_driver_sql("BEGIN")
+    for kind in checkpoints.KINDS:
+        if of_kind := [row for row in rows if type(row) is kind]:
+            written.update(checkpoints.write(conn, kind, of_kind))
+    if SQLSTATE and next(_transactions) % 3 == 0:
+        chaos_report.refused(SQLSTATE)
+        conn.exec_driver_sql("SELECT public.test_raise(%(code)s)", {"code": SQLSTATE})
+    _point(f"written {sorted(written)}")
+    conn.exec_driver_sql("COMMIT")
+    _point(f"committed {sorted(written)}")
+    packs = {row.pack_id for row in rows}
+    if AMBIGUOUS and packs - _packs_lost:
+        _packs_lost.update(packs)
+        chaos_report.fault("replies to COMMIT lost")
+        lost = psycopg.OperationalError("server closed the connection unexpectedly")
+        raise sa.exc.OperationalError("COMMIT", None, lost, connection_invalidated=True)
+    return written
+
+
 def _is_spared(operation: seam.Operation) -> bool:
     """Whether it claims a run for the first time, or one of which a claim's reply was lost already."""
     if _claims_for_the_first_time(operation):
@@ -141,6 +169,7 @@ if LOSE_CLAIMS or AMBIGUOUS:
 
 seam.Operation.write = _broken_write  # type: ignore[method-assign]
 seam.Operations._run = _broken_run  # type: ignore[method-assign]
+checkpoint_writer.CheckpointWriter.commit = _broken_commit  # type: ignore[method-assign]
 
 counter = agents.counter
 """So that this module, too, declares an agent."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 
+import pytest
 import sqlalchemy as sa
 from perdure_service.store.engine import create_engine, parse_url
 
@@ -16,6 +17,12 @@ FORMS = ("postgresql+psycopg", "cockroachdb+psycopg", "cockroachdb+psycopg2")
 """The dialects and drivers that the store must work with. `sqlalchemy-cockroachdb` does not ask PostgreSQL for its
 version (its `_get_server_version_info` is a constant), so its dialect can be tried there without more ado; what is
 tried is driver and dialect, not the server."""
+
+FORM = os.environ.get("PERDURE_TEST_DATABASE_FORM")
+"""One of these in which the tests of the server reach the PostgreSQL; by default its own."""
+not_in_another_form = pytest.mark.skipif(
+    FORM is not None, reason="it depends on which database it is, and this PostgreSQL passes for another"
+)
 
 Migrate = Callable[[str], None]
 

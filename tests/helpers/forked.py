@@ -100,4 +100,8 @@ def _serve(arguments: list[str], environment: dict[str, str], folder: Path, log:
     os.chdir(folder)
     from perdure_service.__main__ import main
 
+    from tests.helpers import sql_record
+
+    sql_record.start()
+
     main(arguments)

@@ -32,6 +32,7 @@ class Rpc:
     path: str
     request: type[Message]
     streaming: bool
+    both_ways: bool
 
 
 def rpcs(*modules: Any) -> list[Rpc]:
@@ -45,6 +46,7 @@ def rpcs(*modules: Any) -> list[Rpc]:
             f"/{method.containing_service.full_name}/{method.name}",
             GetMessageClass(method.input_type),
             bool(method.server_streaming),
+            bool(method.client_streaming),
         )
         for method in methods
     ]

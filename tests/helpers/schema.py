@@ -45,6 +45,9 @@ def call(channel: Any, method: str, request: Any, metadata: Any = (), timeout: f
     """
     decode = message_factory.GetMessageClass(METHODS[method].output_type).FromString
     encode = type(request).SerializeToString
+    if METHODS[method].client_streaming:
+        both_ways = channel.stream_stream(f"/{method}", encode, decode)
+        return next(both_ways(iter([request]), timeout=timeout, metadata=metadata))
     if not METHODS[method].server_streaming:
         return channel.unary_unary(f"/{method}", encode, decode)(request, timeout=timeout, metadata=metadata)
     stream = channel.unary_stream(f"/{method}", encode, decode)(request, timeout=timeout, metadata=metadata)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -13,6 +14,7 @@ from perdure_service.agents import agent, run
 from perdure_service.agents.resources import resources
 from perdure_service.durable import operation as seam
 from perdure_service.durable import owners
+from perdure_service.store import checkpoint_writer, checkpoints
 
 from tests.helpers import chaos_report
 from tests.helpers.agents import FlakyError, count_one, effect, plain_child
@@ -22,6 +24,7 @@ FREEZE_AT = os.environ.get("PERDURE_TROUBLE_FREEZE", "")
 
 _frozen: list[bool] = []
 _write = seam.Operation.write
+_commit = checkpoint_writer.CheckpointWriter.commit
 
 
 def freeze() -> None:
@@ -39,12 +42,27 @@ def _freezing_write(operation: seam.Operation, conn: sa.Connection) -> None:
         freeze()
 
 
+def _freezing_commit(
+    writer: checkpoint_writer.CheckpointWriter, conn: sa.Connection, rows: Sequence[checkpoints.CheckpointRow]
+) -> dict[str, checkpoints.Written]:
+    if not any(isinstance(row, checkpoints.StepRow) and "freezing_step" in row.function_name for row in rows):
+        return _commit(writer, conn, rows)
+    written: dict[str, checkpoints.Written] = {}
+    conn.exec_driver_sql("BEGIN")
+    for kind in {type(row) for row in rows}:
+        written.update(checkpoints.write(conn, kind, [row for row in rows if type(row) is kind]))
+    freeze()
+    conn.exec_driver_sql("COMMIT")
+    return written
+
+
 # A claim whose reply was lost is found within seconds, as the tests wait for it.
 owners.GRACE_S = 1.0
 owners.LOOKS_PER_SEARCH = 1
 
 if FREEZE_AT == "commit":
     seam.Operation.write = _freezing_write  # type: ignore[method-assign]
+    checkpoint_writer.CheckpointWriter.commit = _freezing_commit  # type: ignore[method-assign]
 
 
 @DBOS.step()

@@ -65,8 +65,18 @@ pytestmark = pytest.mark.usefixtures("nothing_is_written")
 
 
 def start(rpc: Rpc, **fields: Any) -> None:
+    """Asks StartAgent; what it refuses, StartAgents must refuse in the same words, and go on."""
     fields.setdefault("agent", "counter")
-    rpc.runs.StartAgent(pb.StartAgentRequest(**fields))
+    request = pb.StartAgentRequest(**fields)
+    try:
+        rpc.runs.StartAgent(request)
+    except grpc.RpcError as error:
+        details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin")
+        if details is not None:
+            item = pb.StartAgentsRequest(start=request)
+            answers = list(rpc.runs.StartAgents(iter([item, item])))
+            assert [answer.error.SerializeToString(deterministic=True) for answer in answers] == [details] * 2
+        raise
 
 
 # ---- StartAgent ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The benchmarks can be run: each once, as small as it gets. What they measure is not looked at."""
+"""The benchmarks can be run: each once, as small as it gets. What they measure is not looked at, only that they do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,31 @@ import argparse
 import pytest
 
 from tests.helpers.databases import DatabaseServer
-from tests.load import recovery
+from tests.load import growth, idle, latency, recovery, throughput, usage, variants
 from tests.load.__main__ import BENCHMARKS
-from tests.load.frame import table
+from tests.load.frame import Result
+from tests.load.grid import Grid
 
-SMALL = ["--kills", "1", "--pairs", "1", "--runs", "2", "--ttl", "1", "--herd", "5", "--herds", "1"]
+SMALL = {
+    "recovery": "--kills 1 --pairs 1 --runs 2 --ttl 1",
+    "herd": "--ttl 1 --herd 5 --herds 1",
+    "throughput": "--clients 2 --secs 0.2 --repeats 1 --variants async,bulk,alone",
+    "slow-commits": "--clients 2 --secs 0.2 --variants plain",
+    "article": "--article-clients 1 --article-secs 0.2",
+    "latency": "--steps 10 --watchers 1",
+    "idle": "--rest 0.2 --watchers 20 --parked 20 --in-memory 20",
+    "growth": "--grown 20 --calls 2",
+}
+"""The options of each, in its quick form."""
+MEASURED = {
+    "throughput": {variants.ASYNC, variants.DBOS_ASYNC},
+    "slow-commits": {variants.DBOS_ASYNC, variants.DBOS_SYNC},
+    "latency": {latency.SAME, latency.OTHER, latency.STREAM_SAME, latency.STREAM_OTHER},
+    "idle": {idle.NOTHING, idle.WATCHES, idle.RUNNING, idle.WAITING, idle.PARKED, idle.DBOS_WAITING},
+    "growth": {"calls"},
+    "article": {"raw inserts, psycopg", "raw inserts, psycopg2", variants.ASYNC, "plain DBOS, sync, psycopg2"},
+}
+"""What each must have measured, at least."""
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -20,13 +40,23 @@ def test_a_benchmark_measures_every_run(
 ) -> None:
     monkeypatch.setattr(recovery, "VARIANTS", {"leases and suspicion": {}})
     monkeypatch.setattr("tests.load.herd.VARIANTS", recovery.VARIANTS)
+    for module in (throughput, idle, growth, usage):
+        monkeypatch.setattr(module, "COUNTERS_SETTLE_S", 0.0)
+    monkeypatch.setattr(idle, "LEVELS", (20,))
+    monkeypatch.setattr(growth, "LEVELS", (20,))
     parser = argparse.ArgumentParser()
     for benchmark in BENCHMARKS.values():
         benchmark.add_options(parser)
     said: list[str] = []
-    result = BENCHMARKS[name].run(parser.parse_args(SMALL), database_server, said.append)
-    (series,) = result.series
-    assert len(series.values) == {"recovery": 2, "herd": 5}[name]
-    assert all(value > 0 for value in series.values)
+    result = BENCHMARKS[name].run(parser.parse_args(SMALL[name].split()), database_server, said.append)
     assert said
-    assert "leases and suspicion" in table(result)
+    if isinstance(result, Result):
+        (series,) = result.series
+        assert len(series.values) == {"recovery": 2, "herd": 5}[name]
+        assert all(value > 0 for value in series.values)
+        assert "leases and suspicion" in result.markdown()
+        return
+    assert isinstance(result, Grid)
+    assert MEASURED[name] <= {row.variant for row in result.rows}
+    assert all(values for row in result.rows for values in row.values.values())
+    assert all(row.variant in result.markdown() for row in result.rows)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import dbos
 import pytest
-from dbos import DBOS, _core, _dbos, _outcome, _queue, _sys_db, _sys_db_postgres
+from dbos import DBOS, _core, _dbos, _migration, _outcome, _queue, _sys_db, _sys_db_postgres, _workflow_commands
 from dbos._error import DBOSUnexpectedStepError
 from dbos._event_loop import BackgroundEventLoop
 from dbos._schemas.system_database import SystemSchema
 from perdure_service.domain.runs import TERMINAL_STATUSES
-from perdure_service.durable import parking, replay, retries, runtime, steps, substitutes
+from perdure_service.durable import hops, parking, replay, retries, runtime, steps, substitutes
 from perdure_service.durable.executions import Parked
+from perdure_service.durable.status_changes import SWEEPS
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.store import dbos_tables
 
@@ -328,3 +329,112 @@ def test_a_claim_chooses_its_rows_by_the_gate_and_takes_those_that_we_leave_it()
 def test_a_child_that_was_queued_is_waited_for() -> None:
     for function in (_core.start_workflow, _core.start_workflow_async, _core.workflow_wrapper):
         assert "should_execute" in inspect.getsource(function)
+
+
+def _calls_of(module: object, function: str) -> list[str]:
+    """Returns what is called with `function`, anywhere in a module, as source."""
+    tree = ast.parse(Path(inspect.getfile(module)).read_text())  # type: ignore[arg-type]
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and ast.unparse(node.func) == function]
+    return sorted(ast.unparse(call) for call in calls)
+
+
+def test_outcomes_give_their_stages_to_threads_and_nothing_else() -> None:
+    assert _calls_of(_outcome, "asyncio.to_thread") == [
+        "asyncio.to_thread(after, lambda: Pending._raise(saved_exp))",
+        "asyncio.to_thread(after, lambda: value)",
+        "asyncio.to_thread(before)",
+        "asyncio.to_thread(interceptor)",
+    ]
+
+
+def test_the_stages_that_are_answered_on_the_loop_are_those_of_a_step_and_the_one_that_returns_another() -> None:
+    assert {code.co_qualname for code in hops.stages()} == {
+        "invoke_step.<locals>.check_existing_result",
+        "invoke_step.<locals>.record_step_result",
+        "Pending.then.<locals>.<lambda>.<locals>.<lambda>",
+    }
+    assert replay.stage().co_qualname == "install.<locals>.get_wf_invoke_func.<locals>.observed"
+    first = _outcome.Pending.then.__code__.co_consts
+    assert len([code for code in first if inspect.iscode(code)]) == 1
+    source = inspect.getsource(_outcome.Pending.then)
+    assert "lambda: next" in source, "it returns what it was given, and does nothing"
+
+
+def test_a_stage_gets_nothing_but_a_result_so_that_it_can_run_twice() -> None:
+    source = inspect.getsource(_core.invoke_step)
+    assert ".then(record_step_result)" in source
+    assert ".intercept(check_existing_result, dbos=dbos)" in source
+    assert ".then(_get_wf_invoke_func(dbos, status, entry.release))" in inspect.getsource(_core._execute_workflow_async)
+
+
+def test_a_task_is_begun_by_a_coroutine_that_waits_for_nothing() -> None:
+    assert hops.start_of_task().co_name == "start_workflow_task"
+    tree = ast.parse(Path(inspect.getfile(_core)).read_text())
+    (begins,) = (n for n in ast.walk(tree) if isinstance(n, ast.AsyncFunctionDef) and n.name == "start_workflow_task")
+    assert not [n for n in ast.walk(begins) if isinstance(n, ast.Await | ast.AsyncFor | ast.AsyncWith)]
+    assert "dbos._background_event_loop.submit_coroutine(start_workflow_task())" in _calls_of(
+        _core, "dbos._background_event_loop.submit_coroutine"
+    )
+
+
+def test_operations_are_recorded_by_their_owner_only() -> None:
+    """What `durable.recording` rests on: who writes a run's operations, and that each asks for the owner first."""
+    tree = ast.parse(Path(inspect.getfile(_sys_db)).read_text())
+    cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "SystemDatabase")
+    methods = {n.name: ast.unparse(n) for n in cls.body if isinstance(n, ast.FunctionDef)}
+    table = r"(self\.tables\.operation_outputs|\boo\b|\btable\b)"
+    inserts = re.compile(rf"insert\({table}\)")
+    changes = re.compile(rf"(update|delete)\({table}\)")
+    recorders = {name for name, source in methods.items() if inserts.search(source) and "operation_outputs" in source}
+    assert recorders == {"_record_operation_result_txn", "record_get_result", "init_child_workflow", "fork_workflow"}
+    for name in recorders - {"fork_workflow"}:
+        assert "_check_owner_txn(" in methods[name]
+    # A rewind takes the run from its owner, a deletion takes all of it, and a new name of the application is no output.
+    assert {name for name, source in methods.items() if changes.search(source) and "operation_outputs" in source} == {
+        "rewind_workflow", "_delete_workflows", "rename_application",
+    }  # fmt: skip
+
+
+# ---- hints -----------------------------------------------------------------------------------------------------------
+
+
+def test_dbos_tells_of_messages_values_and_entries_by_these_channels_and_names() -> None:
+    channels = (
+        _sys_db._dbos_notifications_channel,
+        _sys_db._dbos_workflow_events_channel,
+        _sys_db._dbos_streams_channel,
+    )
+    assert channels == dbos_tables.NOTIFICATION_CHANNELS
+    migrations = Path(inspect.getfile(_migration)).read_text()
+    for payload, channel in zip(
+        ("NEW.destination_uuid || '::' || NEW.topic", "NEW.workflow_uuid || '::' || NEW.key"), channels, strict=False
+    ):
+        assert f"payload text := {payload};\nBEGIN\n    PERFORM pg_notify('{channel}', payload);" in migrations
+    assert 'payload = f"{workflow_id}::{name}"' in inspect.getsource(_sys_db.SystemDatabase._waiter)
+    for name in ("notifications_map", "workflow_events_map", "streams_map"):
+        assert f"self.{name} = ThreadSafeEventDict()" in inspect.getsource(_sys_db.SystemDatabase.__init__)
+
+
+def test_the_thread_that_listens_and_those_of_queues_are_the_ones_we_replace() -> None:
+    assert "self._notification_listener()" in inspect.getsource(_sys_db.SystemDatabase.run_notification_listener)
+    assert "_notification_listener" in OURS
+    assert "target=queue_thread, args=(evt, self)" in inspect.getsource(_dbos.DBOS._launch)
+    manager = inspect.getsource(_queue.queue_thread)
+    assert "stop_event.wait(timeout=check_interval)" in manager
+    assert "args=(stop_event, dbos, queue)" in manager
+    assert manager.count("stop_event.") == 2, "it asks it for nothing else than we answer"
+
+
+def test_the_sweeps_run_only_under_the_lock_that_we_ask_for_first() -> None:
+    source = inspect.getsource(_workflow_commands.background_jobs_thread)
+    assert f'"{SWEEPS}"' in source
+    assert "with dbos._sys_db.background_job_lock(lock_name) as acquired:\n                if acquired:" in (
+        inspect.getsource(_workflow_commands._run_background_jobs)
+    )
+
+
+def test_a_row_that_is_to_be_queued_differs_by_run_in_id_and_queue_only() -> None:
+    """What `Runtime._template` rests on."""
+    source = inspect.getsource(_core._assemble_workflow_status)
+    for own in ("time.time", "now(", "uuid"):
+        assert own not in source.replace("workflow_uuid", "").replace("GlobalParams", ""), own

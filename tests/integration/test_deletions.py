@@ -138,7 +138,7 @@ def test_a_child_stays_while_its_parent_may_read_its_result(rpc: Rpc) -> None:
 def test_a_parent_stays_while_a_child_of_it_goes_on(rpc: Rpc, database_url: str) -> None:
     parent = rpc.start("leaver")
     rpc.end_of(parent)
-    assert state_of(rpc.get(f"{parent}.1")) == "SLEEPING"
+    eventually(lambda: state_of(rpc.get(f"{parent}.1")) == "SLEEPING")
     assert list(delete(rpc, parent).unfinished_run_ids) == [parent]
     context = rpc.get(parent).context_id
     assert delete(rpc, agent="leaver").deleted_count == 0

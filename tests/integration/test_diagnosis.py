@@ -17,7 +17,9 @@ from perdure_service.store.diagnosis import Finding, diagnose
 from perdure_service.store.engine import parse_url
 
 from tests.helpers import eventually, free_port
-from tests.helpers.databases import DatabaseServer, url_in_form
+from tests.helpers.databases import DatabaseServer, not_in_another_form, url_in_form
+
+pytestmark = not_in_another_form
 
 SECRET = "s3cr3t-pass"
 

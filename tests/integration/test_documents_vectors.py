@@ -15,6 +15,9 @@ from perdure_service.errors import ConfigurationError
 from perdure_service.store import document_vectors, documents
 from perdure_service.store.engine import create_engine
 
+from tests.helpers.databases import not_in_another_form
+
+pytestmark = not_in_another_form
 SYNONYMS = {"automobile": "car", "vehicle": "car", "physician": "doctor", "medic": "doctor"}
 
 

@@ -51,6 +51,30 @@ def failure(engine: sa.Engine, code: str) -> sa.exc.DBAPIError:
     return failed.value
 
 
+def test_a_read_has_no_transaction_and_leaves_its_connection_to_transactions(engine: sa.Engine) -> None:
+    single = create_engine(
+        engine.url.render_as_string(hide_password=False), pool_size=1, statement_timeout=STATEMENT_TIMEOUT
+    )
+    now, isolation = sa.text("SELECT now()"), sa.text("SHOW transaction_isolation")
+
+    def read(connection: sa.Connection) -> object:
+        assert connection.connection.driver_connection.autocommit  # type: ignore[union-attr]
+        # Each statement is a transaction of its own, with a time of its own.
+        first, second = connection.execute(now).scalar_one(), connection.execute(now).scalar_one()
+        assert first < second
+        return connection.connection.driver_connection
+
+    with single.begin() as connection:
+        before = connection.execute(isolation).scalar_one()
+    driver_connection = sqlstates.reading(single, "read", read)
+    with single.begin() as connection:
+        assert connection.connection.driver_connection is driver_connection
+        assert not connection.connection.driver_connection.autocommit  # type: ignore[union-attr]
+        assert connection.execute(isolation).scalar_one() == before
+        assert connection.execute(now).scalar_one() == connection.execute(now).scalar_one()
+    single.dispose()
+
+
 @pytest.mark.parametrize("code", sorted(REPEATED | NOT_REPEATED))
 def test_dbos_repeats_what_it_should_and_the_code_stays_known(engine: sa.Engine, code: str) -> None:
     error = failure(engine, code)

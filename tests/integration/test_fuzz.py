@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 import perdure.v1
 import pytest
+from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service.domain.events import decode_events
 
 from tests.conftest import SEED
@@ -39,6 +40,7 @@ MODULES = [
     if module.name.endswith("_service_pb2")
 ]
 RPCS = rpcs(*MODULES)
+CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +133,15 @@ def requests(seeds: dict[str, list[str]]) -> Iterator[tuple[Rpc, bytes]]:
 
 
 async def answer_to(channel: grpc.aio.Channel, one: Rpc, data: bytes) -> tuple[str, str]:
-    """Returns the code and the text of an answer; of a stream that goes on, the first message is enough."""
+    """Returns the code and the text of an answer; of a stream that goes on, the first message is enough.
+
+    Of a stream in both directions it is the answer to its one item.
+    """
     try:
+        if one.both_ways:
+            answer = await channel.stream_stream(one.path)(iter([data]), timeout=scaled(30)).read()
+            error = pb.StartAgentsResponse.FromString(answer).error
+            return CODES[error.code], error.message
         if one.streaming:
             call = channel.unary_stream(one.path)(data, timeout=scaled(30))
             await call.read()

@@ -22,6 +22,7 @@ from perdure_service.store import document_vectors, documents
 from perdure_service.store.engine import create_engine
 from pydantic import BaseModel
 
+from tests.helpers.databases import not_in_another_form
 from tests.integration.test_research_endpoint import PIECES, ModelEndpoint, serving
 
 QUESTION = "When does the lease of a killed process expire?"
@@ -247,6 +248,7 @@ def test_a_failing_embedder_leaves_the_words(engine: sa.Engine, run: RunDouble, 
     assert any(said.startswith("warning: searched by words only") for said in run.said[handle.workflow_id])
 
 
+@not_in_another_form
 def test_meaning_and_words_are_searched_together(engine: sa.Engine, run: RunDouble, endpoint: ModelEndpoint) -> None:
     settings = EmbedderSettings(base_url=endpoint.url, dimensions=2)
     resources.bind(Resources(engine, Settings(embedder=settings)))

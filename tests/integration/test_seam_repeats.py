@@ -128,7 +128,7 @@ def test_what_goes_wrong_in_telling_of_an_end_does_not_reach_dbos(
     monkeypatch.setattr(PerdureSystemDatabase, "update_workflow_outcome", counted)
     monkeypatch.setattr(metering, "run_ended", fails)
     assert harness.start("adder", {"steps": 1}).result() == 1
-    assert outcomes == ["SUCCESS"]
+    assert set(outcomes) == {"SUCCESS"}  # a stage of DBOS's that would have to wait is run again, in a thread
 
 
 def test_what_a_claim_has_taken_is_run_when_it_fails_in_going_on(

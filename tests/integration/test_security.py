@@ -174,7 +174,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ReadArtifact": {"input": True},
 }  # fmt: skip
 """How to ask each method that has a namespace; ids are added by the name of their field."""
-WITHOUT_NAMESPACE = {"ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns"}
+WITHOUT_NAMESPACE = {
+    "StartAgents", "ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns", "ListCells",
+}  # fmt: skip
 ID_FIELDS = ("run_id", "run_ids", "parent_run_id", "approval_id")
 
 
@@ -226,6 +228,23 @@ def test_a_namespace_of_another_tenant_is_answered_as_none(
         assert b"NAMESPACE_NOT_FOUND" in details
         names = THEIRS.encode(), NOWHERE.encode()
         assert (status, text.replace(*names), details.replace(*names)) == told[NOWHERE]
+    assert locked.statements() == before
+
+
+def test_an_item_of_a_stream_about_another_tenants_namespace_is_answered_as_none(
+    locked: Locked, channel: grpc.Channel, theirs: Tenant
+) -> None:
+    before = locked.statements()
+    service = "perdure.v1.AgentRunService"
+    told = {}
+    for namespace in (THEIRS, NOWHERE):
+        start = asked(f"{service}/StartAgent", namespace, theirs.asker, theirs.approval, "r")
+        item = request_of(f"{service}/StartAgents", start=start)
+        answer = call(channel, f"{service}/StartAgents", item, bearer(locked.token([OURS], ALL_ROLES)))
+        told[namespace] = answer.error.SerializeToString(deterministic=True)
+    assert b"NAMESPACE_NOT_FOUND" in told[THEIRS]
+    assert len(THEIRS) == len(NOWHERE)
+    assert told[THEIRS].replace(THEIRS.encode(), NOWHERE.encode()) == told[NOWHERE]
     assert locked.statements() == before
 
 

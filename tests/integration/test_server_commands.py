@@ -20,7 +20,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_client import Client
 from perdure_service.store.engine import parse_url
 
-from tests.helpers.databases import DatabaseServer, url_in_form
+from tests.helpers.databases import DatabaseServer, not_in_another_form, url_in_form
 from tests.helpers.pdfs import pdf
 from tests.helpers.proxy import DatabaseProxy
 from tests.helpers.rpc import Reading, Rpc, new_id, refusal_of, sequences, state_of, states_in
@@ -276,6 +276,7 @@ def test_check_prints_the_settings_without_secrets_and_says_that_all_is_well(dat
     assert "secret-key" not in result.stdout
 
 
+@not_in_another_form
 def test_check_tries_the_object_store(database_url: str) -> None:
     given = {
         "PERDURE_PAYLOADS__S3_BUCKET": "payloads",

@@ -874,3 +874,10 @@ def test_text_of_an_attempt_that_was_killed_is_void(own_server: ServerProcess) -
 
 def _now(rpc: Rpc, run_id: str) -> list[Any]:
     return list(rpc.runs.ListRunEvents(pb.ListRunEventsRequest(run_id=run_id)).events)
+
+
+def test_a_wait_that_is_woken_for_nothing_goes_on_waiting(rpc: Rpc) -> None:
+    run_id = rpc.start("falsely-woken")
+    rpc.until(run_id, "AWAITING_INPUT")
+    rpc.signal(run_id, {"it": "came"})
+    assert json.loads(rpc.end_of(run_id).output_json) == {"it": "came"}

@@ -9,9 +9,18 @@ from datetime import timedelta
 import pytest
 import sqlalchemy as sa
 from perdure_service.domain.events import Event, EventKind, Pack
-from perdure_service.domain.runs import DEADLINE_PASSED, TERMINAL_STATUSES, RunFilter, RunKey, RunStart, RunState
-from perdure_service.store import deletions, event_log, runs
+from perdure_service.domain.runs import (
+    DEADLINE_PASSED,
+    TERMINAL_STATUSES,
+    Run,
+    RunFilter,
+    RunKey,
+    RunStart,
+    RunState,
+)
+from perdure_service.store import deletions, event_log, run_heads, runs
 from perdure_service.store.engine import create_engine
+from perdure_service.store.sqlstates import reading
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +198,38 @@ def test_a_family_may_be_deleted_when_nobody_may_still_read_a_result_of_it(engin
             [["alone"], ["done"]],
             [["done"], ["alone"]],
         )
+
+
+def test_runs_are_found_in_one_statement_each_as_it_is(engine: sa.Engine) -> None:
+    namespace = f"found-{engine.dialect.driver}-{engine.dialect.name}"[:32]
+    keys = [RunKey.of_api(namespace, f"r{number}") for number in range(5)]
+    with engine.begin() as conn:
+        for key in keys:
+            conn.execute(
+                sa.text(
+                    "INSERT INTO dbos.workflow_status (workflow_uuid, status, name, queue_name, priority) "
+                    "VALUES (:id, 'ENQUEUED', 'x', 'q', 2)"
+                ),
+                {"id": key.workflow_id},
+            )
+            start = RunStart(key, "x", "1", "hash", "request", "me", labels={"a": "ü"}, queue="q", priority=2)
+            created = runs.insert(
+                conn, start, input_argument=None, parent_workflow_id=None, unique_request_id=None, executor_id=""
+            )
+            assert created is not None
+            assert runs.get(conn, key.workflow_id) == Run.of_start(start, RunState.QUEUED, created)
+            assert (
+                runs.insert(
+                    conn, start, input_argument=None, parent_workflow_id=None, unique_request_id=None, executor_id=""
+                )
+                is None
+            ), "it exists"
+    wanted = [keys[3].workflow_id, "missing", keys[0].workflow_id, keys[3].workflow_id]
+    basic = reading(engine, "find", lambda conn: runs.find(conn, wanted))
+    full = reading(engine, "find", lambda conn: runs.find(conn, wanted, full=True))
+    assert {one: run.key for one, run in basic.items()} == {key.workflow_id: key for key in (keys[0], keys[3])}
+    assert basic == full, "there is neither input nor output"
+    assert reading(engine, "closed", lambda conn: run_heads.closed(conn, wanted)) == []
+    with engine.begin() as conn:
+        assert runs.end(conn, keys[3].workflow_id) is not None
+    assert reading(engine, "closed", lambda conn: run_heads.closed(conn, wanted)) == [keys[3].workflow_id]

@@ -195,7 +195,11 @@ def test_signals_sent_to_both_servers_arrive_once_and_in_order(both: Pair) -> No
 def test_a_run_that_is_cancelled_at_the_other_server_stops_where_it_executes(both: Pair) -> None:
     run_id = both.at_a.start("counter", {"steps": 1000, "delay_s": 0.05})
     eventually(lambda: len(effects(both.url, run_id)) >= 5)
+    waits = [
+        rpc.runs.WaitRun.future(pb.WaitRunRequest(run_id=run_id), timeout=scaled(20)) for rpc in (both.at_a, both.at_b)
+    ]
     assert state_of(both.at_b.cancel(run_id, "enough")) == "CANCELLED"
+    assert [state_of(wait.result().run) for wait in waits] == ["CANCELLED"] * 2
     known = len(effects(both.url, run_id))
     # Ten steps of the same length are the time that is waited.
     other = both.at_a.start("counter", {"steps": 10, "delay_s": 0.05})
@@ -310,11 +314,13 @@ def _finish(own: Pair, runs: tuple[str, str, str], *, deaths: int) -> None:
 def test_a_server_that_is_killed_loses_its_runs_to_the_other_which_finishes_them(own: Pair) -> None:
     runs = _start_some(own.at_a)
     watch = Reading(own.at_b.watch(runs[0], timeout=60))
+    wait = own.at_b.runs.WaitRun.future(pb.WaitRunRequest(run_id=runs[0]), timeout=60)
     eventually(lambda: len(effects(own.url, runs[0])) >= 4)
     own.a.kill()
     for run_id in runs:
         eventually(lambda run_id=run_id: own.at_b.get(run_id).execution == 2, TAKE_OVER_S, what="it is taken over")
     _finish(own, runs, deaths=1)
+    assert (state_of(wait.result().run), wait.result().run.execution) == ("SUCCEEDED", 2)
     events = events_of(watch.join())
     assert watch.refusal is None, "the watch at the living one held"
     assert events == own.at_b.events(runs[0])

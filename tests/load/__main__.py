@@ -12,9 +12,25 @@ from pathlib import Path
 from perdure_service.store import embedded
 
 from tests.helpers.databases import DatabaseServer, given_server
-from tests.load import frame, herd, recovery
+from tests.helpers.server import sql
+from tests.load import article, frame, growth, herd, idle, latency, recovery, throughput
+from tests.load.usage import is_cockroach
 
-BENCHMARKS = {one.name: one for one in (recovery.BENCHMARK, herd.BENCHMARK)}
+BENCHMARKS = {
+    one.name: one
+    for one in (
+        throughput.BENCHMARK,
+        throughput.SLOW_COMMITS,
+        article.BENCHMARK,
+        latency.BENCHMARK,
+        idle.BENCHMARK,
+        growth.BENCHMARK,
+        recovery.BENCHMARK,
+        herd.BENCHMARK,
+    )
+}
+MAX_CONNECTIONS = 700
+"""Of the embedded server, which has fewer by default: the article's 512 clients are a connection each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,15 +41,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help=f"put the tables into {frame.DOCUMENT.name}")
     for benchmark in BENCHMARKS.values():
         benchmark.add_options(parser)
+    parser.add_argument("--database-url", metavar="URL", help="a PostgreSQL or CockroachDB; databases are made on it")
     options = parser.parse_args(arguments)
     if unknown := set(options.names) - set(BENCHMARKS):
         parser.error(f"there is no benchmark {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
     results = {}
-    with database_server() as server:
+    with database_server(options.database_url) as server:
         for name in options.names or BENCHMARKS:
             say(f"== {name}")
             results[name] = BENCHMARKS[name].run(options, server, say)
-            print(f"\n{frame.table(results[name])}\n", flush=True)
+            print(f"\n{results[name].markdown()}\n", flush=True)
     frame.write_results(results, options.json, frame.DOCUMENT if options.write else None)
 
 
@@ -43,20 +60,26 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def database_server() -> Iterator[DatabaseServer]:
-    """Returns the server that the environment names (PERDURE_TEST_DATABASE_URL), else an embedded PostgreSQL."""
-    if (server := given_server()) is not None:
+def database_server(url: str | None = None) -> Iterator[DatabaseServer]:
+    """Returns the server of a URL, or that the environment names (PERDURE_TEST_…_URL), else an embedded PostgreSQL."""
+    if (server := _server_of(url) if url else given_server()) is not None:
         try:
             yield server
         finally:
             server.drop_all()
         return
     data_dir = Path(tempfile.mkdtemp(prefix="perdure-bench-"))
+    embedded.MAX_CONNECTIONS = MAX_CONNECTIONS
     try:
         with embedded.start(data_dir) as postgres:
             yield DatabaseServer(postgres.url("postgres"), cockroach=False)
     finally:
         shutil.rmtree(data_dir, ignore_errors=True)
+
+
+def _server_of(url: str) -> DatabaseServer:
+    with sql(url) as connection:
+        return DatabaseServer(url, is_cockroach(connection))
 
 
 if __name__ == "__main__":

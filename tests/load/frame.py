@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tests.helpers.databases import DatabaseServer
 
@@ -58,6 +58,59 @@ class Result:
     settings: Mapping[str, Any] = field(default_factory=dict)
     load: tuple[float, float] = (0.0, 0.0)
 
+    def markdown(self) -> str:
+        """Returns the table, and beneath it what it was measured on and with."""
+        first = self.series[0].median
+        lines = [
+            f"| {self.measured} | n | median | p95 | maximum | median, of the first |",
+            "|---|---|---|---|---|---|",
+        ]
+        for one in self.series:
+            cells = [f"{value:.2f} {one.unit}" for value in (one.median, one.quantile(0.95), max(one.values))]
+            share = f"{one.median / first:.2f}" if first else ""
+            lines.append(f"| {one.name} | {len(one.values)} | {' | '.join(cells)} | {share} |")
+        told = ", ".join(f"{name} {value}" for name, value in self.settings.items())
+        lines += ["", f"{machine()}; load {self.load[0]:.1f} to {self.load[1]:.1f}. {told}."]
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the result with every value."""
+        return {
+            "measured": self.measured,
+            "at": now(),
+            "machine": machine(),
+            "load": self.load,
+            "settings": dict(self.settings),
+            "series": [
+                {
+                    "name": one.name,
+                    "unit": one.unit,
+                    "median": one.median,
+                    "p95": one.quantile(0.95),
+                    "maximum": max(one.values),
+                    "values": [round(value, 4) for value in one.values],
+                }
+                for one in self.series
+            ],
+        }
+
+    def svg(self) -> str:
+        """Returns no plot."""
+        return ""
+
+
+class Outcome(Protocol):
+    """What a benchmark returns: `Result` or `grid.Grid`."""
+
+    def markdown(self) -> str:
+        """Returns the table."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns every value."""
+
+    def svg(self) -> str:
+        """Returns the plot, empty if there is none."""
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -70,45 +123,7 @@ class Benchmark:
 
     name: str
     add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace, DatabaseServer, Callable[[str], None]], Result]
-
-
-def table(result: Result) -> str:
-    """Returns a result as Markdown: the table, and beneath it what it was measured on and with."""
-    first = result.series[0].median
-    lines = [
-        f"| {result.measured} | n | median | p95 | maximum | median, of the first |",
-        "|---|---|---|---|---|---|",
-    ]
-    for one in result.series:
-        cells = [f"{value:.2f} {one.unit}" for value in (one.median, one.quantile(0.95), max(one.values))]
-        share = f"{one.median / first:.2f}" if first else ""
-        lines.append(f"| {one.name} | {len(one.values)} | {' | '.join(cells)} | {share} |")
-    told = ", ".join(f"{name} {value}" for name, value in result.settings.items())
-    lines += ["", f"{machine()}; load {result.load[0]:.1f} to {result.load[1]:.1f}. {told}."]
-    return "\n".join(lines)
-
-
-def as_json(result: Result) -> dict[str, Any]:
-    """Returns a result with every value."""
-    return {
-        "measured": result.measured,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine(),
-        "load": result.load,
-        "settings": dict(result.settings),
-        "series": [
-            {
-                "name": one.name,
-                "unit": one.unit,
-                "median": one.median,
-                "p95": one.quantile(0.95),
-                "maximum": max(one.values),
-                "values": [round(value, 4) for value in one.values],
-            }
-            for one in result.series
-        ],
-    }
+    run: Callable[[argparse.Namespace, DatabaseServer, Callable[[str], None]], Outcome]
 
 
 def machine() -> str:
@@ -121,15 +136,25 @@ def load() -> float:
     return os.getloadavg()[0]
 
 
-def write_results(results: Mapping[str, Result], json_path: Path | None, document: Path | None) -> None:
-    """Writes results as JSON, and their tables between the marks of their names in a document."""
+def now() -> str:
+    """Returns the time of a result."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_results(results: Mapping[str, Outcome], json_path: Path | None, document: Path | None) -> None:
+    """Writes results as JSON, and their tables between the marks of their names in a document, plots beside it."""
     if json_path is not None:
-        text = json.dumps({name: as_json(result) for name, result in results.items()}, indent=2)
+        text = json.dumps({name: result.as_json() for name, result in results.items()}, indent=2)
         json_path.write_text(text + "\n", encoding="utf-8")
     if document is not None:
         text = document.read_text(encoding="utf-8")
         for name, result in results.items():
-            text = put(text, name, table(result))
+            content = result.markdown()
+            if svg := result.svg():
+                plot = document.with_name(f"{document.stem}-{name}.svg")
+                plot.write_text(svg, encoding="utf-8")
+                content += f"\n\n![{name}, as lines]({plot.name})"
+            text = put(text, name, content)
         document.write_text(text, encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Adds the benchmark's options; the lease is that of `recovery`."""
     group = parser.add_argument_group("herd")
     group.add_argument("--herd", type=int, default=1_000, metavar="N", help="runs on the server that is killed (1,000)")
-    group.add_argument("--herds", type=int, default=2, metavar="N", help="kills of each variant (2)")
+    group.add_argument("--herds", type=int, default=1, metavar="N", help="kills of each variant (1)")
 
 
 def run(options: argparse.Namespace, server: DatabaseServer, say: Callable[[str], None]) -> Result:

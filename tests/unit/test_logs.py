@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 from perdure_service.errors import ConfigurationError
-from perdure_service.logs import AUDIT_LOGGER, censor_text, configure_logs
+from perdure_service.logs import AUDIT_LOGGER, audit_log, censor_text, configure_logs
 
 
 @pytest.fixture
@@ -71,7 +71,11 @@ def test_the_libraries_that_are_quieted_are_those_that_log_what_is_sent(stream: 
 def test_the_audit_is_never_left_out(stream: io.StringIO) -> None:
     configure_logs("json", "error", stream)
     structlog.get_logger(AUDIT_LOGGER).info("audit", caller="ann")
-    assert [line["event"] for line in lines(stream)] == ["audit"]
+    audit_log().info("audit", caller="ann", token="secret")
+    assert [(line["event"], line["logger"], line["caller"]) for line in lines(stream)] == [
+        ("audit", AUDIT_LOGGER, "ann")
+    ] * 2
+    assert "secret" not in stream.getvalue()
 
 
 def test_dbos_does_not_log_twice_after_it_set_up_its_own_logging(stream: io.StringIO) -> None:

@@ -79,7 +79,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     bench = Bench()
     engine = sa.create_engine("sqlite://")
     bench.writer = TraceWriter(engine, lambda _conn, _id: bench.run, lambda _run, span: bench.written.append(span))
-    monkeypatch.setattr(trace_writer, "retrying", bench.retrying)
+    monkeypatch.setattr(trace_writer, "reading", bench.retrying)
     yield bench
     bench.writer.stop()
     engine.dispose()
@@ -140,7 +140,7 @@ def test_a_failure_is_logged_and_the_next_run_is_written(bench: Bench) -> None:
             raise ConnectionError("gone")
         return bench.retrying(_engine, name, fn)
 
-    trace_writer.retrying = find  # type: ignore[attr-defined]
+    trace_writer.reading = find  # type: ignore[attr-defined]
     bench.writer.ask("w-1", What.LOST, 0)
     bench.writer.ask("w-2", What.LOST, 0)
     with capture_logs() as lines:

@@ -10,6 +10,7 @@
 
 from perdure_client._async_client import AsyncClient
 from perdure_client._async_iterators import AsyncWatch, AsyncWatching
+from perdure_client._bulk import AgentStart, StartResult
 from perdure_client._client import Client
 from perdure_client._config import VERSION as __version__
 from perdure_client._errors import (
@@ -17,6 +18,7 @@ from perdure_client._errors import (
     ApprovalClosed,
     ApprovalNotFound,
     ArtifactNotFound,
+    CellNotServed,
     ClientClosed,
     ConfigurationError,
     Contention,
@@ -29,6 +31,7 @@ from perdure_client._errors import (
     InvalidArgument,
     KeysUnavailable,
     NamespaceNotFound,
+    NamespacePaused,
     NotFound,
     OffsetOutOfRange,
     Overloaded,
@@ -37,6 +40,7 @@ from perdure_client._errors import (
     PermissionDenied,
     ProtocolViolation,
     QuotaExceeded,
+    RegionUnavailable,
     ResourceExhausted,
     RevisionConflict,
     RunConflict,
@@ -82,11 +86,13 @@ from perdure_client._events import (
     WatchUpdate,
 )
 from perdure_client._iterators import Watch, Watching
+from perdure_client._listing import IncompleteListing
 from perdure_client._types import (
     AgentInfo,
     Approval,
     ApprovalState,
     ArtifactInfo,
+    CellInfo,
     ConflictPolicy,
     Decision,
     Deletion,
@@ -107,6 +113,7 @@ from perdure_client._types import (
     StepState,
     StrandedReason,
     StrandedRun,
+    SurvivalGoal,
     TimeoutOutcome,
     TraceSpan,
     Usage,
@@ -115,6 +122,7 @@ from perdure_client._types import (
 __all__ = [
     "AgentInfo",
     "AgentNotFound",
+    "AgentStart",
     "Approval",
     "ApprovalClosed",
     "ApprovalDecided",
@@ -128,6 +136,8 @@ __all__ = [
     "AsyncWatch",
     "AsyncWatching",
     "AttemptReset",
+    "CellInfo",
+    "CellNotServed",
     "ChildStarted",
     "Client",
     "ClientClosed",
@@ -145,6 +155,7 @@ __all__ = [
     "ExecutorState",
     "FailedPrecondition",
     "Failure",
+    "IncompleteListing",
     "InputSchemaViolation",
     "InternalError",
     "InvalidArgument",
@@ -153,6 +164,7 @@ __all__ = [
     "LogLine",
     "ModelUsage",
     "NamespaceNotFound",
+    "NamespacePaused",
     "NotFound",
     "OffsetOutOfRange",
     "OutputDelta",
@@ -166,6 +178,7 @@ __all__ = [
     "QueueInfo",
     "QuotaExceeded",
     "Recovered",
+    "RegionUnavailable",
     "ResourceExhausted",
     "RevisionConflict",
     "Run",
@@ -183,6 +196,7 @@ __all__ = [
     "SpanKind",
     "SpanLink",
     "SpanStatus",
+    "StartResult",
     "StartedRun",
     "StateChanged",
     "Step",
@@ -194,6 +208,7 @@ __all__ = [
     "StoreUnavailable",
     "StrandedReason",
     "StrandedRun",
+    "SurvivalGoal",
     "TimeoutOutcome",
     "TokenExpired",
     "TokenMissing",

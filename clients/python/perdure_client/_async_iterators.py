@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, Self, TypeAlias, TypeVar
 
 from perdure_client._artifacts import ArtifactReader
+from perdure_client._bulk import AgentStart, BulkStarter, StartResult
 from perdure_client._core import Pages
 from perdure_client._events import RunEvent, WatchUpdate
 from perdure_client._watch import Watcher
+
+Starts: TypeAlias = AsyncIterable[AgentStart] | Iterable[AgentStart]
 
 _T = TypeVar("_T")
 
@@ -65,3 +68,12 @@ async def iterate_bytes(reader: ArtifactReader) -> AsyncIterator[bytes]:
             yield data
     finally:
         reader.close()
+
+
+async def iterate_starts(starter: BulkStarter) -> AsyncIterator[StartResult]:
+    """Iterates over what came of many starts."""
+    try:
+        while (result := await starter.read()) is not None:
+            yield result
+    finally:
+        starter.close()

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from perdure_client import _requests
 from perdure_client._artifacts import read_all
+from perdure_client._bulk import StartResult
 from perdure_client._config import (
     DEFAULT_CONNECT_TIMEOUT_S,
     DEFAULT_RECONNECT_TIMEOUT_S,
@@ -18,12 +19,14 @@ from perdure_client._config import (
 )
 from perdure_client._core import Core
 from perdure_client._events import EventKind, RunEvent
-from perdure_client._iterators import Watch, Watching, iterate, iterate_bytes
+from perdure_client._iterators import Starts, Watch, Watching, iterate, iterate_bytes, iterate_starts
+from perdure_client._listing import OnUnreachable
 from perdure_client._transport_sync import SyncTransport, run_blocking
 from perdure_client._types import (
     AgentInfo,
     Approval,
     ApprovalState,
+    CellInfo,
     ConflictPolicy,
     Decision,
     Deletion,
@@ -129,6 +132,7 @@ class Client:
         validate_only: bool = False,
         queue: str = "",
         priority: int = 0,
+        home_region: str = "",
     ) -> StartedRun:
         """Starts an agent, and returns when the start is committed: from then on the run survives every crash.
 
@@ -147,6 +151,8 @@ class Client:
             validate_only: Check everything and start nothing; the returned run has not been created.
             queue: The queue whose limits count for the run; empty means the agent's own, or else the default queue.
             priority: Which runs of a queue come first when they wait: the lower the sooner, from 0 to 2^31-1.
+            home_region: The region where the run shall live; empty means the home of the namespace. Not together with
+                `run_id`: the server makes the id there.
 
         Returns:
             The run; its `created` says whether this call made it.
@@ -174,9 +180,32 @@ class Client:
                     validate_only=validate_only,
                     queue=queue,
                     priority=priority,
+                    home_region=home_region,
                 )
             )
         )
+
+    def start_many(self, starts: Starts) -> Iterator[StartResult]:
+        """Starts many agents over one stream, and iterates over what came of each, in their order.
+
+        What `start` would raise for one of them is the `error` of its result, and the others go on. A stream that
+        breaks is opened again, at another server where there is one, and what had no answer is sent once more: no run
+        is started twice, and none is left out. The server bounds how many are at work at a time, and how many a
+        namespace may start in a second; the iteration is then slower.
+
+        Starts are taken ahead, up to 256 of them: what gives them must not wait for their results. Leaving the loop
+        ends the stream; what had been taken may have been started. Give each start a `run_id` to be able to do the
+        whole again.
+
+        Args:
+            starts: The starts; they may be endless, and are taken as fast as the server takes them.
+
+        Raises:
+            PermissionDenied: The token lacks the role `operator` (by the iteration, as everything from the server).
+            PerdureError: There was no answer for too long. What came before stands; of what was given and did not come,
+                nothing is known.
+        """
+        return iterate_starts(self._core.start_many(starts))
 
     def run(
         self,
@@ -191,6 +220,7 @@ class Client:
         timeout: float | None = None,
         queue: str = "",
         priority: int = 0,
+        home_region: str = "",
     ) -> JsonValue:
         """Starts an agent, waits for its end, and returns its output.
 
@@ -205,6 +235,7 @@ class Client:
             timeout: Seconds to wait for the end; None for as long as it takes. The run goes on afterwards.
             queue: As in `start`.
             priority: As in `start`.
+            home_region: As in `start`.
 
         Returns:
             The output, as parsed JSON.
@@ -224,6 +255,7 @@ class Client:
             deadline=deadline,
             queue=queue,
             priority=priority,
+            home_region=home_region,
         )
         return run_blocking(self._core.run(request, timeout_s=timeout))
 
@@ -263,6 +295,7 @@ class Client:
         from_create_time: datetime | None = None,
         until_create_time: datetime | None = None,
         limit: int | None = None,
+        on_unreachable: OnUnreachable | None = None,
     ) -> Iterator[Run]:
         """Iterates over runs, newest first, without input and output. Pages are fetched as they are needed.
 
@@ -278,6 +311,8 @@ class Client:
             from_create_time: Only runs created at this time (timezone-aware) or later.
             until_create_time: Only runs created before this time (timezone-aware).
             limit: At most this many; None for all.
+            on_unreachable: Called with the names of regions that could not be asked, whose runs are missing. None: it
+                is warned of (`IncompleteListing`).
         """
         request = _requests.list_runs(
             self.namespace,
@@ -289,7 +324,7 @@ class Client:
             from_create_time=from_create_time,
             until_create_time=until_create_time,
         )
-        return iterate(self._core.list_runs(request, limit=limit))
+        return iterate(self._core.list_runs(request, limit=limit, on_unreachable=on_unreachable))
 
     def watch(
         self,
@@ -515,14 +550,22 @@ class Client:
             )
         )
 
-    def approvals(self, *, states: Iterable[ApprovalState] = (), run: Run | str | None = None) -> Iterator[Approval]:
+    def approvals(
+        self,
+        *,
+        states: Iterable[ApprovalState] = (),
+        run: Run | str | None = None,
+        on_unreachable: OnUnreachable | None = None,
+    ) -> Iterator[Approval]:
         """Iterates over approvals, oldest first. Pages are fetched as they are needed.
 
         Args:
             states: Only approvals in one of these states; empty means PENDING.
             run: Only approvals of this run; None for all.
+            on_unreachable: As in `list`.
         """
-        return iterate(self._core.list_approvals(_requests.list_approvals(self.namespace, states=states, run=run)))
+        request = _requests.list_approvals(self.namespace, states=states, run=run)
+        return iterate(self._core.list_approvals(request, on_unreachable=on_unreachable))
 
     def get_approval(self, approval: Approval | str) -> Approval:
         """Returns an approval as it is now.
@@ -645,6 +688,17 @@ class Client:
             Unimplemented: This is not the admin address.
         """
         return iterate(self._core.list_queues())
+
+    def cells(self) -> Iterator[CellInfo]:
+        """Iterates over the cells of the service; there are none where it has no regions.
+
+        Operators' calls are served at an address of their own: make a client for it, by default localhost:50053.
+
+        Raises:
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address, or the server is older.
+        """
+        return iterate(self._core.list_cells())
 
     def stranded(self) -> Iterator[StrandedRun]:
         """Iterates over the runs that no living executor can continue, the oldest first, of all namespaces.

@@ -34,7 +34,7 @@ def _version() -> str:
 
 VERSION = _version()
 
-_MAX_MESSAGE_BYTES = 8 * 2**20  # the server's own limit (PERDURE_MAX_MESSAGE_BYTES)
+MAX_MESSAGE_BYTES = 8 * 2**20  # the server's own limit (PERDUREMAX_MESSAGE_BYTES)
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _LOOPBACK = re.compile(r"localhost|127(?:\.\d{1,3}){3}|::1|0:0:0:0:0:0:0:1", re.IGNORECASE)
 
@@ -47,8 +47,8 @@ CHANNEL_OPTIONS: ChannelOptions = (
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Every server serves every run, so spread the calls over all addresses of the name.
     ("grpc.service_config", json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})),
     ("grpc.service_config_disable_resolution", 1),

@@ -24,6 +24,7 @@ from perdure_client._types import (
     AgentInfo,
     Approval,
     ApprovalState,
+    CellInfo,
     Deletion,
     ExecutorInfo,
     ExecutorState,
@@ -42,6 +43,7 @@ from perdure_client._types import (
     StepState,
     StrandedReason,
     StrandedRun,
+    SurvivalGoal,
     TimeoutOutcome,
     TraceSpan,
     Usage,
@@ -64,6 +66,11 @@ _EXECUTOR_STATES = {
     getattr(operator_service_pb2, f"EXECUTOR_STATE_{state}"): state
     for state in ExecutorState
     if state is not ExecutorState.UNKNOWN
+}
+_SURVIVAL_GOALS = {
+    operator_service_pb2.SurvivalGoal.Value(f"SURVIVAL_GOAL_{goal}"): goal
+    for goal in SurvivalGoal
+    if goal is not SurvivalGoal.UNKNOWN
 }
 _STRANDED_REASONS = {
     getattr(operator_service_pb2, f"STRANDED_REASON_{reason}"): reason
@@ -129,6 +136,7 @@ def _run_fields(message: agent_run_pb2.AgentRun) -> dict[str, Any]:
         "priority": message.priority,
         "input_bytes": message.input_bytes,
         "output_bytes": message.output_bytes,
+        "home_region": message.home_region,
     }
 
 
@@ -239,6 +247,22 @@ def queue_from(message: operator_service_pb2.Queue) -> QueueInfo:
         queued=message.queued,
         running=message.running,
         oldest_queued_time=_time(message, "oldest_queued_time"),
+    )
+
+
+def cell_from(message: operator_service_pb2.Cell) -> CellInfo:
+    """Returns a cell."""
+    return CellInfo(
+        cell=message.cell,
+        home_region=message.home_region,
+        secondary_region=message.secondary_region,
+        survival_goal=_SURVIVAL_GOALS.get(message.survival_goal, SurvivalGoal.UNKNOWN),
+        database=message.database,
+        address=message.address,
+        standby_address=message.standby_address,
+        namespaces=tuple(message.namespaces),
+        served_here=message.served_here,
+        reachable=message.reachable,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Generic, TypeVar
 
@@ -14,14 +14,17 @@ from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_service_pb
 
 from perdure_client import _convert, _requests, _transport
 from perdure_client._artifacts import ArtifactReader, read_all
+from perdure_client._bulk import AgentStart, BulkStarter
 from perdure_client._config import Config
 from perdure_client._errors import DeadlineExceeded, RunFailed, WaitTimeout
 from perdure_client._events import EventKind, RunEvent
+from perdure_client._listing import OnUnreachable, told_once
 from perdure_client._retry import Patience
 from perdure_client._transport import Method, Transport
 from perdure_client._types import (
     AgentInfo,
     Approval,
+    CellInfo,
     Deletion,
     ExecutorInfo,
     JsonValue,
@@ -120,6 +123,10 @@ class Core:
         """Starts an agent."""
         response = await self.call(_transport.START_AGENT, request)
         return _convert.started_run_from(response.run, created=response.created)
+
+    def start_many(self, starts: AsyncIterable[AgentStart] | Iterable[AgentStart]) -> BulkStarter:
+        """Starts many agents; nothing is sent before the first read."""
+        return BulkStarter(self.transport, self.config, starts)
 
     async def get(self, run: Run | str, *, full: bool) -> Run:
         """Returns a run."""
@@ -241,12 +248,20 @@ class Core:
         request = catalog.GetAgentRequest(agent=agent, agent_version=agent_version)
         return _convert.agent_from((await self.call(_transport.GET_AGENT, request)).agent)
 
-    def list_runs(self, request: agent_run_service_pb2.ListRunsRequest, *, limit: int | None) -> Pages[Run]:
+    def list_runs(
+        self,
+        request: agent_run_service_pb2.ListRunsRequest,
+        *,
+        limit: int | None,
+        on_unreachable: OnUnreachable | None = None,
+    ) -> Pages[Run]:
         """Lists runs, newest first."""
+        tell = told_once(on_unreachable)
 
         async def fetch(token: str) -> tuple[Sequence[Run], str]:
             request.page_token = token
             page = await self.call(_transport.LIST_RUNS, request)
+            tell(page.unreachable)
             return [_convert.run_from(run) for run in page.runs], page.next_page_token
 
         request.page_size = _PAGE_SIZE if limit is None else min(_PAGE_SIZE, max(1, limit))
@@ -288,12 +303,16 @@ class Core:
         )
         return _convert.trace_from(await self.call(_transport.GET_RUN_TRACE, request))
 
-    def list_approvals(self, request: approval_service_pb2.ListApprovalsRequest) -> Pages[Approval]:
+    def list_approvals(
+        self, request: approval_service_pb2.ListApprovalsRequest, *, on_unreachable: OnUnreachable | None = None
+    ) -> Pages[Approval]:
         """Lists approvals, oldest first."""
+        tell = told_once(on_unreachable)
 
         async def fetch(token: str) -> tuple[Sequence[Approval], str]:
             request.page_token = token
             page = await self.call(_transport.LIST_APPROVALS, request)
+            tell(page.unreachable)
             return [_convert.approval_from(approval) for approval in page.approvals], page.next_page_token
 
         request.page_size = _PAGE_SIZE
@@ -329,6 +348,17 @@ class Core:
             request.page_token = token
             page = await self.call(_transport.LIST_QUEUES, request)
             return [_convert.queue_from(queue) for queue in page.queues], page.next_page_token
+
+        return Pages(fetch)
+
+    def list_cells(self) -> Pages[CellInfo]:
+        """Lists the cells in the order of the regions file."""
+        request = operator_service_pb2.ListCellsRequest(page_size=_PAGE_SIZE)
+
+        async def fetch(token: str) -> tuple[Sequence[CellInfo], str]:
+            request.page_token = token
+            page = await self.call(_transport.LIST_CELLS, request)
+            return [_convert.cell_from(cell) for cell in page.cells], page.next_page_token
 
         return Pages(fetch)
 

@@ -276,6 +276,24 @@ class KeysUnavailable(Unavailable):
     reason = "KEYS_UNAVAILABLE"
 
 
+class RegionUnavailable(Unavailable):
+    """The region where the run lives cannot be reached; wait and repeat, which is safe."""
+
+    reason = "REGION_UNAVAILABLE"
+
+
+class CellNotServed(Unavailable):
+    """The call came to a server of another cell than it was sent to; repeat it, and it finds another way."""
+
+    reason = "CELL_NOT_SERVED"
+
+
+class NamespacePaused(Unavailable):
+    """The namespace is being moved to another home, and nothing is started in it meanwhile; wait and repeat."""
+
+    reason = "NAMESPACE_PAUSED"
+
+
 class Draining(Unavailable):
     """This server is stopping; repeat the call, and another one will take it."""
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Generic, Self, TypeAlias, TypeVar
 
 from perdure_client._artifacts import ArtifactReader
+from perdure_client._bulk import AgentStart, BulkStarter, StartResult
 from perdure_client._core import Pages
 from perdure_client._events import RunEvent, WatchUpdate
 from perdure_client._transport_sync import run_blocking
 from perdure_client._watch import Watcher
+
+Starts: TypeAlias = Iterable[AgentStart]
 
 _T = TypeVar("_T")
 
@@ -65,3 +68,12 @@ def iterate_bytes(reader: ArtifactReader) -> Iterator[bytes]:
             yield data
     finally:
         reader.close()
+
+
+def iterate_starts(starter: BulkStarter) -> Iterator[StartResult]:
+    """Iterates over what came of many starts."""
+    try:
+        while (result := run_blocking(starter.read())) is not None:
+            yield result
+    finally:
+        starter.close()

@@ -71,13 +71,16 @@ def start_agent(
     validate_only: bool = False,
     queue: str = "",
     priority: int = 0,
+    home_region: str = "",
 ) -> agent_run_service_pb2.StartAgentRequest:
     """Returns the request of a start; see `AsyncClient.start` for the arguments.
 
     Raises:
-        InvalidArgument: The input is no JSON object, a time is naive, both delay and start_time are given, or the
-            priority is out of range.
+        InvalidArgument: The input is no JSON object, a time is naive, both delay and start_time, or both run_id and
+            home_region are given, or the priority is out of range.
     """
+    if home_region and run_id is not None:
+        raise _invalid("home_region", "cannot be given together with run_id: the server makes the id there")
     if not 0 <= priority <= _MAX_PRIORITY:
         raise _invalid("priority", f"must be from 0 to {_MAX_PRIORITY}, not {priority}")
     if delay is not None and start_time is not None:
@@ -86,7 +89,7 @@ def start_agent(
         namespace=namespace,
         agent=agent,
         agent_version=agent_version,
-        run_id=new_run_id() if run_id is None else run_id,
+        run_id=("" if home_region else new_run_id()) if run_id is None else run_id,
         request_id=new_request_id(),
         input_json=_object_text("input", {} if input is None else input),
         conflict_policy=agent_run_service_pb2.ConflictPolicy.Value(
@@ -100,6 +103,7 @@ def start_agent(
         validate_only=validate_only,
         queue=queue,
         priority=priority,
+        home_region=home_region,
     )
 
 

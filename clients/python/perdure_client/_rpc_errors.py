@@ -45,6 +45,9 @@ _BY_REASON: dict[str, type[PerdureError]] = {
         _errors.OffsetOutOfRange,
         _errors.ViewTooLarge,
         _errors.StoreUnavailable,
+        _errors.RegionUnavailable,
+        _errors.CellNotServed,
+        _errors.NamespacePaused,
         _errors.Draining,
         _errors.Overloaded,
         _errors.QuotaExceeded,
@@ -69,10 +72,14 @@ _BY_CODE: dict[str, type[PerdureError]] = {
     "INTERNAL": _errors.InternalError,
 }
 
+_CODES: dict[int, str] = {code.value[0]: code.name for code in grpc.StatusCode}
+
 # How gRPC's transport names a connection that broke under a call (src/core/ext/transport/chttp2; grpc/_channel.py).
 _CONNECTION_BROKE = re.compile(
     r"RST_STREAM|GOAWAY|Stream removed|Socket closed|[Cc]onnection (?:reset|closed|aborted)|Broken pipe|"
-    r"Endpoint closing|Transport closed|HTTP/?2",
+    r"Endpoint closing|Transport closed|HTTP/?2|"
+    # What grpc.aio says of a stream that ended under a write, whatever it ended with.
+    r"Internal error from Core",
 )
 # How gRPC names a message that is over a limit (src/core/ext/filters/message_size); whose limit, it says before that.
 _TOO_LARGE = re.compile(
@@ -88,15 +95,31 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> PerdureError:
         error: Of either flavour of gRPC, asyncio's or the blocking one.
         address: The server's, for the message.
     """
-    code = error.code()
+    status = status_pb2.Status()
+    try:
+        status.ParseFromString(_status_bytes(error))
+    except DecodeError:
+        status.Clear()
     text = error.details() or ""
-    info, retry, bad_request = _details(error)
+    return _from_details(status, error.code().name, text) or _from_transport(error.code(), text, address)
+
+
+def from_status(status: status_pb2.Status) -> PerdureError:
+    """Returns the error of one item of a call that has others, as the server sent it."""
+    code = _CODES.get(status.code, "UNKNOWN")
+    found = _from_details(status, code, status.message)
+    return found or _BY_CODE.get(code, PerdureError)(status.message or code, code=code, reason=code)
+
+
+def _from_details(status: status_pb2.Status, code: str, text: str) -> PerdureError | None:
+    """Returns what perdure's details of a status say; None when it has none."""
+    info, retry, bad_request = _details(status)
     if info is None:
-        return _from_transport(code, text, address)
-    return _error_class(info.reason, code.name, retry is not None)(
-        text or f"the server answered {code.name}",
-        code=code.name,
-        reason=info.reason or code.name,
+        return None
+    return _error_class(info.reason, code, retry is not None)(
+        text or f"the server answered {code}",
+        code=code,
+        reason=info.reason or code,
         metadata=info.metadata,
         violations=[Violation(v.field, v.description) for v in bad_request.field_violations] if bad_request else (),
         error_id=info.metadata.get("error_id", ""),
@@ -117,14 +140,9 @@ def _error_class(reason: str, code: str, retry_advised: bool) -> type[PerdureErr
     return _BY_CODE.get(code, PerdureError)
 
 
-def _details(error: grpc.RpcError) -> _Details:
+def _details(status: status_pb2.Status) -> _Details:
     """Returns the parts of the server's `google.rpc.Status`; None for each that it did not send."""
     info = retry = bad_request = None
-    status = status_pb2.Status()
-    try:
-        status.ParseFromString(_status_bytes(error))
-    except DecodeError:
-        return None, None, None
     for detail in status.details:
         match detail.TypeName():
             case "google.rpc.ErrorInfo":

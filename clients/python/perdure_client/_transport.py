@@ -17,6 +17,7 @@ Metadata: TypeAlias = tuple[tuple[str, str], ...]
 _RequestT = TypeVar("_RequestT", bound=Message)
 _ResponseT = TypeVar("_ResponseT", bound=Message)
 _ReadT = TypeVar("_ReadT", bound=Message, covariant=True)
+_SendT = TypeVar("_SendT", bound=Message, contravariant=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ def _method(service: str, request: type[_RequestT], response: type[_ResponseT]) 
 
 
 START_AGENT = _method("AgentRunService", runs.StartAgentRequest, runs.StartAgentResponse)
+START_AGENTS = _method("AgentRunService", runs.StartAgentsRequest, runs.StartAgentsResponse)
 GET_RUN = _method("AgentRunService", runs.GetRunRequest, runs.GetRunResponse)
 LIST_RUNS = _method("AgentRunService", runs.ListRunsRequest, runs.ListRunsResponse)
 WATCH_RUN = _method("AgentRunService", runs.WatchRunRequest, runs.WatchRunResponse)
@@ -54,6 +56,7 @@ LIST_AGENTS = _method("AgentCatalogService", catalog.ListAgentsRequest, catalog.
 GET_AGENT = _method("AgentCatalogService", catalog.GetAgentRequest, catalog.GetAgentResponse)
 LIST_QUEUES = _method("OperatorService", operators.ListQueuesRequest, operators.ListQueuesResponse)
 LIST_EXECUTORS = _method("OperatorService", operators.ListExecutorsRequest, operators.ListExecutorsResponse)
+LIST_CELLS = _method("OperatorService", operators.ListCellsRequest, operators.ListCellsResponse)
 LIST_STRANDED_RUNS = _method("OperatorService", operators.ListStrandedRunsRequest, operators.ListStrandedRunsResponse)
 
 
@@ -79,6 +82,31 @@ class Stream(Protocol[_ReadT]):
         ...
 
 
+class Exchange(Protocol[_SendT, _ReadT]):
+    """An open stream in both directions. The caller bounds what is on its way: it reads before it sends ever more."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next `read` returns, or raises, at once."""
+        ...
+
+    def send(self, request: _SendT) -> None:
+        """Sends a message, soon; a failure shows in `read`."""
+        ...
+
+    def finish(self) -> None:
+        """Says that nothing more will be sent."""
+        ...
+
+    async def read(self, timeout_s: float) -> _ReadT | None:
+        """See `Stream.read`."""
+        ...
+
+    def cancel(self) -> None:
+        """Ends the stream; may be called at any time, and again."""
+        ...
+
+
 class Transport(Protocol):
     """Makes single attempts."""
 
@@ -97,6 +125,14 @@ class Transport(Protocol):
         self, method: Method[_RequestT, _ResponseT], request: _RequestT, *, metadata: Metadata
     ) -> Stream[_ResponseT]:
         """Opens a stream; failures show in its first `read`.
+
+        Raises:
+            ClientClosed: The client was closed before.
+        """
+        ...
+
+    def exchange(self, method: Method[_RequestT, _ResponseT], *, metadata: Metadata) -> Exchange[_RequestT, _ResponseT]:
+        """Opens a stream in both directions; failures show in its first `read`.
 
         Raises:
             ClientClosed: The client was closed before.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar, cast
 
 import grpc
@@ -45,6 +46,63 @@ class AioStream(Generic[_ResponseT]):
         self._call.cancel()
 
 
+class AioExchange(Generic[_RequestT, _ResponseT]):
+    """An open stream in both directions: what comes is taken at once, so that sending never waits for a reader."""
+
+    def __init__(self, transport: AioTransport, opener: Any, metadata: Metadata) -> None:
+        self._transport = transport
+        self._outgoing: asyncio.Queue[_RequestT | None] = asyncio.Queue()
+        self._incoming: asyncio.Queue[_ResponseT | Exception | None] = asyncio.Queue()
+        self._call: grpc.aio.StreamStreamCall[_RequestT, _ResponseT] = opener(self._requests(), metadata=metadata)
+        self._taker = asyncio.create_task(self._take())
+
+    @property
+    def ready(self) -> bool:
+        """See `Exchange.ready`."""
+        return not self._incoming.empty()
+
+    def send(self, request: _RequestT) -> None:
+        """See `Exchange.send`."""
+        self._outgoing.put_nowait(request)
+
+    def finish(self) -> None:
+        """See `Exchange.finish`."""
+        self._outgoing.put_nowait(None)
+
+    async def read(self, timeout_s: float) -> _ResponseT | None:
+        """See `Exchange.read`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await self._incoming.get()
+        except TimeoutError:
+            raise Silence from None
+        if isinstance(message, Exception):
+            raise message
+        return message
+
+    def cancel(self) -> None:
+        """See `Exchange.cancel`."""
+        self._taker.cancel()
+        self._call.cancel()
+        self._incoming.put_nowait(ClientClosed("the stream is closed"))  # for who reads in another task
+
+    async def _requests(self) -> AsyncIterator[_RequestT]:
+        while (request := await self._outgoing.get()) is not None:
+            yield request
+
+    async def _take(self) -> None:
+        try:
+            while (message := await self._call.read()) is not grpc.aio.EOF:
+                self._incoming.put_nowait(cast(_ResponseT, message))
+            self._incoming.put_nowait(None)
+        except grpc.RpcError as error:
+            self._incoming.put_nowait(error)
+        except asyncio.CancelledError:
+            if _is_being_cancelled():
+                raise
+            self._incoming.put_nowait(ClientClosed("the client is closed"))
+
+
 class AioTransport:
     """A channel of one event loop: the one that makes the first call."""
 
@@ -75,6 +133,13 @@ class AioTransport:
         """See `Transport.stream`."""
         opener = self._channel().unary_stream(method.path, method.encode, method.decode)
         return AioStream(self, opener(request, metadata=metadata))
+
+    def exchange(
+        self, method: Method[_RequestT, _ResponseT], *, metadata: Metadata
+    ) -> AioExchange[_RequestT, _ResponseT]:
+        """See `Transport.exchange`."""
+        opener = self._channel().stream_stream(method.path, method.encode, method.decode)
+        return AioExchange(self, opener, metadata)
 
     async def sleep(self, delay_s: float) -> None:
         """See `Transport.sleep`."""

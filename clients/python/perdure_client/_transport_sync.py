@@ -6,6 +6,7 @@ an event loop.
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Coroutine
@@ -118,6 +119,54 @@ class SyncStream(Generic[_ResponseT]):
         self._call.cancel()
 
 
+class SyncExchange(Generic[_RequestT, _ResponseT]):
+    """An open stream in both directions: a thread takes what comes, so that a reader can know whether there is any."""
+
+    def __init__(self, transport: SyncTransport, opener: Any, metadata: Metadata) -> None:
+        self._transport = transport
+        self._outgoing: queue.SimpleQueue[_RequestT | None] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[_ResponseT | Exception | None] = queue.SimpleQueue()
+        self._call = opener(iter(self._outgoing.get, None), metadata=metadata)
+        threading.Thread(target=self._take, name="perdure-answers", daemon=True).start()
+
+    @property
+    def ready(self) -> bool:
+        """See `Exchange.ready`."""
+        return not self._incoming.empty()
+
+    def send(self, request: _RequestT) -> None:
+        """See `Exchange.send`."""
+        self._outgoing.put(request)
+
+    def finish(self) -> None:
+        """See `Exchange.finish`."""
+        self._outgoing.put(None)
+
+    async def read(self, timeout_s: float) -> _ResponseT | None:
+        """See `Exchange.read`."""
+        try:
+            message = self._incoming.get(timeout=timeout_s)
+        except queue.Empty:
+            raise Silence from None
+        if isinstance(message, Exception):
+            self._transport.raise_if_closed()
+            raise message
+        return message
+
+    def cancel(self) -> None:
+        """See `Exchange.cancel`."""
+        self._outgoing.put(None)  # else gRPC's thread would wait for it for ever
+        self._call.cancel()
+
+    def _take(self) -> None:
+        try:
+            for message in self._call:
+                self._incoming.put(message)
+            self._incoming.put(None)
+        except grpc.RpcError as error:
+            self._incoming.put(error)
+
+
 class SyncTransport:
     """A channel, for any number of threads."""
 
@@ -158,6 +207,18 @@ class SyncTransport:
             self.raise_if_closed()
             raise
         return SyncStream(self, call, self._watchdog)
+
+    def exchange(
+        self, method: Method[_RequestT, _ResponseT], *, metadata: Metadata
+    ) -> SyncExchange[_RequestT, _ResponseT]:
+        """See `Transport.exchange`."""
+        self.raise_if_closed()
+        opener = self._channel.stream_stream(method.path, method.encode, method.decode)
+        try:
+            return SyncExchange(self, opener, metadata)
+        except ValueError:
+            self.raise_if_closed()
+            raise
 
     async def sleep(self, delay_s: float) -> None:
         """See `Transport.sleep`."""

@@ -242,6 +242,7 @@ class Run:
         priority: Its place among the waiting runs of the queue: the lower the sooner.
         input_bytes: How many bytes the input has as JSON; 0 where it was not asked for.
         output_bytes: The same of the output; 0 while there is none.
+        home_region: The region where it lives; empty where the service has no regions.
     """
 
     namespace: str
@@ -275,6 +276,7 @@ class Run:
     priority: int = 0
     input_bytes: int = 0
     output_bytes: int = 0
+    home_region: str = ""
 
     @property
     def done(self) -> bool:
@@ -570,6 +572,46 @@ class QueueInfo:
     queued: int = 0
     running: int = 0
     oldest_queued_time: datetime | None = None
+
+
+class SurvivalGoal(StrEnum):
+    """What the database of a cell survives without losing what was committed."""
+
+    UNKNOWN = "UNKNOWN"
+    """A goal that this version of the library does not know; the server is newer."""
+    REGION = "REGION"
+    """The loss of a region."""
+    ZONE = "ZONE"
+    """The loss of a zone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellInfo:
+    """A cell: one home database and the executors that serve it.
+
+    Attributes:
+        cell: Its name: what the ids begin with that its servers make.
+        home_region: Its home region.
+        secondary_region: The region that has the next copies of its data; empty for none.
+        survival_goal: What its database survives.
+        database: Its database.
+        address: Where servers of other cells reach its servers.
+        standby_address: Where those are that take over when its region is lost; empty for none.
+        namespaces: Those whose home it is.
+        served_here: Whether the server that was asked serves it.
+        reachable: Whether one of its servers answered the one that was asked.
+    """
+
+    cell: str
+    home_region: str
+    secondary_region: str = ""
+    survival_goal: SurvivalGoal = SurvivalGoal.UNKNOWN
+    database: str = ""
+    address: str = ""
+    standby_address: str = ""
+    namespaces: tuple[str, ...] = ()
+    served_here: bool = False
+    reachable: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aperdure/v1/agent_run.proto\x12\nperdure.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9f\x07\n\x08\x41gentRun\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x14\n\x0cinput_sha256\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12\x14\n\x0cstate_reason\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rdeadline_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\texecution\x18\x0c \x01(\x05\x12\x13\n\x0b\x65xecutor_id\x18\r \x01(\t\x12)\n\x08progress\x18\x0e \x01(\x0b\x32\x17.perdure.v1.RunProgress\x12\x19\n\x11pending_approvals\x18\x0f \x01(\x05\x12\x12\n\ninput_json\x18\x10 \x01(\t\x12\x13\n\x0boutput_json\x18\x11 \x01(\t\x12,\n\x07\x66\x61ilure\x18\x12 \x01(\x0b\x32\x1b.perdure.v1.AgentRunFailure\x12\x30\n\x06labels\x18\x13 \x03(\x0b\x32 .perdure.v1.AgentRun.LabelsEntry\x12\x12\n\ncontext_id\x18\x14 \x01(\t\x12\x15\n\rparent_run_id\x18\x15 \x01(\t\x12\x10\n\x08trace_id\x18\x16 \x01(\t\x12\x15\n\rlast_sequence\x18\x17 \x01(\x03\x12#\n\x05usage\x18\x18 \x01(\x0b\x32\x14.perdure.v1.RunUsage\x12\x1a\n\x12\x66orked_from_run_id\x18\x19 \x01(\t\x12\x1b\n\x13\x66orked_from_step_id\x18\x1a \x01(\x05\x12\x0e\n\x06\x63\x61ller\x18\x1b \x01(\t\x12\r\n\x05queue\x18\x1c \x01(\t\x12\x10\n\x08priority\x18\x1d \x01(\x05\x12\x13\n\x0binput_bytes\x18\x1e \x01(\x03\x12\x14\n\x0coutput_bytes\x18\x1f \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"7\n\x08RunUsage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12\x15\n\routput_tokens\x18\x02 \x01(\x03\"@\n\x0bRunProgress\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x11\n\tcompleted\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\"e\n\x0f\x41gentRunFailure\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tstep_name\x18\x03 \x01(\t\x12\x11\n\tretryable\x18\x04 \x01(\x08\x12\r\n\x05\x63\x61use\x18\x05 \x01(\t*\xc1\x02\n\rAgentRunState\x12\x1f\n\x1b\x41GENT_RUN_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41GENT_RUN_STATE_SCHEDULED\x10\x01\x12\x1a\n\x16\x41GENT_RUN_STATE_QUEUED\x10\x02\x12\x1b\n\x17\x41GENT_RUN_STATE_RUNNING\x10\x03\x12\"\n\x1e\x41GENT_RUN_STATE_AWAITING_INPUT\x10\x04\x12\x1c\n\x18\x41GENT_RUN_STATE_SLEEPING\x10\x05\x12\x1d\n\x19\x41GENT_RUN_STATE_SUCCEEDED\x10\x06\x12\x1a\n\x16\x41GENT_RUN_STATE_FAILED\x10\x07\x12\x1d\n\x19\x41GENT_RUN_STATE_CANCELLED\x10\x08\x12\x1b\n\x17\x41GENT_RUN_STATE_EXPIRED\x10\t*a\n\x0c\x41gentRunView\x12\x1e\n\x1a\x41GENT_RUN_VIEW_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41GENT_RUN_VIEW_BASIC\x10\x01\x12\x17\n\x13\x41GENT_RUN_VIEW_FULL\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1aperdure/v1/agent_run.proto\x12\nperdure.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb4\x07\n\x08\x41gentRun\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x14\n\x0cinput_sha256\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12\x14\n\x0cstate_reason\x18\x07 \x01(\t\x12/\n\x0b\x63reate_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\rdeadline_time\x18\x0b \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\texecution\x18\x0c \x01(\x05\x12\x13\n\x0b\x65xecutor_id\x18\r \x01(\t\x12)\n\x08progress\x18\x0e \x01(\x0b\x32\x17.perdure.v1.RunProgress\x12\x19\n\x11pending_approvals\x18\x0f \x01(\x05\x12\x12\n\ninput_json\x18\x10 \x01(\t\x12\x13\n\x0boutput_json\x18\x11 \x01(\t\x12,\n\x07\x66\x61ilure\x18\x12 \x01(\x0b\x32\x1b.perdure.v1.AgentRunFailure\x12\x30\n\x06labels\x18\x13 \x03(\x0b\x32 .perdure.v1.AgentRun.LabelsEntry\x12\x12\n\ncontext_id\x18\x14 \x01(\t\x12\x15\n\rparent_run_id\x18\x15 \x01(\t\x12\x10\n\x08trace_id\x18\x16 \x01(\t\x12\x15\n\rlast_sequence\x18\x17 \x01(\x03\x12#\n\x05usage\x18\x18 \x01(\x0b\x32\x14.perdure.v1.RunUsage\x12\x1a\n\x12\x66orked_from_run_id\x18\x19 \x01(\t\x12\x1b\n\x13\x66orked_from_step_id\x18\x1a \x01(\x05\x12\x0e\n\x06\x63\x61ller\x18\x1b \x01(\t\x12\r\n\x05queue\x18\x1c \x01(\t\x12\x10\n\x08priority\x18\x1d \x01(\x05\x12\x13\n\x0binput_bytes\x18\x1e \x01(\x03\x12\x14\n\x0coutput_bytes\x18\x1f \x01(\x03\x12\x13\n\x0bhome_region\x18  \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"7\n\x08RunUsage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12\x15\n\routput_tokens\x18\x02 \x01(\x03\"@\n\x0bRunProgress\x12\x0f\n\x07message\x18\x01 \x01(\t\x12\x11\n\tcompleted\x18\x02 \x01(\x03\x12\r\n\x05total\x18\x03 \x01(\x03\"e\n\x0f\x41gentRunFailure\x12\x0c\n\x04type\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x11\n\tstep_name\x18\x03 \x01(\t\x12\x11\n\tretryable\x18\x04 \x01(\x08\x12\r\n\x05\x63\x61use\x18\x05 \x01(\t*\xc1\x02\n\rAgentRunState\x12\x1f\n\x1b\x41GENT_RUN_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41GENT_RUN_STATE_SCHEDULED\x10\x01\x12\x1a\n\x16\x41GENT_RUN_STATE_QUEUED\x10\x02\x12\x1b\n\x17\x41GENT_RUN_STATE_RUNNING\x10\x03\x12\"\n\x1e\x41GENT_RUN_STATE_AWAITING_INPUT\x10\x04\x12\x1c\n\x18\x41GENT_RUN_STATE_SLEEPING\x10\x05\x12\x1d\n\x19\x41GENT_RUN_STATE_SUCCEEDED\x10\x06\x12\x1a\n\x16\x41GENT_RUN_STATE_FAILED\x10\x07\x12\x1d\n\x19\x41GENT_RUN_STATE_CANCELLED\x10\x08\x12\x1b\n\x17\x41GENT_RUN_STATE_EXPIRED\x10\t*a\n\x0c\x41gentRunView\x12\x1e\n\x1a\x41GENT_RUN_VIEW_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41GENT_RUN_VIEW_BASIC\x10\x01\x12\x17\n\x13\x41GENT_RUN_VIEW_FULL\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,18 +34,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_AGENTRUN_LABELSENTRY']._loaded_options = None
   _globals['_AGENTRUN_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_AGENTRUNSTATE']._serialized_start=1232
-  _globals['_AGENTRUNSTATE']._serialized_end=1553
-  _globals['_AGENTRUNVIEW']._serialized_start=1555
-  _globals['_AGENTRUNVIEW']._serialized_end=1652
+  _globals['_AGENTRUNSTATE']._serialized_start=1253
+  _globals['_AGENTRUNSTATE']._serialized_end=1574
+  _globals['_AGENTRUNVIEW']._serialized_start=1576
+  _globals['_AGENTRUNVIEW']._serialized_end=1673
   _globals['_AGENTRUN']._serialized_start=76
-  _globals['_AGENTRUN']._serialized_end=1003
-  _globals['_AGENTRUN_LABELSENTRY']._serialized_start=958
-  _globals['_AGENTRUN_LABELSENTRY']._serialized_end=1003
-  _globals['_RUNUSAGE']._serialized_start=1005
-  _globals['_RUNUSAGE']._serialized_end=1060
-  _globals['_RUNPROGRESS']._serialized_start=1062
-  _globals['_RUNPROGRESS']._serialized_end=1126
-  _globals['_AGENTRUNFAILURE']._serialized_start=1128
-  _globals['_AGENTRUNFAILURE']._serialized_end=1229
+  _globals['_AGENTRUN']._serialized_end=1024
+  _globals['_AGENTRUN_LABELSENTRY']._serialized_start=979
+  _globals['_AGENTRUN_LABELSENTRY']._serialized_end=1024
+  _globals['_RUNUSAGE']._serialized_start=1026
+  _globals['_RUNUSAGE']._serialized_end=1081
+  _globals['_RUNPROGRESS']._serialized_start=1083
+  _globals['_RUNPROGRESS']._serialized_end=1147
+  _globals['_AGENTRUNFAILURE']._serialized_start=1149
+  _globals['_AGENTRUNFAILURE']._serialized_end=1250
 # @@protoc_insertion_point(module_scope)

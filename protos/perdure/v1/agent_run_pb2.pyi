@@ -153,6 +153,7 @@ class AgentRun(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     INPUT_BYTES_FIELD_NUMBER: _builtins.int
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    HOME_REGION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace the run belongs to."""
     run_id: _builtins.str
@@ -201,6 +202,8 @@ class AgentRun(_message.Message):
     """How many bytes `input_json` has, or would have: one that does not fit a message is left out; see ReadArtifact."""
     output_bytes: _builtins.int
     """The same of `output_json`; 0 while there is none."""
+    home_region: _builtins.str
+    """The region where its rows live and its code runs; empty where the service has no regions. Never changes."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When the run was created, by the database's clock."""
@@ -267,10 +270,11 @@ class AgentRun(_message.Message):
         priority: _builtins.int = ...,
         input_bytes: _builtins.int = ...,
         output_bytes: _builtins.int = ...,
+        home_region: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "failure", b"failure", "progress", b"progress", "start_time", b"start_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "caller", b"caller", "context_id", b"context_id", "create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "execution", b"execution", "executor_id", b"executor_id", "failure", b"failure", "forked_from_run_id", b"forked_from_run_id", "forked_from_step_id", b"forked_from_step_id", "input_bytes", b"input_bytes", "input_json", b"input_json", "input_sha256", b"input_sha256", "labels", b"labels", "last_sequence", b"last_sequence", "namespace", b"namespace", "output_bytes", b"output_bytes", "output_json", b"output_json", "parent_run_id", b"parent_run_id", "pending_approvals", b"pending_approvals", "priority", b"priority", "progress", b"progress", "queue", b"queue", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "caller", b"caller", "context_id", b"context_id", "create_time", b"create_time", "deadline_time", b"deadline_time", "end_time", b"end_time", "execution", b"execution", "executor_id", b"executor_id", "failure", b"failure", "forked_from_run_id", b"forked_from_run_id", "forked_from_step_id", b"forked_from_step_id", "home_region", b"home_region", "input_bytes", b"input_bytes", "input_json", b"input_json", "input_sha256", b"input_sha256", "labels", b"labels", "last_sequence", b"last_sequence", "namespace", b"namespace", "output_bytes", b"output_bytes", "output_json", b"output_json", "parent_run_id", b"parent_run_id", "pending_approvals", b"pending_approvals", "priority", b"priority", "progress", b"progress", "queue", b"queue", "run_id", b"run_id", "start_time", b"start_time", "state", b"state", "state_reason", b"state_reason", "trace_id", b"trace_id", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,7 @@ from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from google.rpc import status_pb2 as _status_pb2
 from perdure.v1 import agent_run_pb2 as _agent_run_pb2
 from perdure.v1 import run_event_pb2 as _run_event_pb2
 import builtins as _builtins
@@ -186,6 +187,7 @@ class StartAgentRequest(_message.Message):
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     QUEUE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    HOME_REGION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace; empty means `default`."""
     agent: _builtins.str
@@ -210,6 +212,10 @@ class StartAgentRequest(_message.Message):
     """
     priority: _builtins.int
     """Which runs of a queue come first when they wait: the lower the sooner, from 0, equal ones by their creation."""
+    home_region: _builtins.str
+    """The region where the run shall live. Only without `run_id`: the server makes the id there, and a repeat with the
+    same request_id finds the run. Empty means the home of the namespace.
+    """
     @_builtins.property
     def input(self) -> _struct_pb2.Struct:
         """As a Struct. Integers above 2^53 lose digits here; use `input_json` for them."""
@@ -249,10 +255,11 @@ class StartAgentRequest(_message.Message):
         validate_only: _builtins.bool = ...,
         queue: _builtins.str = ...,
         priority: _builtins.int = ...,
+        home_region: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "schedule", b"schedule", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "conflict_policy", b"conflict_policy", "context_id", b"context_id", "deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "run_id", b"run_id", "schedule", b"schedule", "start_time", b"start_time", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "conflict_policy", b"conflict_policy", "context_id", b"context_id", "deadline_time", b"deadline_time", "delay", b"delay", "home_region", b"home_region", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "run_id", b"run_id", "schedule", b"schedule", "start_time", b"start_time", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input_format: _TypeAlias = _typing.Literal["input", "input_json"]  # noqa: Y015
     _WhichOneofArgType_input_format: _TypeAlias = _typing.Literal["input_format", b"input_format"]  # noqa: Y015
@@ -292,6 +299,72 @@ class StartAgentResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartAgentResponse: _TypeAlias = StartAgentResponse  # noqa: Y015
+
+@_typing.final
+class StartAgentsRequest(_message.Message):
+    """One of many starts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    START_FIELD_NUMBER: _builtins.int
+    TRACE_PARENT_FIELD_NUMBER: _builtins.int
+    trace_parent: _builtins.str
+    """The W3C `traceparent` whose trace the run continues; empty gives the run a trace of its own. The one in the
+    stream's metadata is the stream's, and no run's.
+    """
+    @_builtins.property
+    def start(self) -> Global___StartAgentRequest:
+        """What to start. Required. Give every item a request_id, and a run_id where you want one: they make a repeat safe."""
+
+    def __init__(
+        self,
+        *,
+        start: Global___StartAgentRequest | None = ...,
+        trace_parent: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start", "trace_parent", b"trace_parent"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartAgentsRequest: _TypeAlias = StartAgentsRequest  # noqa: Y015
+
+@_typing.final
+class StartAgentsResponse(_message.Message):
+    """The answer to one start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """The request_id of the start, as it was sent."""
+    @_builtins.property
+    def started(self) -> Global___StartAgentResponse:
+        """It was committed, or existed."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """It failed, as StartAgent would have: code, text and details (ErrorInfo, and RetryInfo where a repeat helps)."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        started: Global___StartAgentResponse | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "result", b"result", "started", b"started"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "request_id", b"request_id", "result", b"result", "started", b"started"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["started", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___StartAgentsResponse: _TypeAlias = StartAgentsResponse  # noqa: Y015
 
 @_typing.final
 class GetRunRequest(_message.Message):
@@ -441,21 +514,29 @@ class ListRunsResponse(_message.Message):
 
     RUNS_FIELD_NUMBER: _builtins.int
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     """Where the next page begins; empty at the end, and only there."""
     @_builtins.property
     def runs(self) -> _containers.RepeatedCompositeFieldContainer[_agent_run_pb2.AgentRun]:
         """The runs, under view BASIC."""
 
+    @_builtins.property
+    def unreachable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The regions that could not be asked, so that their runs may be missing from this page. They are not in later pages
+        either: list again when they are back. Empty when all answered.
+        """
+
     def __init__(
         self,
         *,
         runs: _abc.Iterable[_agent_run_pb2.AgentRun] | None = ...,
         next_page_token: _builtins.str = ...,
+        unreachable: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "runs", b"runs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["next_page_token", b"next_page_token", "runs", b"runs", "unreachable", b"unreachable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -40,6 +40,11 @@ class AgentRunServiceStub:
                 request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.StartAgentRequest.SerializeToString,
                 response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.StartAgentResponse.FromString,
                 _registered_method=True)
+        self.StartAgents = channel.stream_stream(
+                '/perdure.v1.AgentRunService/StartAgents',
+                request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.StartAgentsRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.StartAgentsResponse.FromString,
+                _registered_method=True)
         self.GetRun = channel.unary_unary(
                 '/perdure.v1.AgentRunService/GetRun',
                 request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunRequest.SerializeToString,
@@ -109,6 +114,26 @@ class AgentRunServiceServicer:
     def StartAgent(self, request, context):
         """Starts an agent. Returns when the start is committed. Repeating a start with the same run_id and input is safe:
         it returns the existing run and `created = false`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StartAgents(self, request_iterator, context):
+        """Starts many agents over one stream: one answer per request, in the order of the requests.
+
+        1. An item is a StartAgent: the same checks, rights, errors and commits. One that fails is answered with its error,
+        and the others go on; only what concerns the stream as a whole (no valid token, not the role, too many streams)
+        ends it.
+        2. An answer is sent when its start is committed. The starts of one stream run at the same time, so they are not
+        committed in order.
+        3. The server has a bounded number of a stream's starts at work, and reads on when their answers were taken: a
+        client reads answers while it sends.
+        4. A namespace that starts as many runs a second as it may makes the stream slower, and no errors.
+        5. Drain, old age and an expired token: what was read is answered, then the stream ends with an error and RetryInfo
+        (an expired token: get a new one). Open it again and send what was not answered, with the same request_id and
+        run_id: no run is started twice.
+        6. The client ends the stream by half-closing it; the server ends it with OK after its last answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -225,6 +250,11 @@ def add_AgentRunServiceServicer_to_server(servicer, server):
                     request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.StartAgentRequest.FromString,
                     response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.StartAgentResponse.SerializeToString,
             ),
+            'StartAgents': grpc.stream_stream_rpc_method_handler(
+                    servicer.StartAgents,
+                    request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.StartAgentsRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.StartAgentsResponse.SerializeToString,
+            ),
             'GetRun': grpc.unary_unary_rpc_method_handler(
                     servicer.GetRun,
                     request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.GetRunRequest.FromString,
@@ -314,6 +344,33 @@ class AgentRunService:
             '/perdure.v1.AgentRunService/StartAgent',
             perdure_dot_v1_dot_agent__run__service__pb2.StartAgentRequest.SerializeToString,
             perdure_dot_v1_dot_agent__run__service__pb2.StartAgentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartAgents(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/perdure.v1.AgentRunService/StartAgents',
+            perdure_dot_v1_dot_agent__run__service__pb2.StartAgentsRequest.SerializeToString,
+            perdure_dot_v1_dot_agent__run__service__pb2.StartAgentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -20,6 +20,22 @@ class AgentRunServiceStub:
     """Starts an agent. Returns when the start is committed. Repeating a start with the same run_id and input is safe:
     it returns the existing run and `created = false`.
     """
+    StartAgents: _aio.StreamStreamMultiCallable[_agent_run_service_pb2.StartAgentsRequest, _agent_run_service_pb2.StartAgentsResponse]
+    """Starts many agents over one stream: one answer per request, in the order of the requests.
+
+    1. An item is a StartAgent: the same checks, rights, errors and commits. One that fails is answered with its error,
+       and the others go on; only what concerns the stream as a whole (no valid token, not the role, too many streams)
+       ends it.
+    2. An answer is sent when its start is committed. The starts of one stream run at the same time, so they are not
+       committed in order.
+    3. The server has a bounded number of a stream's starts at work, and reads on when their answers were taken: a
+       client reads answers while it sends.
+    4. A namespace that starts as many runs a second as it may makes the stream slower, and no errors.
+    5. Drain, old age and an expired token: what was read is answered, then the stream ends with an error and RetryInfo
+       (an expired token: get a new one). Open it again and send what was not answered, with the same request_id and
+       run_id: no run is started twice.
+    6. The client ends the stream by half-closing it; the server ends it with OK after its last answer.
+    """
     GetRun: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.GetRunRequest, _agent_run_service_pb2.GetRunResponse]
     """Returns a run."""
     ListRuns: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.ListRunsRequest, _agent_run_service_pb2.ListRunsResponse]
@@ -79,6 +95,28 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_agent_run_service_pb2.StartAgentResponse]:
         """Starts an agent. Returns when the start is committed. Repeating a start with the same run_id and input is safe:
         it returns the existing run and `created = false`.
+        """
+
+    @_abc_1.abstractmethod
+    def StartAgents(
+        self,
+        request_iterator: _abc.AsyncIterator[_agent_run_service_pb2.StartAgentsRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_agent_run_service_pb2.StartAgentsRequest], _abc.AsyncIterator[_agent_run_service_pb2.StartAgentsResponse]],
+    ) -> _abc.AsyncIterator[_agent_run_service_pb2.StartAgentsResponse]:
+        """Starts many agents over one stream: one answer per request, in the order of the requests.
+
+        1. An item is a StartAgent: the same checks, rights, errors and commits. One that fails is answered with its error,
+           and the others go on; only what concerns the stream as a whole (no valid token, not the role, too many streams)
+           ends it.
+        2. An answer is sent when its start is committed. The starts of one stream run at the same time, so they are not
+           committed in order.
+        3. The server has a bounded number of a stream's starts at work, and reads on when their answers were taken: a
+           client reads answers while it sends.
+        4. A namespace that starts as many runs a second as it may makes the stream slower, and no errors.
+        5. Drain, old age and an expired token: what was read is answered, then the stream ends with an error and RetryInfo
+           (an expired token: get a new one). Open it again and send what was not answered, with the same request_id and
+           run_id: no run is started twice.
+        6. The client ends the stream by half-closing it; the server ends it with OK after its last answer.
         """
 
     @_abc_1.abstractmethod

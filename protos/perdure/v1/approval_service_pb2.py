@@ -27,31 +27,31 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from perdure.v1 import approval_pb2 as perdure_dot_v1_dot_approval__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perdure/v1/approval_service.proto\x12\nperdure.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x19perdure/v1/approval.proto\"\x8b\x01\n\x14ListApprovalsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12)\n\x06states\x18\x04 \x03(\x0e\x32\x19.perdure.v1.ApprovalState\x12\x0e\n\x06run_id\x18\x05 \x01(\t\"Y\n\x15ListApprovalsResponse\x12\'\n\tapprovals\x18\x01 \x03(\x0b\x32\x14.perdure.v1.Approval\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"<\n\x12GetApprovalRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x13\n\x0b\x61pproval_id\x18\x02 \x01(\t\"=\n\x13GetApprovalResponse\x12&\n\x08\x61pproval\x18\x01 \x01(\x0b\x32\x14.perdure.v1.Approval\"\xbb\x01\n\x15\x44\x65\x63ideApprovalRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x13\n\x0b\x61pproval_id\x18\x02 \x01(\t\x12&\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0e\x32\x14.perdure.v1.Decision\x12\x19\n\x11\x65xpected_revision\x18\x04 \x01(\x03\x12\x0f\n\x07\x63omment\x18\x05 \x01(\t\x12&\n\x06\x61nswer\x18\x06 \x01(\x0b\x32\x16.google.protobuf.Value\"@\n\x16\x44\x65\x63ideApprovalResponse\x12&\n\x08\x61pproval\x18\x01 \x01(\x0b\x32\x14.perdure.v1.Approval\"a\n\x15WatchApprovalsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"T\n\x16WatchApprovalsResponse\x12\'\n\tapprovals\x18\x01 \x03(\x0b\x32\x14.perdure.v1.Approval\x12\x11\n\tcaught_up\x18\x02 \x01(\x08*O\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44\x45\x43ISION_APPROVE\x10\x01\x12\x13\n\x0f\x44\x45\x43ISION_REJECT\x10\x02\x32\xeb\x02\n\x0f\x41pprovalService\x12T\n\rListApprovals\x12 .perdure.v1.ListApprovalsRequest\x1a!.perdure.v1.ListApprovalsResponse\x12N\n\x0bGetApproval\x12\x1e.perdure.v1.GetApprovalRequest\x1a\x1f.perdure.v1.GetApprovalResponse\x12W\n\x0e\x44\x65\x63ideApproval\x12!.perdure.v1.DecideApprovalRequest\x1a\".perdure.v1.DecideApprovalResponse\x12Y\n\x0eWatchApprovals\x12!.perdure.v1.WatchApprovalsRequest\x1a\".perdure.v1.WatchApprovalsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perdure/v1/approval_service.proto\x12\nperdure.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x19perdure/v1/approval.proto\"\x8b\x01\n\x14ListApprovalsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12)\n\x06states\x18\x04 \x03(\x0e\x32\x19.perdure.v1.ApprovalState\x12\x0e\n\x06run_id\x18\x05 \x01(\t\"n\n\x15ListApprovalsResponse\x12\'\n\tapprovals\x18\x01 \x03(\x0b\x32\x14.perdure.v1.Approval\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x13\n\x0bunreachable\x18\x03 \x03(\t\"<\n\x12GetApprovalRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x13\n\x0b\x61pproval_id\x18\x02 \x01(\t\"=\n\x13GetApprovalResponse\x12&\n\x08\x61pproval\x18\x01 \x01(\x0b\x32\x14.perdure.v1.Approval\"\xbb\x01\n\x15\x44\x65\x63ideApprovalRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x13\n\x0b\x61pproval_id\x18\x02 \x01(\t\x12&\n\x08\x64\x65\x63ision\x18\x03 \x01(\x0e\x32\x14.perdure.v1.Decision\x12\x19\n\x11\x65xpected_revision\x18\x04 \x01(\x03\x12\x0f\n\x07\x63omment\x18\x05 \x01(\t\x12&\n\x06\x61nswer\x18\x06 \x01(\x0b\x32\x16.google.protobuf.Value\"@\n\x16\x44\x65\x63ideApprovalResponse\x12&\n\x08\x61pproval\x18\x01 \x01(\x0b\x32\x14.perdure.v1.Approval\"a\n\x15WatchApprovalsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x35\n\x12heartbeat_interval\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\"i\n\x16WatchApprovalsResponse\x12\'\n\tapprovals\x18\x01 \x03(\x0b\x32\x14.perdure.v1.Approval\x12\x11\n\tcaught_up\x18\x02 \x01(\x08\x12\x13\n\x0bunreachable\x18\x03 \x03(\t*O\n\x08\x44\x65\x63ision\x12\x18\n\x14\x44\x45\x43ISION_UNSPECIFIED\x10\x00\x12\x14\n\x10\x44\x45\x43ISION_APPROVE\x10\x01\x12\x13\n\x0f\x44\x45\x43ISION_REJECT\x10\x02\x32\xeb\x02\n\x0f\x41pprovalService\x12T\n\rListApprovals\x12 .perdure.v1.ListApprovalsRequest\x1a!.perdure.v1.ListApprovalsResponse\x12N\n\x0bGetApproval\x12\x1e.perdure.v1.GetApprovalRequest\x1a\x1f.perdure.v1.GetApprovalResponse\x12W\n\x0e\x44\x65\x63ideApproval\x12!.perdure.v1.DecideApprovalRequest\x1a\".perdure.v1.DecideApprovalResponse\x12Y\n\x0eWatchApprovals\x12!.perdure.v1.WatchApprovalsRequest\x1a\".perdure.v1.WatchApprovalsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perdure.v1.approval_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECISION']._serialized_start=937
-  _globals['_DECISION']._serialized_end=1016
+  _globals['_DECISION']._serialized_start=979
+  _globals['_DECISION']._serialized_end=1058
   _globals['_LISTAPPROVALSREQUEST']._serialized_start=139
   _globals['_LISTAPPROVALSREQUEST']._serialized_end=278
   _globals['_LISTAPPROVALSRESPONSE']._serialized_start=280
-  _globals['_LISTAPPROVALSRESPONSE']._serialized_end=369
-  _globals['_GETAPPROVALREQUEST']._serialized_start=371
-  _globals['_GETAPPROVALREQUEST']._serialized_end=431
-  _globals['_GETAPPROVALRESPONSE']._serialized_start=433
-  _globals['_GETAPPROVALRESPONSE']._serialized_end=494
-  _globals['_DECIDEAPPROVALREQUEST']._serialized_start=497
-  _globals['_DECIDEAPPROVALREQUEST']._serialized_end=684
-  _globals['_DECIDEAPPROVALRESPONSE']._serialized_start=686
-  _globals['_DECIDEAPPROVALRESPONSE']._serialized_end=750
-  _globals['_WATCHAPPROVALSREQUEST']._serialized_start=752
-  _globals['_WATCHAPPROVALSREQUEST']._serialized_end=849
-  _globals['_WATCHAPPROVALSRESPONSE']._serialized_start=851
-  _globals['_WATCHAPPROVALSRESPONSE']._serialized_end=935
-  _globals['_APPROVALSERVICE']._serialized_start=1019
-  _globals['_APPROVALSERVICE']._serialized_end=1382
+  _globals['_LISTAPPROVALSRESPONSE']._serialized_end=390
+  _globals['_GETAPPROVALREQUEST']._serialized_start=392
+  _globals['_GETAPPROVALREQUEST']._serialized_end=452
+  _globals['_GETAPPROVALRESPONSE']._serialized_start=454
+  _globals['_GETAPPROVALRESPONSE']._serialized_end=515
+  _globals['_DECIDEAPPROVALREQUEST']._serialized_start=518
+  _globals['_DECIDEAPPROVALREQUEST']._serialized_end=705
+  _globals['_DECIDEAPPROVALRESPONSE']._serialized_start=707
+  _globals['_DECIDEAPPROVALRESPONSE']._serialized_end=771
+  _globals['_WATCHAPPROVALSREQUEST']._serialized_start=773
+  _globals['_WATCHAPPROVALSREQUEST']._serialized_end=870
+  _globals['_WATCHAPPROVALSRESPONSE']._serialized_start=872
+  _globals['_WATCHAPPROVALSRESPONSE']._serialized_end=977
+  _globals['_APPROVALSERVICE']._serialized_start=1061
+  _globals['_APPROVALSERVICE']._serialized_end=1424
 # @@protoc_insertion_point(module_scope)

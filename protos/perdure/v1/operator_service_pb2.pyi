@@ -82,6 +82,30 @@ STRANDED_REASON_NO_SUCH_QUEUE: StrandedReason.ValueType  # 3
 """No executor takes from its queue."""
 Global___StrandedReason: _TypeAlias = StrandedReason  # noqa: Y015
 
+class _SurvivalGoal:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SurvivalGoalEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_SurvivalGoal.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SURVIVAL_GOAL_UNSPECIFIED: _SurvivalGoal.ValueType  # 0
+    """Not set; never returned by the service."""
+    SURVIVAL_GOAL_REGION: _SurvivalGoal.ValueType  # 1
+    """The loss of a region."""
+    SURVIVAL_GOAL_ZONE: _SurvivalGoal.ValueType  # 2
+    """The loss of a zone."""
+
+class SurvivalGoal(_SurvivalGoal, metaclass=_SurvivalGoalEnumTypeWrapper):
+    """What the database of a cell survives without losing what was committed."""
+
+SURVIVAL_GOAL_UNSPECIFIED: SurvivalGoal.ValueType  # 0
+"""Not set; never returned by the service."""
+SURVIVAL_GOAL_REGION: SurvivalGoal.ValueType  # 1
+"""The loss of a region."""
+SURVIVAL_GOAL_ZONE: SurvivalGoal.ValueType  # 2
+"""The loss of a zone."""
+Global___SurvivalGoal: _TypeAlias = SurvivalGoal  # noqa: Y015
+
 @_typing.final
 class Executor(_message.Message):
     """A process that executes runs. All fields are set by the service."""
@@ -411,3 +435,117 @@ class ListStrandedRunsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListStrandedRunsResponse: _TypeAlias = ListStrandedRunsResponse  # noqa: Y015
+
+@_typing.final
+class Cell(_message.Message):
+    """One home database and the executors that serve it. All fields are set by the service."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELL_FIELD_NUMBER: _builtins.int
+    HOME_REGION_FIELD_NUMBER: _builtins.int
+    SECONDARY_REGION_FIELD_NUMBER: _builtins.int
+    SURVIVAL_GOAL_FIELD_NUMBER: _builtins.int
+    DATABASE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    STANDBY_ADDRESS_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
+    SERVED_HERE_FIELD_NUMBER: _builtins.int
+    REACHABLE_FIELD_NUMBER: _builtins.int
+    cell: _builtins.str
+    """Its name: what the ids begin with that its servers make."""
+    home_region: _builtins.str
+    """Its home region."""
+    secondary_region: _builtins.str
+    """The region that has the next copies of its data; empty for none."""
+    survival_goal: Global___SurvivalGoal.ValueType
+    """What its database survives."""
+    database: _builtins.str
+    """Its database."""
+    address: _builtins.str
+    """Where servers of other cells reach its servers: host and port."""
+    standby_address: _builtins.str
+    """Where those are that take over when its region is lost; empty for none."""
+    served_here: _builtins.bool
+    """Whether the server that was asked serves it."""
+    reachable: _builtins.bool
+    """Whether one of its servers answers the one that was asked, at this moment."""
+    @_builtins.property
+    def namespaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The namespaces whose home it is."""
+
+    def __init__(
+        self,
+        *,
+        cell: _builtins.str = ...,
+        home_region: _builtins.str = ...,
+        secondary_region: _builtins.str = ...,
+        survival_goal: Global___SurvivalGoal.ValueType = ...,
+        database: _builtins.str = ...,
+        address: _builtins.str = ...,
+        standby_address: _builtins.str = ...,
+        namespaces: _abc.Iterable[_builtins.str] | None = ...,
+        served_here: _builtins.bool = ...,
+        reachable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cell", b"cell", "database", b"database", "home_region", b"home_region", "namespaces", b"namespaces", "reachable", b"reachable", "secondary_region", b"secondary_region", "served_here", b"served_here", "standby_address", b"standby_address", "survival_goal", b"survival_goal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Cell: _TypeAlias = Cell  # noqa: Y015
+
+@_typing.final
+class ListCellsRequest(_message.Message):
+    """Asks for the cells."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    page_size: _builtins.int
+    """At most this many: 0 means 50, above 1,000 means 1,000."""
+    page_token: _builtins.str
+    """From the previous response; empty for the first page."""
+    def __init__(
+        self,
+        *,
+        page_size: _builtins.int = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCellsRequest: _TypeAlias = ListCellsRequest  # noqa: Y015
+
+@_typing.final
+class ListCellsResponse(_message.Message):
+    """The cells, in the order of the regions file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELLS_FIELD_NUMBER: _builtins.int
+    NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    next_page_token: _builtins.str
+    """Where the next page begins; empty at the end. All cells are in one page."""
+    @_builtins.property
+    def cells(self) -> _containers.RepeatedCompositeFieldContainer[Global___Cell]:
+        """The cells."""
+
+    def __init__(
+        self,
+        *,
+        cells: _abc.Iterable[Global___Cell] | None = ...,
+        next_page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cells", b"cells", "next_page_token", b"next_page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListCellsResponse: _TypeAlias = ListCellsResponse  # noqa: Y015

@@ -50,6 +50,11 @@ class OperatorServiceStub:
                 request_serializer=perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsRequest.SerializeToString,
                 response_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsResponse.FromString,
                 _registered_method=True)
+        self.ListCells = channel.unary_unary(
+                '/perdure.v1.OperatorService/ListCells',
+                request_serializer=perdure_dot_v1_dot_operator__service__pb2.ListCellsRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListCellsResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -77,6 +82,13 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListCells(self, request, context):
+        """Lists the cells of the regions file, and whether their servers answer this one. Empty without regions.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +106,11 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListStrandedRuns,
                     request_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsRequest.FromString,
                     response_serializer=perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsResponse.SerializeToString,
+            ),
+            'ListCells': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListCells,
+                    request_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListCellsRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_operator__service__pb2.ListCellsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +195,33 @@ class OperatorService:
             '/perdure.v1.OperatorService/ListStrandedRuns',
             perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsRequest.SerializeToString,
             perdure_dot_v1_dot_operator__service__pb2.ListStrandedRunsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListCells(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.OperatorService/ListCells',
+            perdure_dot_v1_dot_operator__service__pb2.ListCellsRequest.SerializeToString,
+            perdure_dot_v1_dot_operator__service__pb2.ListCellsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -22,6 +22,8 @@ class OperatorServiceStub:
     """Lists the queues, their limits, and what waits and runs in each over the whole fleet."""
     ListStrandedRuns: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListStrandedRunsRequest, _operator_service_pb2.ListStrandedRunsResponse]
     """Lists runs that no living executor can continue: of a version, or of an agent, that none of them has."""
+    ListCells: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListCellsRequest, _operator_service_pb2.ListCellsResponse]
+    """Lists the cells of the regions file, and whether their servers answer this one. Empty without regions."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """What operators look at. Served on the admin port only."""
@@ -49,5 +51,13 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_operator_service_pb2.ListStrandedRunsRequest, _abc.Awaitable[_operator_service_pb2.ListStrandedRunsResponse]],
     ) -> _abc.Awaitable[_operator_service_pb2.ListStrandedRunsResponse]:
         """Lists runs that no living executor can continue: of a version, or of an agent, that none of them has."""
+
+    @_abc_1.abstractmethod
+    def ListCells(
+        self,
+        request: _operator_service_pb2.ListCellsRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.ListCellsRequest, _abc.Awaitable[_operator_service_pb2.ListCellsResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.ListCellsResponse]:
+        """Lists the cells of the regions file, and whether their servers answer this one. Empty without regions."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _aio.Server) -> None: ...

@@ -141,7 +141,8 @@ def _current(name: str) -> RegisteredAgent | None:
 
 def _marked(agent: RegisteredAgent) -> RegisteredAgent:
     """Returns the agent with `spec.current` as it is among the versions there are."""
-    return replace(agent, spec=replace(agent.spec, current=_current(agent.spec.name) is agent))
+    current = _current(agent.spec.name) is agent
+    return agent if agent.spec.current is current else replace(agent, spec=replace(agent.spec, current=current))
 
 
 def _origin(workflow: Callable[..., Any]) -> tuple[str, int]:

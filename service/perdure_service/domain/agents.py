@@ -52,6 +52,21 @@ def validator(schema: Mapping[str, Any]) -> Draft202012Validator:
     return Draft202012Validator(dict(schema), registry=Registry())
 
 
+_KEPT = 1_000
+_kept: dict[int, tuple[Mapping[str, Any], Draft202012Validator]] = {}
+"""What checks by the schemas of agents, which are the same objects at every start; each is held: its id is its own."""
+
+
+def _validator_of(spec: AgentSpec) -> Draft202012Validator:
+    schema = spec.input_schema
+    known = _kept.get(id(schema))
+    if known is None:
+        if len(_kept) >= _KEPT:
+            _kept.clear()
+        known = _kept[id(schema)] = schema, validator(schema)
+    return known[1]
+
+
 def check_input(spec: AgentSpec, run_input: Any) -> None:
     """Refuses an input that breaks the agent's schema.
 
@@ -59,7 +74,7 @@ def check_input(spec: AgentSpec, run_input: Any) -> None:
         InputSchemaViolation: With the path of every violation, e.g. `input.limits[0].max`, at most 20.
     """
     found: list[tuple[str, str]] = []
-    for error in validator(spec.input_schema).iter_errors(run_input):
+    for error in _validator_of(spec).iter_errors(run_input):
         found.append((_path(error.absolute_path), error.message[:300]))
         if len(found) == MAX_VIOLATIONS:
             break

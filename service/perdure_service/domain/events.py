@@ -79,10 +79,13 @@ class Pack:
     first_sequence: int | None = None
 
 
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
+
+
 def encode_events(events: Sequence[Event]) -> str:
     """Returns the JSON text of a pack's events: an array of arrays, ASCII only (so NUL and surrogates are escaped)."""
     rows = [[e.kind.value, e.time_ms, e.step_id, e.step_name, e.attempt, e.execution, dict(e.data)] for e in events]
-    return json.dumps(rows, separators=(",", ":"), ensure_ascii=True)
+    return _encode(rows)
 
 
 def decode_events(text: str, first_sequence: int) -> list[Event]:

@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -23,7 +23,7 @@ LOCAL_CELL = "local"
 RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,63}")
 NAMESPACE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 SIGNAL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-_SERVER_MADE = re.compile(r"[a-z0-9]+-[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+_SERVER_MADE = re.compile(r"(?P<cell>[a-z0-9]+)-[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 _API_WORKFLOW = re.compile(
     r"(?P<namespace>[a-z0-9][a-z0-9-]{0,31})\.(?P<root>[a-z0-9][a-z0-9-]{0,63})\.r(?P<path>(?:-\d+)*)"
 )
@@ -166,6 +166,12 @@ def new_run_id(cell: str = LOCAL_CELL) -> str:
     return f"{cell}-{uuid7()}"
 
 
+def cell_of(run_id: str) -> str | None:
+    """Returns the cell that an id names, its own or that of the run it is a child of; None if no server made it."""
+    match = _SERVER_MADE.fullmatch(run_id.partition(".")[0])
+    return None if match is None else match["cell"]
+
+
 def uuid7() -> str:
     """Returns a version 7 UUID (RFC 9562 section 5.7) as text."""
     value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10))
@@ -173,6 +179,16 @@ def uuid7() -> str:
     value = value & ~(0x3 << 62) | 0x2 << 62
     text = f"{value:032x}"
     return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+
+
+def epoch_ms(time: datetime) -> int:
+    """Returns a time as DBOS stores times: in whole milliseconds since 1970."""
+    return int(time.timestamp() * 1000)
+
+
+def of_epoch_ms(milliseconds: int) -> datetime:
+    """Returns the time that DBOS stores as these milliseconds."""
+    return datetime.fromtimestamp(milliseconds / 1000, UTC)
 
 
 def canonical_json(value: Any) -> str:
@@ -300,6 +316,59 @@ class Run:
     input_argument: str | None = None
     input_bytes: int = 0
     output_bytes: int = 0
+
+    @classmethod
+    def of_start(
+        cls,
+        start: RunStart,
+        state: RunState,
+        create_time: datetime,
+        *,
+        executor_id: str = "",
+        input_argument: str | None = None,
+        last_sequence: int = 0,
+        state_reason: str = "",
+    ) -> Run:
+        """Returns the run that a start makes, as a read would that finds nothing but the start.
+
+        Args:
+            start: What was decided about the run.
+            state: SCHEDULED, QUEUED, or RUNNING when it begins at once.
+            create_time: By the database's clock.
+            executor_id: The executor on which it begins at once; empty when it waits.
+            input_argument: See `Run`.
+            last_sequence: How many events it has.
+            state_reason: Why it is in its state.
+        """
+        origin, deadline = start.forked_from_workflow_id, start.deadline_at
+        return cls(
+            key=start.key,
+            agent=start.agent,
+            agent_version=start.agent_version,
+            input_sha256=start.input_sha256,
+            request_id=start.request_id,
+            state=state,
+            state_reason=state_reason,
+            create_time=create_time,
+            start_time=create_time if executor_id else None,
+            end_time=None,
+            deadline_time=None if deadline is None else of_epoch_ms(epoch_ms(deadline)),
+            execution=1 if executor_id else 0,
+            executor_id=executor_id,
+            progress=None,
+            pending_approvals=0,
+            labels=start.labels,
+            context_id=start.context_id,
+            parent_run_id="",
+            trace_id=start.trace_id,
+            last_sequence=last_sequence,
+            caller=start.caller,
+            forked_from_run_id="" if origin is None else RunKey.of_workflow(origin).run_id,
+            forked_from_step_id=start.forked_from_step,
+            queue=start.queue,
+            priority=start.priority,
+            input_argument=input_argument,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from perdure_service.domain.runs import Run
 from perdure_service.durable.payloads import Payloads
 from perdure_service.errors import ArtifactNotFound
 from perdure_service.store import event_log, payloads, runs
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 
 SENT_BYTES = 256 * 1024
 """The bytes in one message of a stream."""
@@ -106,7 +106,7 @@ def open_artifact(store: Payloads, engine: sa.Engine, run: Run, which: ArtifactC
 def _of_payload(store: Payloads, engine: sa.Engine, run: Run, artifact: Artifact) -> OpenArtifact:
     """Returns a payload of a run, if the run uses it: a hash alone opens nothing."""
     workflow_id, sha256 = run.key.workflow_id, artifact.sha256
-    used = retrying(engine, "artifacts.used", lambda conn: payloads.is_used_by(conn, workflow_id, sha256))
+    used = reading(engine, "artifacts.used", lambda conn: payloads.is_used_by(conn, workflow_id, sha256))
     if not used:
         raise ArtifactNotFound(f"run {run.key.run_id!r} has no such artifact any more")
     pointer = Pointer(sha256, artifact.size_bytes)
@@ -134,8 +134,16 @@ def with_input(store: Payloads, run: Run) -> Run:
     return replace(run, input_json=runs.input_json(stored, run.input_argument))
 
 
+def fits_by_itself(run: Run) -> bool:
+    """Returns whether `fit` has all that it needs, so that it does not block."""
+    return parse(run.output_json) is None
+
+
 def fit(store: Payloads, run: Run) -> Run:
-    """Returns a run as a message can carry it, and how large its input and output are. Blocks."""
+    """Returns a run as a message can carry it, and how large its input and output are.
+
+    Blocks when the store has read a pointer to the output.
+    """
     pointer = parse(run.output_json)
     output_bytes = pointer.size_bytes if pointer else len((run.output_json or "").encode())
     input_bytes = len((run.input_json or "").encode())

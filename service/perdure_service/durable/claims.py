@@ -248,6 +248,7 @@ class ClaimDatabase(TransactionalDatabase):
                 queues.add_starts(conn, claim.limits, [one.key.workflow_id for one in taken])
             for execution in taken:
                 self.executions.add(execution)
+                operation.begins(execution)
             operation.after(lambda: metering.begun(taken))
 
         operation.begin, operation.finish = begin, finish

@@ -31,7 +31,7 @@ from perdure_service.durable.requests import DeleteCommand, Deleted
 from perdure_service.durable.runtime import Runtime
 from perdure_service.store import deletions
 from perdure_service.store.deletions import Families, Member
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 
 BATCH_RUNS = 100
 """Runs of one transaction; a larger family is one by itself."""
@@ -130,7 +130,7 @@ def delete(runtime: Runtime, command: DeleteCommand) -> Deleted:
 
 
 def _by_ids(runtime: Runtime, call: _Call, command: DeleteCommand) -> Deleted:
-    found = retrying(
+    found = reading(
         runtime.engine, "runs.find_many", lambda conn: deletions.find(conn, command.namespace, command.run_ids)
     )
     roots = list(found.values())
@@ -146,7 +146,7 @@ def _by_ids(runtime: Runtime, call: _Call, command: DeleteCommand) -> Deleted:
 def _by_filter(runtime: Runtime, call: _Call, command: DeleteCommand) -> Deleted:
     after: tuple[datetime, str] | None = None
     while True:
-        page = retrying(
+        page = reading(
             runtime.engine,
             "runs.deletion_candidates",
             lambda conn, after=after: deletions.candidates(  # type: ignore[misc]
@@ -182,5 +182,6 @@ def delete_families(runtime: Runtime, batch: Families, plan: Plan = deletions.fa
         if plan(conn, roots).workflow_ids != workflow_ids:
             raise Changed
 
+    runtime.executions.forget_end(workflow_ids)
     with database.bounded():
         database.delete_checked(workflow_ids, check)

@@ -102,4 +102,4 @@ class Drain:
 
 def _rests(execution: Execution) -> bool:
     """Returns whether nothing of an execution is in progress, nor waits to be written."""
-    return not (execution.bodies or execution.busy or execution.has_events)
+    return not (execution.bodies or execution.busy or execution.slot.held or execution.has_events)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,8 +25,9 @@ from dbos._utils import LoopAwareEvent
 from perdure_service.domain.budgets import UNLIMITED, Budget
 from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
 from perdure_service.domain.queues import DEFAULT_QUEUE
-from perdure_service.domain.runs import Failure, RunKey, RunState
+from perdure_service.domain.runs import Failure, Run, RunKey, RunState
 from perdure_service.domain.trace_fold import ExecutionFold
+from perdure_service.durable.recording import Recording
 from perdure_service.telemetry import RunSpan
 
 AgentKey = tuple[str, str]
@@ -54,8 +55,90 @@ class StepProgress:
     error: BaseException | None = None
 
 
+AT_ONCE_CHARS = 2_048
+"""Streamed text that is written at once; less waits for more, or a checkpoint, up to 100 ms."""
+
+KEEP_END_S = 1.0
+MAX_ENDS = 1_000
+"""How long, and of how many runs at most, the end is kept in memory. As an ended run changes no more, it is what a read
+would find, unless the run was deleted meanwhile by another server."""
+
 SETTLE_S = 0.05
 """How long nothing of an execution may have moved before it is parked: between two calls its code is on its way."""
+
+
+class Slot:
+    """What lets one commit of an execution be under way: held by a thread, again and again, or by a commit itself.
+
+    A commit that no thread waits for holds it under its own name, from when its thread has handed it over until
+    whoever knows how it ended releases it, or takes it over to find out.
+    """
+
+    __slots__ = ("_depth", "_holder", "_lock")
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: object = None
+        self._depth = 0
+
+    def acquire(self, *, blocking: bool = True) -> bool:
+        """Takes it for this thread, which may have it already; returns whether it has it now."""
+        thread = threading.get_ident()
+        if self._holder == thread:
+            self._depth += 1
+            return True
+        if not self._lock.acquire(blocking=blocking):
+            return False
+        self._holder, self._depth = thread, 1
+        return True
+
+    def release(self) -> None:
+        """Gives it up as often as this thread has taken it."""
+        self._depth -= 1
+        if not self._depth:
+            self.release_by(threading.get_ident())
+
+    @property
+    def held(self) -> bool:
+        """Whether a commit is under way."""
+        return self._holder is not None
+
+    @property
+    def nested(self) -> bool:
+        """Whether this thread, which has it, has taken it more than once."""
+        return self._depth > 1
+
+    def hand_to(self, commit: object) -> None:
+        """Makes a commit hold what this thread has taken once."""
+        assert self._depth == 1, "an outer call of this thread goes on"
+        self._holder = commit
+
+    def take_over(self, commit: object) -> None:
+        """Makes this thread hold what a commit holds."""
+        assert self._holder is commit, "the commit does not hold it"
+        self._holder = threading.get_ident()
+
+    def release_by(self, holder: object) -> None:
+        """Gives it up for a holder; from any thread."""
+        assert self._holder == holder, "it is somebody else's"
+        self._holder, self._depth = None, 0
+        self._lock.release()
+
+    def __enter__(self) -> None:
+        self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+@dataclass(frozen=True, slots=True)
+class LogEnd:
+    """The last pack of a run's log, as far as its execution knows: others may append behind it."""
+
+    first: int
+    """The sequence of its first event."""
+    last: int
+    """That of its last."""
 
 
 class Parked(BaseException):
@@ -121,16 +204,30 @@ class Execution:
     """The steps whose result was too large, and whose checkpoint says so."""
     counted: bool = False
     """Whether `Executions` counts it."""
+    ended: bool = False
+    """Whether a commit of this process has ended its run; true before anybody is told of that commit."""
+    end: Callable[[], Run] | None = None
+    """Returns the run as that commit left it, if it told."""
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
-    slot: threading.RLock = field(default_factory=threading.RLock)
+    slot: Slot = field(default_factory=Slot)
+    log_end: LogEnd | None = None
+    """Where its next pack goes behind; None while it has committed none."""
+    unanswered: Any = None
+    """What the checkpoint writer was given and did not write, while it waits to be adopted; see `checkpoints`."""
+    left: bool = False
+    """Whether `Executions` has forgotten it: no call of it comes any more that could adopt something."""
+    serialization: str | None = None
+    """How DBOS stores its input and output, by DBOS's name; None when nobody has looked."""
     replaying: bool = False
     """Whether its code has not yet come to an operation that is not recorded."""
     fold: ExecutionFold | None = None
     """What its committed events say of its spans; None while nobody wants any."""
     attempt_spans: dict[int, RunSpan] = field(default_factory=dict)
     """The spans of attempts that the log does not yet have as over, by their ids."""
+    recording: Recording = field(default_factory=Recording)
+    """What was recorded of the run when it began."""
     followed: bool = False
     """Whether its code has come to an operation that is recorded."""
     diverged: Failure | None = None
@@ -153,10 +250,14 @@ class Execution:
     _replayed_notes: list[Event] = field(default_factory=list)
     _buffer: list[Event] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _wake_writer: Callable[[Execution], None] | None = None
+    _text_chars: int = 0
+    """How much streamed text is in the buffer."""
+    _wake_writer: Callable[..., None] | None = None
 
     def note(self, event: Event) -> None:
         """Buffers an event that nobody waits for; it is committed with the next checkpoint, or alone within 100 ms.
+
+        Of streamed text no more than 2 KiB waits.
 
         Text that continues the last delta of the same stream, step and attempt joins it.
         """
@@ -175,8 +276,11 @@ class Execution:
                 self._buffer[-1] = replace(last, data={**last.data, "text": text})
             else:
                 self._buffer.append(event)
+            if event.kind is EventKind.OUTPUT_DELTA:
+                self._text_chars += len(event.data["text"])
+            at_once = self._text_chars >= AT_ONCE_CHARS
         if self._wake_writer is not None:
-            self._wake_writer(self)
+            self._wake_writer(self, at_once=at_once)
 
     def meet_step(self) -> int:
         """Counts a step with a body that the code comes to; returns how many they are with it."""
@@ -213,20 +317,13 @@ class Execution:
 
     # ---- parking: see `durable.parking` ------------------------------------------------------------------------------
 
-    @contextmanager
-    def working(self) -> Iterator[None]:
+    def working(self) -> Working:
         """Surrounds a call of the run's code, from before its first to after its last use of the database.
 
         Raises:
             Parked: The run was parked.
         """
-        self._work()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.busy -= 1
-                self.touched = time.monotonic()
+        return Working(self)
 
     @contextmanager
     def resting(self, wait: Wait) -> Iterator[None]:
@@ -247,11 +344,18 @@ class Execution:
         if self.parked:
             raise Parked(self)
 
-    def _work(self) -> None:
+    def work(self) -> None:
+        """Begins what `working` surrounds."""
         with self._lock:
             if self.parked:
                 raise Parked(self)
             self.busy += 1
+            self.touched = time.monotonic()
+
+    def rest(self) -> None:
+        """Ends it."""
+        with self._lock:
+            self.busy -= 1
             self.touched = time.monotonic()
 
     def touch(self) -> None:
@@ -320,6 +424,7 @@ class Execution:
         """Takes the buffered events, for a commit."""
         with self._lock:
             taken, self._buffer = self._buffer, []
+            self._text_chars = 0
         return taken
 
     def give_back(self, events: list[Event]) -> None:
@@ -327,6 +432,28 @@ class Execution:
         if events:
             with self._lock:
                 self._buffer = events + self._buffer
+
+    # ---- commits of which nobody knows whether they happened: see `durable.checkpoints` ------------------------------
+
+    def leave_unanswered(self, commit: object) -> bool:
+        """Keeps a commit, which holds the slot, for the call it is of; returns False when that comes no more."""
+        with self._lock:
+            self.unanswered = None if self.left else commit
+            return not self.left
+
+    def adopt(self, commit: object) -> bool:
+        """Lets the call of a commit have it; returns whether it still holds the slot."""
+        with self._lock:
+            found, self.unanswered = self.unanswered is commit, None
+            return found
+
+    def leave(self) -> None:
+        """Is told that it is forgotten; gives up what no call of it will adopt."""
+        with self._lock:
+            self.left = True
+            unanswered, self.unanswered = self.unanswered, None
+        if unanswered is not None:
+            self.slot.release_by(unanswered)
 
     @property
     def may_go_on(self) -> bool:
@@ -337,6 +464,21 @@ class Execution:
     def has_events(self) -> bool:
         """Whether events wait."""
         return bool(self._buffer)
+
+
+class Working:
+    """See `Execution.working`. No generator: each step has three of these."""
+
+    __slots__ = ("_execution",)
+
+    def __init__(self, execution: Execution) -> None:
+        self._execution = execution
+
+    def __enter__(self) -> None:
+        self._execution.work()
+
+    def __exit__(self, *_: object) -> None:
+        self._execution.rest()
 
 
 def _continues(last: Event, event: Event) -> bool:
@@ -351,35 +493,58 @@ def _continues(last: Event, event: Event) -> bool:
 class Executions:
     """The set of live executions of this process, and the dead ones whose code still runs. Thread-safe."""
 
-    def __init__(self, wake_writer: Callable[[Execution], None] | None = None) -> None:
+    def __init__(self, wake_writer: Callable[..., None] | None = None) -> None:
         self._by_key: dict[tuple[str, str], Execution] = {}
         self._dead: WeakValueDictionary[tuple[str, str], Execution] = WeakValueDictionary()
         """Those that were killed, while their code still has them."""
+        self._newest: dict[str, Execution] = {}
+        """The one that lives, by workflow id."""
+        self._ends: dict[str, tuple[float, Execution]] = {}
         self._of_queue: Counter[str] = Counter()
         self._of_agent: Counter[AgentKey] = Counter()
         self._lock = threading.Lock()
         self._wake_writer = wake_writer
+        self._retiring = False
         self.wake_waits: Callable[[str], None] = lambda _workflow_id: None
         """Wakes what waits in a run, so that it finds itself dead; set by the system database, which knows them."""
         self.left: Callable[[Execution], None] = lambda _execution: None
         """Is told of every execution that leaves, and has given up its slot; set by the placement."""
 
-    def add(self, execution: Execution) -> Execution:
-        """Adds an execution, and marks older ones of the same run dead."""
+    def add(self, execution: Execution, *, perhaps: bool = False) -> Execution:
+        """Adds an execution, and marks older ones of the same run dead.
+
+        Args:
+            execution: It.
+            perhaps: Whether it is of a start that may turn out to be of a run that exists: it ends no other one, and
+                is not the newest before `stands`.
+        """
         execution._wake_writer = self._wake_writer
+        execution.retiring = execution.retiring or self._retiring
         with self._lock:
-            older = [
-                one
-                for (workflow_id, owner_xid), one in self._by_key.items()
-                if workflow_id == execution.key.workflow_id and owner_xid != execution.owner_xid
-            ]
+            older = (
+                []
+                if perhaps
+                else [
+                    one
+                    for (workflow_id, owner_xid), one in self._by_key.items()
+                    if workflow_id == execution.key.workflow_id and owner_xid != execution.owner_xid
+                ]
+            )
             known = self._by_key.setdefault((execution.key.workflow_id, execution.owner_xid), execution)
             if known is execution and not execution.counted:
                 execution.counted = True
                 self._count(execution, 1)
+            if not perhaps:
+                self._newest[execution.key.workflow_id] = known
         for one in older:
             self.kill(one, "another execution of this run began")
         return known
+
+    def stands(self, execution: Execution) -> None:
+        """Says that the start has made the run of an execution that was added with `perhaps`."""
+        with self._lock:
+            if (execution.key.workflow_id, execution.owner_xid) in self._by_key:
+                self._newest[execution.key.workflow_id] = execution
 
     def find(self, workflow_id: str, owner_xid: str | None) -> Execution | None:
         """Returns the execution of a run under an ownership token; also a dead one, whose code has not ended yet."""
@@ -391,6 +556,10 @@ class Executions:
     def has(self, workflow_id: str, owner_xid: str | None) -> bool:
         """Returns whether an execution under an ownership token lives."""
         return (workflow_id, owner_xid) in self._by_key
+
+    def newest(self, workflow_id: str) -> Execution | None:
+        """Returns the execution of a run that lives here, if one does."""
+        return self._newest.get(workflow_id)
 
     def of(self, workflow_id: str) -> list[Execution]:
         """Returns the executions of a run."""
@@ -405,9 +574,33 @@ class Executions:
             self._dead.pop(key, None)
             if held:
                 self._uncount(execution)
+            if execution.end is not None:
+                self._keep_end(execution)
+        execution.leave()
         execution.leave_parent()
         if held:
             self.left(execution)
+
+    def _keep_end(self, execution: Execution) -> None:
+        """Keeps how a run ended for those who ask in a moment: they were on their way when it did."""
+        now = time.monotonic()
+        self._ends[execution.key.workflow_id] = now + KEEP_END_S, execution
+        while self._ends:
+            oldest = next(iter(self._ends))
+            if self._ends[oldest][0] > now and len(self._ends) <= MAX_ENDS:
+                break
+            del self._ends[oldest]
+
+    def just_ended(self, workflow_id: str) -> Execution | None:
+        """Returns the execution that ended a run a moment ago, and knows how; from any thread."""
+        until, execution = self._ends.get(workflow_id, (0.0, None))
+        return execution if time.monotonic() < until else None
+
+    def forget_end(self, workflow_ids: Iterable[str]) -> None:
+        """Is told of runs that are deleted."""
+        with self._lock:
+            for workflow_id in workflow_ids:
+                self._ends.pop(workflow_id, None)
 
     def of_queue(self, queue: str) -> int:
         """Returns how many there are of a queue."""
@@ -423,6 +616,8 @@ class Executions:
 
     def _uncount(self, execution: Execution) -> None:
         execution.counted = False
+        if self._newest.get(execution.key.workflow_id) is execution:
+            del self._newest[execution.key.workflow_id]
         self._count(execution, -1)
 
     def kill(self, execution: Execution, reason: str) -> None:
@@ -468,7 +663,8 @@ class Executions:
             loop.call_soon_threadsafe(cancel_if_waiting)
 
     def retire_all(self) -> None:
-        """Lets every execution finish the step bodies it is in, and begin nothing more."""
+        """Lets every execution finish the step bodies it is in, and begin nothing more; also those that come yet."""
+        self._retiring = True
         for execution in list(self):
             execution.retiring = True
 
@@ -486,10 +682,16 @@ class Executions:
 
 
 @contextmanager
-def slot_of(execution: Execution | None) -> Iterator[None]:
-    """Holds the slot of an execution, if there is one."""
+def slot_of(execution: Execution | None, adopted: object = None) -> Iterator[None]:
+    """Holds the slot of an execution, if there is one; what an adopted commit holds, it takes over."""
     if execution is None:
         yield
         return
-    with execution.slot:
+    if adopted is not None and execution.adopt(adopted):
+        execution.slot.take_over(adopted)
+    else:
+        execution.slot.acquire()
+    try:
         yield
+    finally:
+        execution.slot.release()

@@ -20,7 +20,7 @@ transaction, or of the whole call, finds the run: by its id, or by its request w
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -50,11 +50,8 @@ from perdure_service.errors import (
 )
 from perdure_service.store import event_log, forks, payloads, runs
 from perdure_service.store.forks import Origin
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.telemetry import derive_trace_id, parse_traceparent
-
-Find = Callable[[str, str], Run]
-"""Returns a run of a namespace with its input; raises RunNotFound."""
 
 
 class _ForkExists(Exception):
@@ -88,10 +85,15 @@ class _Plan:
     told: list[Event]
 
 
-def fork(runtime: Runtime, find: Find, command: ForkCommand) -> tuple[Run | RunStart, bool]:
+def fork(runtime: Runtime, origin: Run | None, command: ForkCommand) -> tuple[Run | RunStart, bool]:
     """Forks a run; returns the new run and whether this request created it. Blocks.
 
     With `validate_only` nothing is written, and the start that would be is returned.
+
+    Args:
+        runtime: The engine.
+        origin: The run to fork, with its input; None when there is none.
+        command: What is asked for.
 
     Raises:
         RunNotFound: There is no run to fork.
@@ -102,10 +104,6 @@ def fork(runtime: Runtime, find: Find, command: ForkCommand) -> tuple[Run | RunS
     """
     if command.new_run_id:
         check_client_run_id(command.new_run_id, "new_run_id")
-    try:
-        origin = find(command.namespace, command.run_id)
-    except RunNotFound:
-        origin = None
     found = None if command.validate_only else _existing(runtime, command)
     if found is not None:
         # Before the forked run is looked at: the answer to a repeat must not depend on what became of it.
@@ -128,7 +126,7 @@ def fork(runtime: Runtime, find: Find, command: ForkCommand) -> tuple[Run | RunS
         return _the_same(found, origin, command)
     except DBOSNonExistentWorkflowError:
         raise RunNotFound(f"run {command.run_id!r} was deleted while it was forked") from None
-    made = retrying(runtime.engine, "runs.get", lambda conn: runs.get(conn, plan.start.key.workflow_id))
+    made = reading(runtime.engine, "runs.get", lambda conn: runs.get(conn, plan.start.key.workflow_id))
     if made is None:
         raise RunNotFound(f"run {plan.start.key.run_id!r} was deleted as soon as it was made")
     return made, True
@@ -180,13 +178,13 @@ def _the_same(found: Run, origin: Run | None, command: ForkCommand) -> tuple[Run
 def _decide(runtime: Runtime, origin: Run, command: ForkCommand) -> _Plan:
     """Fixes everything about a fork before anything is written."""
     workflow_id = origin.key.workflow_id
-    recorded = retrying(runtime.engine, "forks.recorded", lambda conn: forks.recorded(conn, workflow_id))
-    facts = retrying(runtime.engine, "forks.origin", lambda conn: forks.origin(conn, workflow_id))
+    recorded = reading(runtime.engine, "forks.recorded", lambda conn: forks.recorded(conn, workflow_id))
+    facts = reading(runtime.engine, "forks.origin", lambda conn: forks.origin(conn, workflow_id))
     if facts is None:  # after the steps: those of a run that was deleted in between are not taken for all there are
         raise RunNotFound(f"there is no run {command.run_id!r} in namespace {command.namespace!r}")
     point = fork_point(recorded, command.from_step_id)
     code = _code(runtime, origin, facts, command)
-    key = RunKey.of_api(command.namespace, command.new_run_id or new_run_id())
+    key = RunKey.of_api(command.namespace, command.new_run_id or new_run_id(runtime.cell))
     caller_span = parse_traceparent(command.trace_parent)
     start = RunStart(
         key=key,
@@ -240,7 +238,7 @@ def _told(runtime: Runtime, key: RunKey, recorded: Sequence[Recorded], point: Fo
     after = 0
     cut = False
     while point.taken_over and (
-        events := retrying(
+        events := reading(
             runtime.engine, "events.read", partial(event_log.read, workflow_id=key.workflow_id, after_sequence=after)
         )
     ):

@@ -1,4 +1,4 @@
-"""The shared poll of the approval inbox: one query for all who watch, woken early by what this process commits."""
+"""The shared poll of the approval inbox: one query for all who watch, woken early by what any server does."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from datetime import timedelta
 import structlog
 
 from perdure_service.domain.approvals import Approval, ApprovalState
+from perdure_service.store.tailer import HINTED_POLL_FACTOR
 
 OVERLAP_S = 30.0
 """How far back a look goes for decisions: longer than a commit can take to become visible."""
@@ -63,13 +64,20 @@ def _recent(approval: Approval) -> bool:
 class Inbox:
     """Polls while somebody watches. Used on one asyncio loop; `wake` may be called from any thread."""
 
-    def __init__(self, read: Callable[[Sequence[str]], Sequence[Approval]], poll_s: float) -> None:
+    def __init__(
+        self,
+        read: Callable[[Sequence[str]], Sequence[Approval]],
+        poll_s: float,
+        hinted: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Creates the inbox.
 
         Args:
             read: Returns what is pending, and what was decided lately, in some namespaces; blocks.
-            poll_s: How often to look when nothing wakes it.
+            poll_s: How often to look when nothing wakes it, unless hints arrive.
+            hinted: Whether hints of other servers are known to arrive.
         """
+        self._hinted = hinted
         self._read = read
         self._poll_s = poll_s
         self._watchers: set[Mailbox] = set()
@@ -107,7 +115,8 @@ class Inbox:
     async def _run(self) -> None:
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), timeout=self._poll_s)
+                async with asyncio.timeout(self._poll_s * (HINTED_POLL_FACTOR if self._hinted() else 1)):
+                    await self._woken.wait()
             self._woken.clear()
             try:
                 found = await asyncio.to_thread(self._read, sorted({one.namespace for one in self._watchers}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from typing import Any
 
 import sqlalchemy as sa
@@ -51,7 +52,11 @@ AddEvents = Callable[..., None]
 
 @dataclass(frozen=True, slots=True)
 class StartRecord:
-    """A run that has just been written, and its first events."""
+    """A run that has just been written, and its first events.
+
+    Attributes:
+        created_at: When, by the database's clock; None for one that an earlier attempt of the start has written.
+    """
 
     key: RunKey
     agent: str
@@ -59,6 +64,7 @@ class StartRecord:
     trace_id: str
     sampled: bool
     events: list[Event]
+    created_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,24 +112,29 @@ class Ledger:
             start = self._start_of(conn, status, parent)
             declared = by_workflow(status["name"] or "")
             input_argument = (declared.input_argument if declared else "") or None
-        if not runs.insert(
+        created_at = runs.insert(
             conn,
             start,
             input_argument=input_argument,
             parent_workflow_id=parent,
             unique_request_id=unique_request_id,
             executor_id=executor_id,
-        ):
+        )
+        if created_at is None:
             return None
+        return replace(self.started(start, status, executor_id), created_at=created_at)
+
+    @staticmethod
+    def started(start: RunStart, status: Mapping[str, Any], executor_id: str) -> StartRecord:
+        """Returns what is known of a run that is about to be written; arguments as of `record_start`."""
         data: dict[str, Any] = {"to": RunState.QUEUED.value}
         if executor_id:
             data = {"to": RunState.RUNNING.value, "executor_id": executor_id}
         elif status["status"] == "DELAYED":
             data = {"to": RunState.SCHEDULED.value, "until_ms": status.get("delay_until_epoch_ms") or 0}
         first = Event(EventKind.STATE_CHANGED, now_ms(), data, execution=1 if executor_id else 0)
-        return StartRecord(
-            start.key, start.agent, start.agent_version, start.trace_id, _sampled(start.traceparent), [first]
-        )
+        sampled = _sampled(start.traceparent)
+        return StartRecord(start.key, start.agent, start.agent_version, start.trace_id, sampled, [first])
 
     def known(self, conn: sa.Connection, workflow_id: str) -> StartRecord | None:
         """Returns a run that an earlier attempt of the same start has written; without events."""
@@ -224,7 +235,7 @@ class Ledger:
             row.workflow_uuid: row
             for row in conn.execute(
                 sa.text(
-                    f"SELECT workflow_uuid, delay_until_epoch_ms, queue_name FROM {STATUS} "
+                    f"SELECT workflow_uuid, delay_until_epoch_ms, queue_name, serialization FROM {STATUS} "
                     "WHERE workflow_uuid = ANY(:ids) AND owner_xid = :owner AND status = 'PENDING' "
                     "ORDER BY workflow_uuid"
                 ),
@@ -248,6 +259,7 @@ class Ledger:
                 waited_s=row["begun_at"].timestamp()
                 - max(row["created_at"].timestamp(), (statuses[workflow_id].delay_until_epoch_ms or 0) / 1000),
                 queue=statuses[workflow_id].queue_name or DEFAULT_QUEUE,
+                serialization=statuses[workflow_id].serialization,
                 state=RunState.QUEUED,
                 replaying=row["execution"] > 1,
                 budget=budget_of(row["agent"], row["agent_version"]),
@@ -380,17 +392,7 @@ class Ledger:
 
         Of a large output, `shown` is what the run's row shows of it: its JSON text, or a pointer to that.
         """
-        failure = None
-        if error is not None:
-            failure = values.stored_failure(error, ended.serialization, serializer)
-            last = execution.last_failure if execution else None
-            if last is not None and (last.type, last.message) == (failure.type, failure.message):
-                failure = last  # which knows the step, and the cause that the portable form has lost
-            elif last is not None and failure.retryable and f"Step {last.step_name} " in failure.message:
-                # An error of the attempts that pickle cannot read back: the step's own failure is the last of them.
-                failure = replace(failure, step_name=last.step_name, cause=f"{last.type}: {last.message}")
-            if execution is not None and execution.diverged is not None:
-                failure = execution.diverged
+        failure = self.failure_of(execution, error, ended.serialization, serializer)
         return self.close(
             conn,
             ended,
@@ -399,6 +401,24 @@ class Ledger:
             output=shown or values.output_json(output, ended.serialization, serializer),
             execution=execution.number if execution else 0,
         )
+
+    @staticmethod
+    def failure_of(
+        execution: Execution | None, error: str | None, serialization: str | None, serializer: Serializer
+    ) -> Failure | None:
+        """Returns why a run failed, from the error that its code ended with as DBOS stores it; None when it did not."""
+        failure = None
+        if error is not None:
+            failure = values.stored_failure(error, serialization, serializer)
+            last = execution.last_failure if execution else None
+            if last is not None and (last.type, last.message) == (failure.type, failure.message):
+                failure = last  # which knows the step, and the cause that the portable form has lost
+            elif last is not None and failure.retryable and f"Step {last.step_name} " in failure.message:
+                # An error of the attempts that pickle cannot read back: the step's own failure is the last of them.
+                failure = replace(failure, step_name=last.step_name, cause=f"{last.type}: {last.message}")
+            if execution is not None and execution.diverged is not None:
+                failure = execution.diverged
+        return failure
 
     def close(
         self,
@@ -438,23 +458,26 @@ class Ledger:
             )
             for approval in approvals.withdraw_all(conn, ended.key.workflow_id)
         ]  # fmt: skip
-        data: dict[str, Any] = {"from": (from_state or ended.state).value, "to": state.value}
-        if reason:
-            data["reason"] = reason
-        if failure is not None:
-            data["failure"] = failure.to_json()
-        terminal = Event(EventKind.STATE_CHANGED, at, data, execution=number)
+        terminal = _terminal(from_state or ended.state, state, at, number, reason=reason, failure=failure)
         events.append(terminal)
+        return events, lambda: self._ended(row, state, terminal, here=bool(execution))
 
-        def after() -> None:
-            if row["parent_workflow_id"] is not None:
-                self.nudge([row["parent_workflow_id"]])
-            with metering.telling(ended.key.workflow_id):
-                metering.run_ended(row["agent"], state, row["created_at"], at)
-                if execution:  # the trace of a run that is ended from outside is written from its log
-                    self._spans.run_ended(row, terminal)
+    def ending(
+        self, execution: Execution, status: str, failure: Failure | None
+    ) -> tuple[Event, Callable[[Mapping[str, Any]], None]]:
+        """Returns the last event of a run that an execution here ends, and what to call with its row after that."""
+        state = derive_state(status, waiting_for=None, open_approvals=0, end_reason=None, execution=execution.number)
+        terminal = _terminal(execution.state, state, now_ms(), execution.number, failure=failure)
+        return terminal, lambda row: self._ended(row, state, terminal, here=True)
 
-        return events, after
+    def _ended(self, row: Mapping[str, Any], state: RunState, terminal: Event, *, here: bool) -> None:
+        """Tells of the end of a run; `here` if its own execution ended it: else its log tells for its trace."""
+        if row["parent_workflow_id"] is not None:
+            self.nudge([row["parent_workflow_id"]])
+        with metering.telling(row["workflow_id"]):
+            metering.run_ended(row["agent"], state, row["created_at"], terminal.time_ms)
+            if here:
+                self._spans.run_ended(row, terminal)
 
     @staticmethod
     def _deaths(conn: sa.Connection, workflow_id: str) -> int:
@@ -529,6 +552,17 @@ class Ledger:
             {"id": workflow_id, "application": APPLICATION},
         ).first()
         return found is not None
+
+
+def _terminal(
+    before: RunState, after: RunState, at_ms: int, execution: int, *, reason: str = "", failure: Failure | None = None
+) -> Event:
+    data: dict[str, Any] = {"from": before.value, "to": after.value}
+    if reason:
+        data["reason"] = reason
+    if failure is not None:
+        data["failure"] = failure.to_json()
+    return Event(EventKind.STATE_CHANGED, at_ms, data, execution=execution)
 
 
 def _sampled(traceparent: str) -> bool:

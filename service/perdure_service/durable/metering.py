@@ -19,7 +19,7 @@ from perdure_service.domain.events import EventKind, Pack
 from perdure_service.domain.runs import RunState
 from perdure_service.durable.executions import Execution
 from perdure_service.store import run_counts
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading
 from perdure_service.telemetry import AGENT, STEP_NAME
 from perdure_service.telemetry import metrics as m
 from perdure_service.telemetry.metrics import METERS
@@ -102,7 +102,7 @@ class OpenRuns:
             if self._until is None or self._clock() >= self._until:
                 self._until = self._clock() + REFRESH_S
                 try:
-                    self._counts = retrying(self._engine, "metrics.open_runs", run_counts.count_open)
+                    self._counts = reading(self._engine, "metrics.open_runs", run_counts.count_open)
                 except Exception as error:  # noqa: BLE001 - logged; the last counts stand until the next look
                     log.warning("metrics.read_failed", error=type(error).__name__)
             return self._counts

@@ -12,19 +12,30 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import sqlalchemy as sa
+import structlog
 
 from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, in_pieces
 from perdure_service.domain.runs import RunState
-from perdure_service.durable.executions import Execution, slot_of
+from perdure_service.durable.executions import Execution, LogEnd, slot_of
+from perdure_service.durable.hops import refuse_to_block
 from perdure_service.store import event_log, runs
 from perdure_service.store.engine import CheckpointTooSlow
 from perdure_service.store.sqlstates import QUERY_CANCELED, sqlstate_of
 from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
 
 Hook = Callable[[sa.Connection], object]
+
+log = structlog.get_logger()
+
+
+class Adoptable(Protocol):
+    """A commit that was tried elsewhere: its pack, and the events that rode on it."""
+
+    pack: Pack
+    riding: list[Event]
 
 
 class Operation:
@@ -36,6 +47,7 @@ class Operation:
         repeated: Whether any transaction of it was begun more than once: what it finds may be its own doing.
         begin: Runs first in each transaction.
         finish: Runs last, before the packs are written; may add events.
+        adopted: What the checkpoint writer was given of this very commit and is not known to have written.
         done: Runs once after COMMIT.
         facts: What the code around DBOS's call wants to tell the hooks inside it.
     """
@@ -47,6 +59,7 @@ class Operation:
         begin: Hook | None = None,
         finish: Hook | None = None,
         done: Callable[[], None] | None = None,
+        adopted: Adoptable | None = None,
         **facts: Any,
     ) -> None:
         self.execution = execution
@@ -63,6 +76,28 @@ class Operation:
         self._packs: dict[str, list[Pack]] = {}
         self._failed_by = "none"
         self._riding: list[Event] = []
+        self._begins: dict[str, Execution] = {}
+        self.adopted = adopted
+        if adopted is not None:
+            # The writer's was the first attempt: this one is a repeat, and looks whether that one was committed.
+            self.attempts = 1
+            self._packs[adopted.pack.workflow_id] = [adopted.pack]
+            self._riding = list(adopted.riding)
+            if execution is not None:
+                self._state = execution.state
+
+    def begins(self, execution: Execution) -> None:
+        """Says that an execution begins with this commit: it is told where its log ends."""
+        self._begins[execution.key.workflow_id] = execution
+
+    def note_ends(self) -> None:
+        """Tells the executions whose logs this commit has extended where they end now; they hold their slots."""
+        for workflow_id, packs in self._packs.items():
+            own = self.execution is not None and self.execution.key.workflow_id == workflow_id
+            execution = self.execution if own else self._begins.get(workflow_id)
+            if execution is not None and packs and packs[-1].first_sequence is not None:
+                first = packs[-1].first_sequence
+                execution.log_end = LogEnd(first, first + len(packs[-1].events) - 1)
 
     def add(self, workflow_id: str, *events: Event) -> None:
         """Adds events of a run to this commit."""
@@ -77,9 +112,9 @@ class Operation:
         self._undo.append(callback)
 
     @property
-    def workflow_ids(self) -> list[str]:
-        """The runs that this commit wrote events of."""
-        return list(self._packs)
+    def packs(self) -> list[Pack]:
+        """What this commit wrote, of each run in the order of its log."""
+        return [pack for packs in self._packs.values() for pack in packs]
 
     def written(self) -> Iterator[tuple[str, Sequence[Pack]]]:
         """Yields the runs that this commit wrote events of, each with what it wrote."""
@@ -101,6 +136,7 @@ class Operation:
                 self.execution.state = self._state
         self._events.clear()
         self._after.clear()
+        self._begins.clear()
         if self.begin is not None:
             self.begin(conn)
 
@@ -170,13 +206,13 @@ class Operations:
 
     def __init__(
         self,
-        committed: Callable[[list[str]], None],
+        committed: Callable[[list[Pack]], None],
         told: Callable[[Execution | None, str, Sequence[Pack]], None] = lambda _execution, _workflow_id, _packs: None,
     ) -> None:
         """Creates the stack.
 
         Args:
-            committed: Told the workflow ids whose logs a commit has extended, after the commit.
+            committed: Told the packs that a commit has written, after the commit.
             told: Told what a commit has written to each log, and which execution here has written it to its own.
                 Called in the order of the log, as the execution's slot is still held; must not raise.
         """
@@ -197,7 +233,8 @@ class Operations:
         The slot is held between the attempts, too: while nobody knows whether the first one was committed, what came
         later must not reach the log before it.
         """
-        with slot_of(operation.execution):
+        refuse_to_block()
+        with slot_of(operation.execution, operation.adopted):
             stack = self._stack()
             stack.append(operation)
             try:
@@ -240,13 +277,25 @@ class Operations:
                 raise
             slow = CheckpointTooSlow(str(error.orig))
             raise sa.exc.OperationalError(error.statement, None, slow, hide_parameters=True) from error
-        written = operation.workflow_ids
+        operation.note_ends()
+        written = operation.packs
         for workflow_id, packs in operation.written():
             own = operation.execution is not None and operation.execution.key.workflow_id == workflow_id
-            self._told(operation.execution if own else None, workflow_id, packs)
+            self.tell(operation.execution if own else None, workflow_id, packs)
         if written:
-            self._committed(written)
+            self.hint(written)
         operation.committed()
+
+    def tell(self, execution: Execution | None, workflow_id: str, packs: Sequence[Pack]) -> None:
+        """Tells of what a commit has written; see `told` of the constructor."""
+        self._told(execution, workflow_id, packs)
+
+    def hint(self, packs: list[Pack]) -> None:
+        """Tells what commits have written; see `committed` of the constructor. Raises nothing: they have happened."""
+        try:
+            self._committed(packs)
+        except Exception as error:  # noqa: BLE001 - logged; everybody also looks by himself
+            log.error("hints.not_told", packs=len(packs), error=type(error).__name__)
 
     def _stack(self) -> list[Operation]:
         stack: list[Operation] | None = getattr(self._local, "stack", None)

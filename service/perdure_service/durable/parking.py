@@ -33,6 +33,7 @@ import structlog
 from dbos import DBOS, _core, _dbos
 from dbos._context import get_local_dbos_context, snapshot_step_context
 from dbos._outcome import DeferredResult, NoResult
+from dbos._utils import LoopAwareEvent
 
 from perdure_service.domain.events import EventKind
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
@@ -40,8 +41,10 @@ from perdure_service.durable.executions import Execution, Wait
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.substitutes import substitute
+from perdure_service.durable.waits import Waits
 from perdure_service.store import parked, runs
 from perdure_service.store.dbos_tables import NULL_TOPIC
+from perdure_service.store.tailer import HINTED_POLL_FACTOR
 
 log = structlog.get_logger()
 
@@ -56,9 +59,11 @@ RESULT_RECHECK_S = 60.0
 class WaitingDatabase(StatusDatabase):
     """See the module."""
 
-    def __init__(self, *, park_after_s: float, **arguments: Any) -> None:
+    def __init__(self, *, park_after_s: float, waits: Waits, **arguments: Any) -> None:
         """Creates it; `park_after_s` as in the settings, seconds."""
         super().__init__(**arguments)
+        self.waits = waits
+        waits.bind(self.notifications_map, self.workflow_events_map, self.streams_map)
         self._park_after_s = park_after_s
         self._look_s = min(MOST_LOOK_S, max(LEAST_LOOK_S, park_after_s / 4))
 
@@ -136,6 +141,13 @@ class WaitingDatabase(StatusDatabase):
 
     # ---- the waits ---------------------------------------------------------------------------------------------------
 
+    def _notification_listener(self) -> None:
+        self.waits.run(lambda: self._run_background_processes)
+
+    def _result_look_s(self, polling_interval: float) -> float:
+        """Returns how often a wait for a result looks by itself, seconds: its end wakes it while hints arrive."""
+        return polling_interval * (HINTED_POLL_FACTOR if self.waits.hinted else 1)
+
     def recv(
         self,
         workflow_uuid: str,
@@ -155,8 +167,7 @@ class WaitingDatabase(StatusDatabase):
             try:
                 while not event.is_set() and (left_s := deadline - time.monotonic()) > 0:
                     self.nap(execution, wait, min(left_s, self._event_recheck_interval()))
-                    if not event.is_set():
-                        self.recv_check(workflow_uuid, topic, event)
+                    self._look_again(execution, workflow_uuid, topic, event)
                 return self.recv_consume(workflow_uuid, function_id, topic, start_time)
             finally:
                 self.notifications_map.pop(payload, event)
@@ -188,11 +199,22 @@ class WaitingDatabase(StatusDatabase):
             try:
                 while not event.is_set() and (left_s := deadline - time.monotonic()) > 0:
                     await self.nap_async(execution, wait, min(left_s, self._event_recheck_interval()))
-                    if not event.is_set():
-                        await asyncio.to_thread(self.recv_check, workflow_uuid, topic, event)
+                    await asyncio.to_thread(self._look_again, execution, workflow_uuid, topic, event)
                 return await asyncio.to_thread(self.recv_consume, workflow_uuid, function_id, topic, start_time)
             finally:
                 self.notifications_map.pop(payload, event)
+
+    def _look_again(
+        self, execution: Execution | None, workflow_uuid: str, topic: str | None, event: LoopAwareEvent
+    ) -> None:
+        """Sets the event of a wait for a message if there is one, and only then.
+
+        What woke it may have been a late hint of a message that the wait before it has taken.
+        """
+        if execution is not None and execution.dead:
+            self.refuse_dead(execution)
+        event.clear()
+        self.recv_check(workflow_uuid, topic, event)
 
     def sleep(self, execution: Execution | None, seconds: float) -> None:
         """Sleeps what is left of a sleep that is recorded. Blocks."""
@@ -229,18 +251,18 @@ class WaitingDatabase(StatusDatabase):
     def await_first_workflow_id(self, workflow_ids: list[str], polling_interval: float) -> str:
         execution = self._execution_here()
         wait = Wait(tuple(parked.RESULT + one for one in workflow_ids))
-        with _working(execution):
+        with self.waits.for_results(workflow_ids, wait), _working(execution):
             while isinstance(found := self.check_first_workflow_id(workflow_ids), NoResult):
-                self.nap(execution, wait, polling_interval)
+                self.nap(execution, wait, self._result_look_s(polling_interval))
                 self._go_on_waiting(execution, wait)
         return found
 
     async def await_first_workflow_id_async(self, workflow_ids: list[str], polling_interval: float) -> str:
         execution = self._execution_here()
         wait = Wait(tuple(parked.RESULT + one for one in workflow_ids))
-        with _working(execution):
+        with self.waits.for_results(workflow_ids, wait), _working(execution):
             while isinstance(found := await asyncio.to_thread(self.check_first_workflow_id, workflow_ids), NoResult):
-                await self.nap_async(execution, wait, polling_interval)
+                await self.nap_async(execution, wait, self._result_look_s(polling_interval))
                 self._go_on_waiting(execution, wait)
         return found
 
@@ -265,17 +287,17 @@ class WaitingDatabase(StatusDatabase):
 
     def _result_for(self, execution: Execution, workflow_id: str, polling_interval: float) -> Any:
         wait = Wait((parked.RESULT + workflow_id,))
-        with execution.working():
+        with self.waits.for_results([workflow_id], wait), execution.working():
             while isinstance(result := self.check_workflow_result(workflow_id), NoResult):
-                self.nap(execution, wait, polling_interval)
+                self.nap(execution, wait, self._result_look_s(polling_interval))
                 self._go_on_waiting(execution, wait)
         return result
 
     async def _result_for_async(self, execution: Execution, workflow_id: str, polling_interval: float) -> Any:
         wait = Wait((parked.RESULT + workflow_id,))
-        with execution.working():
+        with self.waits.for_results([workflow_id], wait), execution.working():
             while isinstance(result := await asyncio.to_thread(self.check_workflow_result, workflow_id), NoResult):
-                await self.nap_async(execution, wait, polling_interval)
+                await self.nap_async(execution, wait, self._result_look_s(polling_interval))
                 self._go_on_waiting(execution, wait)
         return result
 

@@ -29,11 +29,12 @@ import structlog
 from dbos._serialization import DBOSPortableJSONSerializer, DefaultSerializer
 
 from perdure_service.domain.payloads import MARK, Pointer, parse
+from perdure_service.durable.hops import refuse_to_block
 from perdure_service.durable.substitutes import substitute
 from perdure_service.errors import Contention, Overloaded, StoreUnavailable
 from perdure_service.store import payloads
 from perdure_service.store.objects import Objects
-from perdure_service.store.sqlstates import JITTER, retrying
+from perdure_service.store.sqlstates import JITTER, reading
 
 T = TypeVar("T")
 
@@ -105,6 +106,11 @@ class Payloads:
 
     # ---- writing -----------------------------------------------------------------------------------------------------
 
+    def fits(self, text: str | None) -> bool:
+        """Returns whether a text is certain to stay in its row; does not block."""
+        # A character takes at most three bytes here, four as a surrogate pair of two.
+        return text is None or len(text) * 4 <= self._threshold_bytes
+
     def stow(self, text: str | None, *, patient: bool = True) -> Stowed | None:
         """Returns a text as a payload when it is too large for a row, else None.
 
@@ -115,8 +121,7 @@ class Payloads:
         Raises:
             StoreUnavailable: The object store is away, and nobody waits for it.
         """
-        # A character takes at most three bytes here, four as a surrogate pair of two.
-        if text is None or len(text) * 4 <= self._threshold_bytes or text.startswith(MARK):
+        if text is None or self.fits(text) or text.startswith(MARK):
             return None
         data = text.encode()
         return self.stow_bytes(data, patient=patient) if len(data) > self._threshold_bytes else None
@@ -126,9 +131,10 @@ class Payloads:
         pointer = Pointer.of(data)
         if self._objects is None:
             return Stowed(pointer, data)
+        refuse_to_block()
 
         def put() -> Stowed:
-            if retrying(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256)):
+            if reading(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256)):
                 return Stowed(pointer, data)
             began_s = time.monotonic()
             return Stowed(pointer, data, self._put(pointer, data), began_s)
@@ -175,12 +181,12 @@ class Payloads:
         """
         if self._objects is None:
             return 0
-        now = retrying(self._engine, "payloads.now", payloads.now)
+        now = reading(self._engine, "payloads.now", payloads.now)
         old = (key for key, written in self._objects.all() if now - written > older_than)
         deleted = 0
         while batch := list(islice(old, SWEEP_OBJECTS)):
             hashes = sorted({key.partition("/")[0] for key in batch})
-            known = retrying(
+            known = reading(
                 self._engine,
                 "payloads.known",
                 lambda conn, hashes=hashes: payloads.known_objects(conn, hashes),  # type: ignore[misc]
@@ -230,7 +236,8 @@ class Payloads:
             StoreUnavailable: The store is away.
             LookupError: There are no such bytes: the last run that used them was deleted.
         """
-        place = retrying(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256))
+        refuse_to_block()
+        place = reading(self._engine, "payloads.place", lambda conn: payloads.place(conn, pointer.sha256))
         if place is None:
             raise LookupError(f"there is no payload {pointer.sha256}")
         position = offset
@@ -241,7 +248,7 @@ class Payloads:
                 data = self._objects.read(place.object_key, position, payloads.PIECE_BYTES)
             else:
                 number, skip = divmod(position, payloads.PIECE_BYTES)
-                data = retrying(
+                data = reading(
                     self._engine,
                     "payloads.read",
                     lambda conn, number=number: payloads.read_piece(conn, pointer.sha256, number),  # type: ignore[misc]

@@ -11,7 +11,8 @@ may come. An agent that must never take all has `max_running`.
 
 **Who waits for what.** A claim that leaves something notes for what: a slot of the executor, the end of a run of its
 queue, or of an agent. The end of an execution wakes the queues that wait for it, and no others, so a run that ends
-while nothing waits costs no statement. What other executors queue is found by polling.
+while nothing waits costs no statement. Other executors are told of what is queued, and of the end of a run whose queue
+has limits that they share (`announce`); what they were not told of they find by polling.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ CLAIM_BATCH = 100
 """Runs that one claim takes at most: a fraction of a second's work, and starts go on beside it. If more wait, the next
 claim follows at once."""
 
+LOOK_SLOTS = 8
+"""Free slots that a claim holds at least, if there are as many, when nothing is known to wait; else half of them."""
+
 
 @dataclass(slots=True)
 class _Waits:
@@ -39,6 +43,11 @@ class _Waits:
     for_slot: bool = False
     for_queue: bool = False
     for_agents: frozenset[AgentKey] = frozenset()
+
+    @property
+    def any(self) -> bool:
+        """Whether some are known to wait."""
+        return self.for_slot or self.for_queue or bool(self.for_agents)
 
     def blocks(self, agent: AgentKey) -> bool:
         """Whether a new run of this agent would overtake some."""
@@ -117,6 +126,8 @@ class Placement:
         self._waits: dict[str, _Waits] = {}
         self.wake: Callable[[str], None] = lambda _queue: None
         """Makes this process look into a queue now; set by `queue_threads`."""
+        self.announce: Callable[[str], None] = lambda _queue: None
+        """Tells the other executors to look into a queue; set by the runtime."""
         executions.left = self._left
 
     def saw(self, limits: QueueLimits) -> None:
@@ -195,9 +206,10 @@ class Placement:
         self.saw(limits)
         with self._claiming:
             # Before the claim looks: what is queued from now on is noted beside, and not forgotten with what was.
-            waits = self._waits[limits.name] = _Waits()
+            before, waits = self._waits.get(limits.name), _Waits()
+            self._waits[limits.name] = waits
             with self._lock:
-                room = self._room(limits)
+                room = self._room(limits, sure=before is not None and before.any)
                 held = replace(room, agents=dict(room.agents))
                 self._hold(held, 1)
             try:
@@ -219,9 +231,12 @@ class Placement:
             # There is more than one claim takes, or what it could not take was in the way of others, or it failed.
             self.wake(limits.name)
 
-    def _room(self, limits: QueueLimits) -> Room:
+    def _room(self, limits: QueueLimits, *, sure: bool) -> Room:
         agents = self._limits()
         total = min(CLAIM_BATCH, self._slots_left())
+        if not sure:
+            # A look that will mostly find nothing must not send those to the queue who come to start meanwhile.
+            total = min(total, max(LOOK_SLOTS, self._slots_left() // 2))
         bounded_by_queue = False
         if limits.worker_concurrency:
             of_queue = self._queue_left(limits)
@@ -284,6 +299,7 @@ class Placement:
         """Is told that something was queued, or given back, by this process: it is looked for now."""
         self._waits.setdefault(queue, _Waits()).for_slot = True
         self.wake(queue)
+        self.announce(queue)
 
     def polls(self, queue: str) -> None:
         """Is told that a queue will be looked into, unless it has no room here: then nobody knows what waits."""
@@ -296,3 +312,6 @@ class Placement:
         for queue, waits in list(self._waits.items()):
             if waits.ended(agent, of_this_queue=queue == execution.queue):
                 self.wake(queue)
+        limits = self._queues.get(execution.queue)
+        if limits is not None and limits.shared:
+            self.announce(execution.queue)

@@ -15,20 +15,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from types import CodeType
+from typing import Any, Protocol
 
-import sqlalchemy as sa
 from dbos import _core
 from dbos._context import current_owner_xid, get_local_dbos_context
 from dbos._error import DBOSUnexpectedStepError, DBOSWorkflowCancelledError, DBOSWorkflowConflictIDError
-from dbos._sys_db import SystemDatabase
 
 from perdure_service.domain.runs import NON_DETERMINISTIC, Failure
 from perdure_service.durable.executions import Execution, Executions, Parked
-from perdure_service.durable.retries import repeated
+from perdure_service.durable.hops import code_within
+from perdure_service.durable.recording import Answer
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.values import MESSAGE_CHARS
-from perdure_service.store.dbos_tables import OUTPUTS
 
 WAYS_OUT = (
     "The agent's code was changed under this run, or does not do the same each time. Let runs that are under way keep "
@@ -37,6 +36,13 @@ WAYS_OUT = (
 )
 
 _plain_get_wf_invoke_func = _core._get_wf_invoke_func
+
+
+class Recordings(Protocol):
+    """Where recordings are read."""
+
+    def read_recording(self, execution: Execution) -> None:
+        """Reads the next page of an execution's recording. Blocks."""
 
 
 class NonDeterministicError(Exception):
@@ -78,7 +84,7 @@ def refuse_diverged(execution: Execution) -> None:
 
 
 def install(
-    executions: Executions, database: Callable[[], SystemDatabase], result_of_parked: Callable[[Execution], Any]
+    executions: Executions, database: Callable[[], Recordings], result_of_parked: Callable[[Execution], Any]
 ) -> None:
     """Makes every workflow function end as its replay says.
 
@@ -118,7 +124,12 @@ def install(
     substitute(_core, "_get_wf_invoke_func", get_wf_invoke_func)
 
 
-def _judged(execution: Execution, function: Callable[[], Any], database: SystemDatabase) -> Any:
+def stage() -> CodeType:
+    """Returns the code of the stage of a workflow that `install` has DBOS run when its function has ended."""
+    return code_within(install.__code__, "get_wf_invoke_func", "observed")
+
+
+def _judged(execution: Execution, function: Callable[[], Any], database: Recordings) -> Any:
     """Returns or raises what a workflow function does, if its replay followed the recording."""
     cause: BaseException | None = None
     try:
@@ -142,27 +153,20 @@ def _judged(execution: Execution, function: Callable[[], Any], database: SystemD
     return result
 
 
-def _look_for_more(execution: Execution, database: SystemDatabase, cause: BaseException | None) -> None:
+def _look_for_more(execution: Execution, database: Recordings, cause: BaseException | None) -> None:
     """Marks an execution that ended before it came to all that is recorded."""
     context = get_local_dbos_context()
     replays = execution.number > 1 or execution.followed  # a fork has steps in its first execution
     if not replays or context is None or execution.dead:
         return
-    beyond = _recorded_after(database, execution.key.workflow_id, context.function_id)
+    beyond = _recorded_after(database, execution, context.function_id)
     if beyond is not None:
         ended = "ended before it" if cause is None else f"ended before it, with {type(cause).__name__}"
         diverge(execution, beyond[0], beyond[1], f"the agent's code {ended}")
 
 
-@repeated()
-def _recorded_after(database: SystemDatabase, workflow_id: str, function_id: int) -> tuple[int, str] | None:
+def _recorded_after(database: Recordings, execution: Execution, function_id: int) -> tuple[int, str] | None:
     """Returns number and name of the first operation that is recorded after a number, None if there is none."""
-    with database.engine.begin() as conn:
-        row = conn.execute(
-            sa.text(
-                f"SELECT function_id, function_name FROM {OUTPUTS} "
-                "WHERE workflow_uuid = :id AND function_id > :after ORDER BY function_id LIMIT 1"
-            ),
-            {"id": workflow_id, "after": function_id},
-        ).first()
-    return None if row is None else (int(row[0]), str(row[1]))
+    while (found := execution.recording.next_after(function_id)) is Answer.UNREAD:
+        database.read_recording(execution)
+    return None if isinstance(found, Answer) else found

@@ -35,7 +35,7 @@ from perdure_service.durable.deletions import BATCH_RUNS, Changed, delete_famili
 from perdure_service.durable.runtime import Runtime
 from perdure_service.store import deletions, retention
 from perdure_service.store.retention import Ended
-from perdure_service.store.sqlstates import JITTER, retrying
+from perdure_service.store.sqlstates import JITTER, reading, retrying
 from perdure_service.telemetry import METERS
 from perdure_service.telemetry import metrics as m
 
@@ -112,7 +112,7 @@ class Retention:
     def round(self) -> bool:
         """Removes a bounded piece of what is no longer kept; returns whether there is more to look at. Blocks."""
         deadline = time.monotonic() + ROUND_PATIENCE_S
-        now = retrying(self._runtime.engine, "retention.now", retention.now)
+        now = reading(self._runtime.engine, "retention.now", retention.now)
         before = {name: now - kept for name, kept in self._kept.items() if kept is not None}
         more = False
         for namespace in self._kept:
@@ -196,7 +196,7 @@ class Retention:
         return retrying(self._runtime.engine, "retention.cut_logs", cut)
 
     def _page(self, namespace: str, before: datetime, after: Ended | None) -> list[Ended]:
-        return retrying(
+        return reading(
             self._runtime.engine,
             "retention.ended",
             lambda conn: retention.ended(conn, namespace, before, after, PAGE_RUNS),

@@ -10,10 +10,12 @@ import asyncio
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
@@ -27,11 +29,13 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
 from perdure_service.domain.queues import QueueLimits, Queues
-from perdure_service.domain.runs import RunStart
+from perdure_service.domain.runs import LOCAL_CELL, Run, RunStart, derive_state, epoch_ms
 from perdure_service.domain.trace import TracedRun
-from perdure_service.durable import metering, parking, replay, retries, steps, system_database
+from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
+from perdure_service.durable.checkpoints import Checkpoints, Presented
 from perdure_service.durable.drain import Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
+from perdure_service.durable.hints import Hints, feed_of
 from perdure_service.durable.leases import Lease, lease_statement_timeout, renewal_interval_s
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operations
@@ -44,16 +48,18 @@ from perdure_service.durable.reaper import Reaper
 from perdure_service.durable.spans import Spans, record, traced_run
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.suspicion import Suspicion
-from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated
+from perdure_service.durable.system_database import PerdureSystemDatabase, RequestRepeated, WrittenStart
 from perdure_service.durable.trace_writer import TraceWriter
+from perdure_service.durable.waits import Waits
 from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
 from perdure_service.store import queues as store_queues
 from perdure_service.store import runs, traces
+from perdure_service.store.checkpoint_writer import MAX_ROWS, WRITERS, CheckpointWriter
 from perdure_service.store.dbos_tables import APPLICATION
-from perdure_service.store.engine import is_cockroach, reserve_connection
+from perdure_service.store.engine import is_cockroach, reserve_connections, waits_for_a_connection
 from perdure_service.store.objects import Objects
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.telemetry import METERS, RunTracer
 from perdure_service.telemetry import metrics as m
 
@@ -71,8 +77,43 @@ STOP_RESERVE = timedelta(seconds=2)
 DESTROY_TIMEOUT_S = 3.0
 """How long DBOS may take to end its threads; the process ends with them or without them."""
 
-LISTENER_POLL_S = 0.25
-"""How often waits for signals are looked at where there is no LISTEN/NOTIFY (CockroachDB)."""
+CALLER_POOL_PATIENCE_S = 2.0
+"""How long a call waits for a connection to the database before its caller is told to come again (OVERLOADED): about
+twice what it is told to wait. Ten such waits and more are behind each other at the threads, so it must not be long."""
+
+STARTERS = 64
+"""Threads for starts that the checkpoint writer did not write: repeats, and all while the database is away."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What has become of a start: the workflow id of its run, and the run if this start has made it."""
+
+    workflow_id: str
+    run: Run | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _PreparedStart:
+    """A start of which everything is decided."""
+
+    agent: RegisteredAgent
+    start: RunStart
+    status: Any
+    """DBOS's row."""
+    owner_xid: str
+    unique_request_id: str | None
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The arguments of the system database's `present_start` and `start_run`."""
+        return {
+            "status": self.status,
+            "start": self.start,
+            "creator_xid": self.owner_xid,
+            "input_argument": self.agent.input_argument or None,
+            "unique_request_id": self.unique_request_id,
+        }
 
 
 class Runtime:
@@ -90,7 +131,6 @@ class Runtime:
         queue_poll: timedelta,
         lease_ttl: timedelta,
         tracer: RunTracer,
-        hint: Callable[[Sequence[str]], None],
         lost: Callable[[], None],
         owns_database: bool = False,
         max_output_bytes: int = 2**20,
@@ -100,10 +140,17 @@ class Runtime:
         queues: Queues | None = None,
         payload_threshold_bytes: int = 2**16,
         objects: Objects | None = None,
+        checkpoint_timeout: timedelta | None = None,
+        cell: str = LOCAL_CELL,
     ) -> None:
-        """Creates the runtime; `launch` starts it. Arguments as in `Settings` and `Lease`."""
+        """Creates the runtime; `launch` starts it.
+
+        Arguments as in `Settings` and `Lease`; `checkpoint_timeout` is the statement timeout of the checkpoint writer,
+        without which every checkpoint is a transaction of its own.
+        """
         self.engine = engine
         self.executor_id = executor_id
+        self.cell = cell
         self.application_version = application_version
         self._max_running = max_running
         self._max_threads = max_threads
@@ -111,20 +158,19 @@ class Runtime:
         self._traces = TraceWriter(engine, _find_traced, lambda run, span: record(tracer, run, span))
         self.spans = Spans(tracer, executor_id, self._traces)
         self.ledger = Ledger(self.spans)
-        self._writer = EventWriter(self._write_buffered)
+        self._writer = EventWriter(self._write_buffered, at_once=1 if checkpoint_timeout is None else MAX_ROWS)
         self.executions = Executions(self._writer.wake)
         self.queues = queues or Queues()
         self.placement = Placement(self.executions, max_running)
-        self._bells = Bells(queue_poll.total_seconds())
+        self.hints = Hints(lambda heard: feed_of(engine, executor_id, heard))
+        self._bells = Bells(queue_poll.total_seconds(), lambda: self.hints.tells_queues)
         self.placement.wake = self._bells.ring
-        self.operations = Operations(hint, self._committed)
+        self.placement.announce = self.hints.announce
+        self.operations = Operations(self.hints.committed, self._committed)
+        self.checkpoints = Checkpoints(self.operations)
+        self._waits = Waits(engine, lambda: self.hints.arrives)
         # Of its own: when all connections are in use this executor is busy, not dead, and must be able to say so.
-        self._lease_engine = reserve_connection(engine, lease_statement_timeout(lease_ttl))
-
-        def given_back(workflow_ids: Sequence[str]) -> None:
-            hint(workflow_ids)
-            if workflow_ids:
-                self.poke()
+        self._lease_engine = reserve_connections(engine, lease_statement_timeout(lease_ttl))
 
         self.lease = Lease(
             self._lease_engine,
@@ -143,11 +189,11 @@ class Runtime:
             lease=self.lease,
             ttl=lease_ttl,
             ledger=self.ledger,
-            hint=given_back,
+            hint=self.hints.given_back,
             gone=self.spans.executors_gone,
             owns_database=owns_database,
         )
-        self._drain = Drain(engine, self.executions, self.ledger, hint)
+        self._drain = Drain(engine, self.executions, self.ledger, self.hints.given_back)
         self._suspicion = Suspicion(
             engine,
             executor_id,
@@ -157,14 +203,38 @@ class Runtime:
         )
         self._suspects = suspicion and not owns_database
         METERS.observe(m.EXECUTIONS, lambda: [(len(self.executions), {})])
-        self._owners = OwnerWatch(engine, executor_id, self.executions, self.ledger, given_back, OWNER_WATCH_S)
+        self._owners = OwnerWatch(
+            engine,
+            executor_id,
+            self.executions,
+            self.ledger,
+            self.hints.given_back,
+            OWNER_WATCH_S,
+            lambda: self.hints.arrives,
+        )
+        self._wire_hints()
         self._database: PerdureSystemDatabase | None = None
         self._limit = OutputLimit(max_output_bytes)
+        self._checkpoint_writer: CheckpointWriter | None = None
+        if checkpoint_timeout is not None:
+            reserved = reserve_connections(engine, checkpoint_timeout, WRITERS)
+            self._checkpoint_writer = CheckpointWriter(reserved, self.checkpoints.answer)
+            self.checkpoints.write_with(self._checkpoint_writer)
         self._park_after = park_after
         self._max_recoveries = max_recoveries
         self._waker = Waker(engine, self.executions, lambda workflow_ids: self.database.wake(workflow_ids))
         self.ledger.nudge = self._waker.nudge
+        self._templates: dict[str, Mapping[str, Any]] = {}
+        self._starters = ThreadPoolExecutor(STARTERS, thread_name_prefix="starter-")
         self.payloads = Payloads(engine, payload_threshold_bytes, objects)
+
+    def _wire_hints(self) -> None:
+        self.hints.ring = self._bells.ring_for_others
+        self.hints.ring_own = self._bells.ring_all
+        self.hints.owner_changed = self._owners.changed
+        self.hints.look_for = self._waits.look_for
+        self.hints.ended = self._waits.ended
+        self.hints.wake = self._waits.wake
 
     @property
     def database(self) -> PerdureSystemDatabase:
@@ -188,11 +258,13 @@ class Runtime:
         self.lease.start()
         taken_back = self._reaper.start()
         self._writer.start()
+        if self._checkpoint_writer is not None:
+            self._checkpoint_writer.start()
         self.payloads.start()
         self._traces.start()
         system_database.install(self._build)
         retries.install()
-        self._bells.install(self.executions)
+        self._bells.install(self.executions, self.queues.names)
         steps.install(self.executions, self.spans, self.lease)
         self._limit.install()
         self.payloads.install()
@@ -200,6 +272,7 @@ class Runtime:
         replay.install(
             self.executions, lambda: self.database, lambda child: self.database.result_of_parked_child(child)
         )
+        hops.install(replay.stage())
         parking.install(lambda: self.database)
         url = self.engine.url.render_as_string(hide_password=False)
         DBOS(
@@ -211,7 +284,6 @@ class Runtime:
                 "application_version": self.application_version,
                 "run_migrations": False,
                 "use_listen_notify": not is_cockroach(self.engine),
-                "notification_listener_polling_interval_sec": LISTENER_POLL_S,
                 # A blocking agent holds a thread while it runs or waits, its blocking children another; database calls
                 # need some beside those, or who waits would keep from going on what it waits for.
                 "max_executor_threads": self._max_threads + 2 * self._max_running,
@@ -229,13 +301,14 @@ class Runtime:
             self._register_queue(limits)
         self._owners.start()
         self._waker.start()
+        self.hints.start()
         if self._suspects:
             self._suspicion.start()
         return taken_back
 
     def poke(self) -> None:
         """Looks for queued runs now: something has been queued, or given back, that no queue was told of."""
-        self._bells.ring_all()
+        self.hints.poke()
 
     def _tell_differences(self) -> None:
         """Warns when a queue has other limits in the database: those of this executor count from now on, for all."""
@@ -274,10 +347,13 @@ class Runtime:
         deadline = time.monotonic() + max(timeout - STOP_RESERVE, timeout / 2).total_seconds()
         self.lease.drain()
         self._drain.run(deadline)
+        if self._checkpoint_writer is not None:
+            self._checkpoint_writer.stop()
         self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self.lease)
         self.payloads.close()
         with suppress(Exception):
             self._reaper.take_back()  # what this executor never knew it had been given
+        self.hints.stop()
         self._end_dbos()
         self._lease_engine.dispose()
         self._traces.stop()
@@ -302,7 +378,9 @@ class Runtime:
 
     def forget(self) -> None:
         """Ends this runtime's own threads and hands nothing over, as if it had been killed. For `crash`. Blocks."""
-        self._end_threads(self._suspicion, self._reaper, self._owners, self._waker, self._writer, self._traces)
+        self._end_threads(
+            self._suspicion, self._reaper, self._owners, self._waker, self._writer, self._traces, self.hints
+        )
         self.payloads.close()
         self.lease.forget()
         self._lease_engine.dispose()
@@ -316,23 +394,31 @@ class Runtime:
             registered=_registered_names,
             limit=self._limit,
             park_after_s=self._park_after.total_seconds(),
+            waits=self._waits,
             payloads=self.payloads,
+            checkpoints=self.checkpoints,
             **arguments,
         )
         database.nudge = self._waker.nudge
         database.poke = self.poke
+        database.write_alone = self._writer.write_now
         if self._database is None:
             self._database = database
         return database
 
     def _committed(self, execution: Execution | None, workflow_id: str, packs: Sequence[Pack]) -> None:
         """Tells of a commit."""
+        if packs and packs[-1].events[-1].ends_run:
+            # Before anybody else is told: who waits for the end registers, and then looks at this.
+            execution_here = execution or self.executions.newest(workflow_id)
+            if execution_here is not None:
+                execution_here.ended = True
         with metering.telling(workflow_id):
             metering.committed(execution, packs)
             self.spans.committed(execution, workflow_id, packs)
 
-    def _write_buffered(self, execution: Execution) -> None:
-        self.database.write_buffered(execution)
+    def _write_buffered(self, execution: Execution) -> bool:
+        return self.database.write_buffered(execution)
 
     @staticmethod
     def has_code_of(workflow_name: str) -> bool:
@@ -341,7 +427,9 @@ class Runtime:
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
-    def start(self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool) -> str:
+    def start(
+        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
+    ) -> Started:
         """Commits the start of a run and, when this executor has a free slot, begins it. Blocks.
 
         Args:
@@ -351,62 +439,161 @@ class Runtime:
             server_made_id: Whether the request id alone tells of which run a repeat is.
 
         Returns:
-            The workflow id of the run: the one asked for, or, when the server makes ids, the one that this request
-            was given before. Whether the existing run is the one meant is for the caller to compare.
+            The run, if this call has made it. Else the workflow id of the one that exists: the one asked for, or, when
+            the server makes ids, the one that this request was given before. Whether the existing run is the one
+            meant is for the caller to compare.
         """
-        database = self.database
-        # Without arguments: DBOS would store them in the workflow's own format, and ours is JSON for all.
-        status = _core.prepare_enqueued_workflow(
-            _dbos_instance(), agent.workflow, (), {}, queue_name=start.queue, workflow_id=start.key.workflow_id
-        )
+        prepared = self._prepare(agent, start, arguments, server_made_id=server_made_id)
+        with self._placed(prepared):
+            return self._write_start(prepared)
+
+    def start_soon(
+        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
+    ) -> Future[Started] | None:
+        """Does what `start` does, but does not block: the run begins when the checkpoint writer has written it.
+
+        Returns:
+            A promise of what `start` returns or raises; whoever waits for it may leave. None when it takes a thread.
+        """
+        if start.delay_s:
+            return None
+        prepared = self._prepare(agent, start, arguments, server_made_id=server_made_id)
+        with self._placed(prepared):
+            presented = self.database.present_start(**prepared.columns)  # its execution now counts for itself
+        if presented is None:
+            return None
+        promise: Future[Started] = Future()
+
+        def go_on() -> Started:
+            with self.database.bounded(), waits_for_a_connection(CALLER_POOL_PATIENCE_S):
+                return self._write_start(prepared, presented)
+
+        def answered(written: Future[bool]) -> None:
+            # In the checkpoint writer's thread: nobody there would tell who waits of what goes wrong here.
+            try:
+                if written.result():
+                    promise.set_result(self._started(prepared, presented))
+                else:
+                    hops.chain(self._starters.submit(go_on), promise)
+            except Exception as error:  # noqa: BLE001 - raised to whom it belongs
+                promise.set_exception(error)
+
+        presented.written.add_done_callback(answered)
+        return promise
+
+    def _prepare(
+        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
+    ) -> _PreparedStart:
+        status = dict(self._template(agent))
+        status["workflow_uuid"], status["queue_name"] = start.key.workflow_id, start.queue
         status["priority"] = start.priority
         status["inputs"], status["serialization"] = portable_inputs(arguments)
         if start.deadline_at is not None:
-            status["workflow_deadline_epoch_ms"] = int(start.deadline_at.timestamp() * 1000)
-        owner_xid = str(uuid.uuid4())
-        begins_later = start.start_at is not None or bool(start.delay_s)
-        if begins_later:
+            status["workflow_deadline_epoch_ms"] = epoch_ms(start.deadline_at)
+        if start.start_at is not None or start.delay_s:
             status["status"] = "DELAYED"
             status["delay_until_epoch_ms"] = self._begin_ms(start)
-            place: AbstractContextManager[bool] = nullcontext(False)
-        else:
-            place = self.placement.start(start.queue, (start.agent, start.agent_version))
+        unique = start.request_id if server_made_id and start.request_id else None
+        return _PreparedStart(agent, start, status, str(uuid.uuid4()), unique)
+
+    def _template(self, agent: RegisteredAgent) -> Mapping[str, Any]:
+        """Returns DBOS's row of an agent's run but for what is the run's own; a contract test says that this is all."""
+        template = self._templates.get(agent.spec.workflow_name)
+        if template is None:
+            # Without arguments: DBOS would store them in the workflow's own format, and ours is JSON for all.
+            template = self._templates[agent.spec.workflow_name] = _core.prepare_enqueued_workflow(
+                _dbos_instance(), agent.workflow, (), {}, queue_name="its own", workflow_id="its own"
+            )
+        return template
+
+    @contextmanager
+    def _placed(self, prepared: _PreparedStart) -> Iterator[None]:
+        """Holds a slot for a start, if there is one and it does not begin later."""
+        if prepared.status["status"] == "DELAYED":
+            yield
+            return
+        start = prepared.start
+        with self.placement.start(start.queue, (start.agent, start.agent_version)) as here:
+            if here and not self.database.stopping:
+                prepared.status["status"] = "PENDING"
+            yield
+
+    def _write_start(self, prepared: _PreparedStart, presented: Presented | None = None) -> Started:
+        """Writes a start in a transaction of its own, unless the checkpoint writer takes it, and has not yet had it."""
+        database, start = self.database, prepared.start
+        if presented is None:
+            presented = database.present_start(**prepared.columns)
+            if presented is not None and presented.written.result():
+                return self._started(prepared, presented)
         try:
-            with database.bounded(), place as here:
-                if here and not database.stopping:
-                    status["status"] = "PENDING"
-                mine = database.start_run(
-                    status,
-                    start,
-                    creator_xid=owner_xid,
-                    input_argument=agent.input_argument or None,
-                    unique_request_id=start.request_id if server_made_id and start.request_id else None,
-                )
+            with database.bounded():
+                written = database.start_run(**prepared.columns, presented=presented)
         except DBOSConflictingWorkflowError:
-            return start.key.workflow_id
+            return Started(start.key.workflow_id)
         except RequestRepeated:
-            with self.engine.begin() as conn:
-                found = runs.find_request(conn, start.key.namespace, start.request_id)
-            return found or start.key.workflow_id
-        if mine:
-            self._begin(status, owner_xid)
-        return start.key.workflow_id
+            find = partial(runs.find_request, namespace=start.key.namespace, request_id=start.request_id)
+            found = reading(self.engine, "runs.find_request", find)
+            return Started(found or start.key.workflow_id)
+        return self._started(prepared, written)
+
+    def _started(self, prepared: _PreparedStart, written: WrittenStart | Presented) -> Started:
+        """Begins what is to begin here; returns the run as it was made."""
+        if isinstance(written, Presented):
+            written = WrittenStart(written.execution is not None, written.returned["created_at"])
+        run = self._as_written(prepared.agent, prepared.start, prepared.status["status"], written)  # before it moves on
+        if written.runs_here:
+            self._begin(prepared.status, prepared.owner_xid)
+        return Started(prepared.start.key.workflow_id, run)
+
+    def _as_written(self, agent: RegisteredAgent, start: RunStart, status: str, written: WrittenStart) -> Run | None:
+        """Returns a run that a start has made, as a read would find it."""
+        if written.created_at is None:
+            return None
+        here = status == "PENDING"
+        return Run.of_start(
+            start,
+            derive_state(status, waiting_for=None, open_approvals=0, end_reason=None, execution=1 if here else 0),
+            written.created_at,
+            executor_id=self.executor_id if here else "",
+            input_argument=agent.input_argument or None,
+            last_sequence=1,
+        )
 
     def _begin(self, status: Any, owner_xid: str) -> None:
-        """Runs a run whose start is committed as ours."""
+        """Runs a run whose start is committed as ours. Does not block, so a loop may call it."""
+        try:
+            with hops.refusing():
+                self._execute(status, owner_xid)
+        except hops.NeedsThread:
+            try:
+                _dbos_instance()._executor.submit(self._execute, status, owner_xid)
+            except RuntimeError as error:  # the engine has ended
+                log.error("run.begin_failed", workflow_id=status["workflow_uuid"], error=type(error).__name__)
+                self._forget_unbegun(status["workflow_uuid"], owner_xid)
+
+    def _execute(self, status: Any, owner_xid: str) -> None:
         try:
             with self.database.unbounded():
                 _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)
         except Exception as error:  # noqa: BLE001 - logged
             # The run's own failures are recorded by DBOS; what comes here has left it PENDING under a live lease.
-            log.error("run.begin_failed", workflow_id=status["workflow_uuid"], error=type(error).__name__)
+            workflow_id = status["workflow_uuid"]
+            log.error("run.begin_failed", workflow_id=workflow_id, error=type(error).__name__)
+            self._forget_unbegun(workflow_id, owner_xid)
+
+    def _forget_unbegun(self, workflow_id: str, owner_xid: str) -> None:
+        """Gives up an execution without a task or thread: `owners` finds that nobody runs it, and gives it back."""
+        execution = self.executions.find(workflow_id, owner_xid)
+        if execution is not None and execution.inline:
+            self.executions.remove(execution)
 
     def _begin_ms(self, start: RunStart) -> int:
         """Returns when a delayed run begins, by the database's clock, in milliseconds since 1970."""
         if start.start_at is not None:
-            return int(start.start_at.timestamp() * 1000)
-        with self.engine.connect() as conn:
-            now: datetime = conn.execute(sa.text("SELECT now()")).scalar_one()
+            return epoch_ms(start.start_at)
+        now: datetime = reading(
+            self.engine, "runtime.now", lambda conn: conn.execute(sa.text("SELECT now()")).scalar_one()
+        )
         return int((now.astimezone(UTC) + timedelta(seconds=start.delay_s or 0.0)).timestamp() * 1000)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -27,6 +26,7 @@ from perdure_service.domain.events import (
     fold_steps,
 )
 from perdure_service.domain.executors import Executor
+from perdure_service.domain.payloads import parse
 from perdure_service.domain.queues import Queue
 from perdure_service.domain.quotas import StartQuota
 from perdure_service.domain.runs import (
@@ -41,7 +41,7 @@ from perdure_service.domain.runs import (
     new_run_id,
 )
 from perdure_service.domain.stranded import StrandedRun
-from perdure_service.durable import artifacts, deletions, forks, inbox, outside
+from perdure_service.durable import artifacts, deletions, forks, hops, inbox, outside
 from perdure_service.durable.artifacts import Artifact, ArtifactChoice
 from perdure_service.durable.requests import (
     DeleteCommand,
@@ -53,8 +53,9 @@ from perdure_service.durable.requests import (
     WatchBatch,
 )
 from perdure_service.durable.run_trace import trace_of
-from perdure_service.durable.runtime import Runtime
+from perdure_service.durable.runtime import CALLER_POOL_PATIENCE_S, Runtime, Started
 from perdure_service.durable.view import refuse_truncated
+from perdure_service.durable.waiting import Waiting
 from perdure_service.durable.watching import Watching
 from perdure_service.errors import (
     AgentNotFound,
@@ -72,20 +73,16 @@ from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
 from perdure_service.store import event_log, executors, queues, runs, stranded
 from perdure_service.store.engine import waits_for_a_connection
+from perdure_service.store.run_reader import RunReader
 from perdure_service.store.runs import MAX_PAGE_CHARS
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, derive_trace_id, parse_traceparent
 from perdure_service.telemetry import metrics as m
 
 T = TypeVar("T")
 
-CALLER_POOL_PATIENCE_S = 2.0
-"""How long a call waits for a connection to the database before its caller is told to come again (OVERLOADED): about
-twice what it is told to wait. Ten such waits and more are behind each other at the threads, so it must not be long."""
-
-WAIT_RECHECK_S = 5.0
-"""How often a wait looks at the run although nothing woke it."""
+TOO_MANY_CALLS = "this server has more calls than it can serve; wait and repeat the call"
 
 
 class RunService:
@@ -120,9 +117,12 @@ class RunService:
         self._pool = ThreadPoolExecutor(max_threads, thread_name_prefix="rpc-db-")
         self._max_calls = max_threads + max_waiting_calls
         self._calls = 0
+        self._runs = RunReader(self._find_runs, max_waiting=self._max_calls, patience_s=CALLER_POOL_PATIENCE_S)
         self._quota = StartQuota(max_starts_per_second)
-        self._inbox = inbox.Inbox(self._read_inbox, poll_s)
+        self._inbox = inbox.Inbox(self._read_inbox, poll_s, lambda: runtime.hints.arrives)
         self._watching = Watching(self._read_for_stream, partial(self.get, full=False), tailer)
+        self._waiting = Waiting(self.get, runtime.executions, tailer)
+        runtime.hints.attach(tailer, self._inbox.wake)
         METERS.observe(
             m.WATCHERS,
             lambda: [(tailer.watchers, {m.WATCH: "run"}), (self._inbox.watchers, {m.WATCH: "approvals"})],
@@ -130,6 +130,7 @@ class RunService:
 
     def close(self) -> None:
         """Ends the threads."""
+        self._runs.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def _call(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -139,7 +140,7 @@ class RunService:
             Overloaded: As many calls wait for a thread as may: the database is slower than what is asked of it.
         """
         if self._calls >= self._max_calls:
-            raise Overloaded("this server has more calls than it can serve; wait and repeat the call")
+            raise Overloaded(TOO_MANY_CALLS)
         return await self._run(self._for_a_caller, function, *arguments)
 
     def _for_a_caller(self, function: Callable[..., T], *arguments: Any) -> T:
@@ -155,11 +156,16 @@ class RunService:
             self._calls -= 1
 
     async def _read_for_stream(self, name: str, function: Callable[[sa.Connection], T]) -> T:
-        """Reads for a stream that is open: never refused, as streams are bounded themselves."""
-        return await self._run(retrying, self._engine, name, function)
+        """Reads, by one statement, for a stream that is open: never refused, as streams are bounded themselves."""
+        return await self._run(reading, self._engine, name, function)
 
     async def _read(self, name: str, function: Callable[[sa.Connection], T]) -> T:
-        return await self._call(retrying, self._engine, name, function)
+        return await self._call(reading, self._engine, name, function)
+
+    def _find_runs(self, workflow_ids: Sequence[str], full: bool) -> Mapping[str, Run]:
+        return self._for_a_caller(
+            reading, self._engine, "runs.find", partial(runs.find, workflow_ids=workflow_ids, full=full)
+        )
 
     def _check_namespace(self, namespace: str) -> None:
         check_namespace(namespace, self._namespaces)
@@ -175,24 +181,49 @@ class RunService:
         if command.validate_only:
             return _not_created(start), False
         charged = await self._charge(start, server_made_id=not command.run_id)
-        found_id = await self._call(
-            lambda: self._runtime.start(agent, start, arguments, server_made_id=not command.run_id)
-        )
-        run = await self._read("runs.get", lambda conn: runs.get(conn, found_id))
-        if run is None:
+        started = await self._start(start, agent, arguments, server_made_id=not command.run_id)
+        if started.run is not None:
+            return started.run, True
+        run, created = await self._existing(start, started.workflow_id)
+        if charged and not created:
+            self._quota.give_back(start.key.namespace)
+        if command.refuse_existing and not created:
+            raise RunConflict(f"run {run.key.run_id!r} exists, started by another request; choose another run_id")
+        return run, created
+
+    async def _start(
+        self, start: RunStart, agent: catalogue.RegisteredAgent, arguments: dict[str, Any], *, server_made_id: bool
+    ) -> Started:
+        """Starts a run, if it can be without a thread that waits."""
+        if self._calls >= self._max_calls:
+            raise Overloaded(TOO_MANY_CALLS)
+        promise = self._runtime.start_soon(agent, start, arguments, server_made_id=server_made_id)
+        if promise is None:
+            return await self._call(lambda: self._runtime.start(agent, start, arguments, server_made_id=server_made_id))
+        self._calls += 1
+        try:
+            return await hops.result_of(promise)
+        finally:
+            self._calls -= 1
+
+    async def _existing(self, start: RunStart, workflow_id: str) -> tuple[Run, bool]:
+        """Returns the run that a start has found, and whether this request had created it.
+
+        Raises:
+            RunConflict: It is no run.
+            RunInputMismatch: It is another one.
+        """
+        found = await self._runs.get(workflow_id)
+        if not found:
             raise RunConflict(f"the id {start.key.run_id!r} is taken by something that is not a run")
+        run = found[0]
         if (run.agent, run.input_sha256) != (start.agent, start.input_sha256):
             raise RunInputMismatch(
                 f"run {run.key.run_id!r} exists with another agent or input; choose another run_id",
                 existing_sha256=run.input_sha256,
                 requested_sha256=start.input_sha256,
             )
-        created = run.request_id == start.request_id
-        if charged and not created:
-            self._quota.give_back(start.key.namespace)
-        if command.refuse_existing and not created:
-            raise RunConflict(f"run {run.key.run_id!r} exists, started by another request; choose another run_id")
-        return run, created
+        return run, run.request_id == start.request_id
 
     async def _charge(self, start: RunStart, *, server_made_id: bool) -> bool:
         """Takes a start from the namespace's quota; returns False for a repeat, whose run is there: it needs none.
@@ -205,12 +236,12 @@ class RunService:
         if not wait_s:
             return True
 
-        def exists(conn: sa.Connection) -> bool:
-            if server_made_id:
-                return runs.find_request(conn, namespace, start.request_id) is not None
-            return runs.get(conn, start.key.workflow_id) is not None
-
-        if await self._read("runs.exists", exists):
+        if server_made_id:
+            find = partial(runs.find_request, namespace=namespace, request_id=start.request_id)
+            exists = await self._read("runs.find_request", find) is not None
+        else:
+            exists = bool(await self._runs.get(start.key.workflow_id))
+        if exists:
             return False
         limit = f"{self._quota.per_second:g}"
         raise QuotaExceeded(
@@ -236,7 +267,7 @@ class RunService:
         if command.deadline_at is not None and command.start_at is not None and command.deadline_at <= command.start_at:
             raise InvalidArgument("deadline_time", "must be after start_time")
         arguments = agent.arguments(command.run_input)  # refuses what the schema allows but the types do not
-        run_id = command.run_id or new_run_id()
+        run_id = command.run_id or new_run_id(self._runtime.cell)
         key = RunKey.of_api(command.namespace, run_id)
         caller_span = parse_traceparent(command.trace_parent)
         start = RunStart(
@@ -261,7 +292,11 @@ class RunService:
     async def fork(self, command: ForkCommand) -> tuple[Run, bool]:
         """Starts a run from the recorded steps of another one; returns it and whether this request created it."""
         self._check_namespace(command.namespace)
-        forked, created = await self._call(forks.fork, self._runtime, partial(self._find, full=True), command)
+        try:
+            origin = await self._find(command.namespace, command.run_id, full=True)
+        except RunNotFound:
+            origin = None  # a repeat is answered whatever became of it
+        forked, created = await self._call(forks.fork, self._runtime, origin, command)
         return (_not_created(forked) if isinstance(forked, RunStart) else forked), created
 
     # ---- reads -------------------------------------------------------------------------------------------------------
@@ -269,42 +304,48 @@ class RunService:
     async def get(self, namespace: str, run_id: str, *, full: bool) -> Run:
         """Returns a run; an input or output that is too large for a message is left out."""
         self._check_namespace(namespace)
+        run = await self._find(namespace, run_id, full=full)
         if not full:
-            return await self._call(self._find, namespace, run_id)
-        return await self._call(lambda: artifacts.fit(self._runtime.payloads, self._find(namespace, run_id, True)))
+            return run
+        if artifacts.fits_by_itself(run):
+            return artifacts.fit(self._runtime.payloads, run)
+        return await self._call(artifacts.fit, self._runtime.payloads, run)
 
-    def _find(self, namespace: str, run_id: str, full: bool = False) -> Run:
-        """Returns a run, closing its log if a foreign client ended it, and adopting it if one made it. Blocks."""
+    async def _find(self, namespace: str, run_id: str, *, full: bool = False) -> Run:
+        """Returns a run, closing its log if a foreign client ended it, and adopting it if one made it.
 
-        def look(conn: sa.Connection) -> Run | None:
-            for key in (RunKey.of_api(namespace, run_id), RunKey.foreign(namespace, run_id)):
-                run = runs.get(conn, key.workflow_id, full=full)
-                # Not by the workflow id that the engine has for a run with an id of its own.
-                if run is not None and (run.key.namespace, run.key.run_id) == (namespace, run_id):
-                    return run
-            return None
-
-        run = retrying(self._engine, "runs.get", look)
-        if run is None and outside.adopt_foreign(self._runtime, namespace, run_id):
-            run = retrying(self._engine, "runs.get", look)
+        Raises:
+            RunNotFound: There is none.
+        """
+        run = await self._look(namespace, run_id, full=full)
+        if run is None and await self._call(outside.adopt_foreign, self._runtime, namespace, run_id):
+            run = await self._look(namespace, run_id, full=full)
         if run is None:
             raise RunNotFound(f"there is no run {run_id!r} in namespace {namespace!r}")
         if run.state.terminal and run.end_time is None:
-            self._runtime.database.close_ended([run.key.workflow_id])
-            run = retrying(self._engine, "runs.get", look) or run
-        return artifacts.with_input(self._runtime.payloads, run) if full else run
+            await self._call(self._runtime.database.close_ended, [run.key.workflow_id])
+            run = await self._look(namespace, run_id, full=full) or run
+        if parse(run.input_json) is None:
+            return run
+        return await self._call(artifacts.with_input, self._runtime.payloads, run)
+
+    async def _look(self, namespace: str, run_id: str, *, full: bool) -> Run | None:
+        """Returns a run as the database has it, under either of the workflow ids that it may have; None without one."""
+        own, foreign = RunKey.of_api(namespace, run_id), RunKey.foreign(namespace, run_id)
+        for run in await self._runs.get(own.workflow_id, foreign.workflow_id, full=full):
+            # Not by the workflow id that the engine has for a run with an id of its own.
+            if (run.key.namespace, run.key.run_id) == (namespace, run_id):
+                return run
+        return None
 
     async def read_artifact(
         self, namespace: str, run_id: str, which: ArtifactChoice, offset: int
     ) -> AsyncIterator[Artifact | bytes]:
         """Yields what an artifact is, then its bytes from an offset, in pieces of at most 256 KiB."""
         run = await self.get(namespace, run_id, full=False)
-        full = which.name is None
-        opened = await self._call(
-            lambda: artifacts.open_artifact(
-                self._runtime.payloads, self._engine, self._find(namespace, run_id, full) if full else run, which
-            )
-        )
+        if which.name is None:
+            run = await self._find(namespace, run_id, full=True)
+        opened = await self._call(artifacts.open_artifact, self._runtime.payloads, self._engine, run, which)
         if offset > opened.artifact.size_bytes:
             raise OffsetOutOfRange(
                 f"the artifact has {opened.artifact.size_bytes} bytes", size_bytes=str(opened.artifact.size_bytes)
@@ -327,25 +368,8 @@ class RunService:
 
     async def wait(self, namespace: str, run_id: str, *, full: bool, timeout_s: float) -> tuple[Run, bool]:
         """Waits for a run's end; returns the run and whether the time was up first."""
-        deadline = time.monotonic() + timeout_s
-        run = await self.get(namespace, run_id, full=full)
-        if run.state.terminal:
-            return run, False
-        subscription = self._tailer.subscribe(run.key.workflow_id)
-        try:
-            self._tailer.caught_up(subscription, run.key.workflow_id, run.last_sequence)
-            while True:
-                subscription.forget()  # before the read: what comes after it wakes the wait below
-                run = await self.get(namespace, run_id, full=full)
-                left = deadline - time.monotonic()
-                if run.state.terminal or left <= 0:
-                    break
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(min(left, WAIT_RECHECK_S)):
-                        await subscription.changed.wait()
-            return run, not run.state.terminal
-        finally:
-            self._tailer.unsubscribe(subscription)
+        self._check_namespace(namespace)
+        return await self._waiting.wait(namespace, run_id, full=full, timeout_s=timeout_s)
 
     async def list_events(
         self, namespace: str, run_id: str, kinds: frozenset[EventKind], *, page_size: int, page_token: str
@@ -535,16 +559,11 @@ class RunService:
                 yield news, True
 
     def _read_inbox(self, namespaces: Sequence[str]) -> Sequence[Approval]:
-        return retrying(
+        return reading(
             self._engine,
             "approvals.inbox",
             lambda conn: approval_store.inbox(conn, namespaces, inbox.OVERLAP_S),
         )
-
-    def hint(self, workflow_ids: Sequence[str]) -> None:
-        """Says that these runs have news, perhaps of approvals. From any thread."""
-        self._tailer.hint(workflow_ids)
-        self._inbox.wake()
 
     # ---- catalogue ---------------------------------------------------------------------------------------------------
 
@@ -591,37 +610,9 @@ class RunService:
 
 def _not_created(start: RunStart) -> Run:
     """Returns what `validate_only` shows: the run as it would be."""
-    now = datetime.now(UTC)
     later = start.start_at is not None or bool(start.delay_s)
-    return Run(
-        key=start.key,
-        agent=start.agent,
-        agent_version=start.agent_version,
-        input_sha256=start.input_sha256,
-        request_id=start.request_id,
-        state=RunState.SCHEDULED if later else RunState.QUEUED,
-        state_reason="validated only; not created",
-        create_time=now,
-        start_time=None,
-        end_time=None,
-        deadline_time=start.deadline_at,
-        execution=0,
-        executor_id="",
-        progress=None,
-        pending_approvals=0,
-        labels=start.labels,
-        context_id=start.context_id,
-        parent_run_id="",
-        trace_id=start.trace_id,
-        last_sequence=0,
-        caller=start.caller,
-        forked_from_run_id=RunKey.of_workflow(start.forked_from_workflow_id).run_id
-        if start.forked_from_workflow_id
-        else "",
-        forked_from_step_id=start.forked_from_step,
-        queue=start.queue,
-        priority=start.priority,
-    )
+    state = RunState.SCHEDULED if later else RunState.QUEUED
+    return Run.of_start(start, state, datetime.now(UTC), state_reason="validated only; not created")
 
 
 __all__ = [

@@ -51,6 +51,8 @@ class Spans:
             step: The step; its `attempt` is the one that begins.
             start_ms: When, as the log tells.
         """
+        if not self._tracer.enabled:
+            return RunSpan(None)
         workflow_id = execution.key.workflow_id
         span_id = attempt_span_id(workflow_id, execution.number, step_id, step.attempt)
         span = self._tracer.span(

@@ -18,7 +18,6 @@ The order of locks and rows does not matter, as nothing is read from the databas
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,9 +137,9 @@ class StepObserver:
 
 
 def _observed_body(func: Callable[..., Any], observer: StepObserver) -> Callable[..., Any]:
+    # DBOS has its name, and calls it: a dressed-up copy for each call would be of no use.
     if inspect.iscoroutinefunction(func):
 
-        @functools.wraps(func)
         async def async_body(*args: Any, **kwargs: Any) -> Any:
             await observer.lease.gate_async()
             with observer.attempt() as step:
@@ -150,7 +149,6 @@ def _observed_body(func: Callable[..., Any], observer: StepObserver) -> Callable
 
         return async_body
 
-    @functools.wraps(func)
     def body(*args: Any, **kwargs: Any) -> Any:
         observer.lease.gate()
         with observer.attempt() as step:

@@ -33,7 +33,7 @@ import sqlalchemy as sa
 import structlog
 
 from perdure_service.store import suspects
-from perdure_service.store.sqlstates import JITTER, retrying
+from perdure_service.store.sqlstates import JITTER, reading, retrying
 from perdure_service.store.suspects import Peer
 
 SILENT_INTERVALS = 1.5
@@ -123,7 +123,7 @@ class Suspicion:
 
     def look(self) -> Peer | None:
         """Ends the claim of an executor that is surely gone, and gives its runs back; returns it. Blocks."""
-        peers = retrying(self._engine, "suspicion.peers", lambda conn: suspects.peers(conn, self._executor_id))
+        peers = reading(self._engine, "suspicion.peers", lambda conn: suspects.peers(conn, self._executor_id))
         self._reached &= {one.executor_id for one in peers}
         limit_s = SILENT_INTERVALS * self._renew_s
         silent = [one for one in peers if one.silent_s > limit_s]

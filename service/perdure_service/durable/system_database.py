@@ -18,9 +18,13 @@ appends, so its snapshot is newer than the lock. Reads of the log's end always c
 from __future__ import annotations
 
 import copy
+import json
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -30,18 +34,52 @@ from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase
 
 from perdure_service.agents.catalogue import budget_of, queue_of
 from perdure_service.domain.authoring import OutputTooLarge
-from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
-from perdure_service.durable import metering, replay, values
+from perdure_service.durable import hops, metering, replay, values
+from perdure_service.durable.checkpoints import Call, Presented, adopted
 from perdure_service.durable.executions import Execution, now_ms
+from perdure_service.durable.hops import refuse_to_block
+from perdure_service.durable.ledger import StartRecord
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.parking import WaitingDatabase
 from perdure_service.durable.payloads import Stowed
+from perdure_service.durable.recording import Answer, Recording
+from perdure_service.durable.retries import repeated
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.transactions import QUEUE, agent_of
+from perdure_service.store import recordings
+from perdure_service.store.checkpoints import EventsRow, OutcomeRow, StartRow, StepRow, Written
+from perdure_service.store.recordings import RecordedOperation
 
 GET_RESULT = "DBOS.getResult"
 """What DBOS records when a run takes the result of a child."""
+
+
+STEP, OUTCOME = "step", "outcome"
+EVENTS: Call = ("events", 0)
+"""What the checkpoint writer is given; see `checkpoints.Call`."""
+
+NO_PLAIN_START = (
+    "class_name", "config_name", "authenticated_user", "authenticated_roles", "assumed_role", "workflow_timeout_ms",
+    "deduplication_id", "queue_partition_key", "parent_workflow_id", "attributes", "schedule_name",
+    "debounce_deadline_epoch_ms", "is_debounced", "shard_key",
+)  # fmt: skip
+"""What the checkpoint writer does not know of a start: no run that a caller starts has any of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenStart:
+    """What has become of the write of a start.
+
+    Attributes:
+        runs_here: Whether this process must now run it.
+        created_at: When the run was created, by the database's clock, if it is certain that this write made it and
+            that it is as it was written; else None.
+    """
+
+    runs_here: bool
+    created_at: datetime | None = None
 
 
 class RequestRepeated(Exception):
@@ -63,11 +101,21 @@ class PerdureSystemDatabase(WaitingDatabase):
         creator_xid: str,
         input_argument: str | None,
         unique_request_id: str | None,
-    ) -> bool:
+        presented: Presented | None = None,
+    ) -> WrittenStart:
         """Writes DBOS's rows, the run and its first event in one transaction.
 
+        Args:
+            status: DBOS's row.
+            start: What was decided about the run.
+            creator_xid: The token of this start.
+            input_argument: See `runs.insert`.
+            unique_request_id: See `runs.insert`.
+            presented: What `present_start` returned, and the writer did not write.
+
         Returns:
-            Whether this process must now run it: the row is PENDING and owned by `creator_xid`.
+            Whether this process must now run it: the row is PENDING and owned by `creator_xid`; and what is known of
+            a run that this call has made.
 
         Raises:
             RequestRepeated: The request has its run already, under another id.
@@ -75,10 +123,20 @@ class PerdureSystemDatabase(WaitingDatabase):
         """
         stowed = self.payloads.stow(status["inputs"], patient=False)
         operation = Operation(
-            None, start=start, input_argument=input_argument, unique_request_id=unique_request_id, inputs=stowed
+            None,
+            adopted=presented,
+            start=start,
+            input_argument=input_argument,
+            unique_request_id=unique_request_id,
+            inputs=stowed,
         )
-        with self.operations.open(operation):
-            written, created = self.init_workflow(status, creator_xid=creator_xid)
+        try:
+            with self.operations.open(operation):
+                written, created = self.init_workflow(status, creator_xid=creator_xid)
+        except BaseException:
+            if presented is not None and presented.execution is not None:
+                self.executions.remove(presented.execution)
+            raise
         mine = created and written == "PENDING"
         if mine and operation.repeated:
             # Between a lost reply and the repeat, the run may have been given to another executor.
@@ -87,7 +145,91 @@ class PerdureSystemDatabase(WaitingDatabase):
             execution = self.executions.find(status["workflow_uuid"], creator_xid)
             if execution is not None:
                 self.executions.remove(execution)
-        return mine
+        record: StartRecord | None = operation.facts.get("record")
+        if record is None or not created or operation.repeated:
+            # Somebody else's, or, between a lost reply and the repeat, perhaps no longer as it was written.
+            return WrittenStart(mine)
+        return WrittenStart(mine, record.created_at)
+
+    def present_start(
+        self,
+        status: WorkflowStatusInternal,
+        start: RunStart,
+        *,
+        creator_xid: str,
+        input_argument: str | None,
+        unique_request_id: str | None,
+    ) -> Presented | None:
+        """Gives the checkpoint writer a start; arguments as of `start_run`. Does not block.
+
+        Returns:
+            None when it is none of those that the writer knows.
+        """
+        if not self.payloads.fits(status["inputs"]) or start.forked_from_workflow_id:
+            return None
+        if any(cast(dict[str, Any], status)[name] for name in NO_PLAIN_START):
+            return None
+        here = status["status"] == "PENDING"
+        record = self.ledger.started(start, status, (self.executor_id or "") if here else "")
+        queue = status["queue_name"] or QUEUE
+        execution = None
+        if here:
+            execution = self.executions.add(
+                self._execution_of(record, creator_xid, queue, status["serialization"]), perhaps=True
+            )
+        row = StartRow(
+            start.key.workflow_id,
+            creator_xid,
+            Pack(start.key.workflow_id, record.events, first_sequence=1),
+            None,
+            start=start,
+            status=status["status"],
+            name=status["name"],
+            executor_id=status["executor_id"] or "",
+            app_version=status["app_version"],
+            app_id=status["app_id"],
+            application=status["application_name"],
+            deadline_ms=status["workflow_deadline_epoch_ms"],
+            serialization=status["serialization"],
+            delay_until_ms=status["delay_until_epoch_ms"],
+            inputs=status["inputs"],
+            input_argument=input_argument,
+            unique_request_id=unique_request_id,
+            labels=json.dumps(dict(start.labels)) if start.labels else "{}",
+            execution=1 if here else 0,
+        )
+
+        def after(_written: Written) -> None:
+            if execution is not None:
+                self.executions.stands(execution)
+                metering.begun([execution])
+            elif status["status"] == "ENQUEUED":
+                self.placement.queued(queue)
+
+        presented = self.checkpoints.present_start(row, execution, after)
+        if presented is None and execution is not None:
+            self.executions.remove(execution)
+        return presented
+
+    @staticmethod
+    def _execution_of(record: StartRecord, creator_xid: str, queue: str, serialization: str | None) -> Execution:
+        """Returns the execution of a run that is about to begin here."""
+        execution = Execution(
+            key=record.key,
+            owner_xid=creator_xid,
+            agent=record.agent,
+            agent_version=record.agent_version,
+            number=1,
+            trace_id=record.trace_id,
+            queue=queue,
+            serialization=serialization,
+            sampled=record.sampled,
+            budget=budget_of(record.agent, record.agent_version),
+            recording=Recording(nothing=True),
+        )
+        if record.events:
+            execution.begun_ns = record.events[0].time_ms * 1_000_000
+        return execution
 
     def _insert_workflow_status(
         self, status: WorkflowStatusInternal, conn: Any, *, creator_xid: str | None, reuse_policy: Any = None
@@ -155,22 +297,14 @@ class PerdureSystemDatabase(WaitingDatabase):
             self.ledger.append(conn, workflow_id, record.events)
         if runs_here and record is not None and creator_xid is not None:
             # Known here before the commit: whoever looks for runs that nobody executes must not find this one.
-            execution = Execution(
-                key=record.key,
-                owner_xid=creator_xid,
-                agent=record.agent,
-                agent_version=record.agent_version,
-                number=1,
-                trace_id=record.trace_id,
-                queue=queue,
-                sampled=record.sampled,
-                budget=budget_of(record.agent, record.agent_version),
-            )
-            if record.events:
-                execution.begun_ns = record.events[0].time_ms * 1_000_000
+            execution = self.executions.add(self._execution_of(record, creator_xid, queue, status["serialization"]))
             # Until it is known to run on its own, it may be a part of its parent's code.
-            self.executions.add(execution).begin_under(facts.get("parent"))
+            execution.begin_under(facts.get("parent"))
+            if operation is not None and (operation.repeated or operation.adopted is not None):
+                # Between a lost reply and this repeat, another executor may have had it.
+                execution.recording = Recording()
             if operation is not None:
+                operation.begins(execution)
                 operation.undo(lambda: self.executions.remove(execution))
                 operation.after(lambda: metering.begun([execution]))
         return written, created
@@ -226,6 +360,10 @@ class PerdureSystemDatabase(WaitingDatabase):
             self.refuse_dead(execution)
             execution.touch()
             self._move_on(execution)
+            recorded = self._take_recorded(execution, function_id)
+            if recorded is not Answer.ASK:
+                return self._replayed(execution, function_id, function_name, recorded)
+        refuse_to_block()
         try:
             found = super().check_operation_execution(workflow_id, function_id, function_name, owner_key=owner_key)
         except DBOSWorkflowCancelledError:
@@ -234,6 +372,45 @@ class PerdureSystemDatabase(WaitingDatabase):
         if found is not None:
             found["output"] = self.payloads.followed(found["output"])
         return found
+
+    def _take_recorded(self, execution: Execution, function_id: int) -> RecordedOperation | Answer:
+        """Returns what the execution's recording has under a number, and reads as much of it as that takes."""
+        while (recorded := execution.recording.take(function_id)) is Answer.UNREAD:
+            self.read_recording(execution)
+        return recorded
+
+    def read_recording(self, execution: Execution) -> None:
+        """Reads the next page of an execution's recording, or waits for the thread that does. Blocks."""
+        refuse_to_block()
+        recording = execution.recording
+        up_to = recording.up_to
+        with recording.reading:
+            if recording.up_to == up_to and not recording.complete:
+                recording.extend(self._read_page(execution.key.workflow_id, up_to))
+
+    @repeated()
+    def _read_page(self, workflow_id: str, after: int) -> recordings.Page:
+        with self._plain_begin() as conn:
+            return recordings.read(conn, workflow_id, after)
+
+    def _replayed(
+        self, execution: Execution, function_id: int, function_name: str, recorded: RecordedOperation | Answer
+    ) -> RecordedResult | None:
+        """Returns what `check_operation_execution` does for an operation of which the recording tells."""
+        if not isinstance(recorded, RecordedOperation):
+            execution.passed(recorded=False)
+            return None
+        if recorded.name != function_name:
+            error = DBOSUnexpectedStepError(execution.key.workflow_id, function_id, function_name, recorded.name)
+            raise replay.unexpected(self.executions, error)
+        execution.passed(recorded=True)
+        return {
+            "output": self.payloads.followed(recorded.output),
+            "error": recorded.error,
+            "serialization": recorded.serialization,
+            "child_workflow_id": recorded.child_workflow_id,
+            "child_shard_key": None,
+        }
 
     def _check_operation_execution_txn(
         self, workflow_id: str, function_id: int, function_name: str, conn: Any
@@ -249,22 +426,73 @@ class PerdureSystemDatabase(WaitingDatabase):
 
     def record_operation_result(self, result: OperationResultInternal, **rest: Any) -> None:
         execution = self._execution_here()
-        if execution is not None and result["function_id"] in execution.refused:
+        call = (STEP, result["function_id"])
+        presented = adopted(execution, call)
+        if presented is None and execution is not None and result["function_id"] in execution.refused:
             return  # recorded below: what is raised there, DBOS records once more when the step is asynchronous
         refused = self.limit.refuse_result(result, self.serializer)
         stowed = self.payloads.stow(result["output"])
-        if stowed is not None:
-            result = {**result, "output": stowed.pointer.text}
-        with self._own(
-            result["workflow_uuid"],
-            events=getattr(self._local, "sleep_events", None),
-            finish=None if stowed is None else lambda conn: self.payloads.write(conn, result["workflow_uuid"], stowed),
-        ):
-            super().record_operation_result(result, **rest)
+        events = getattr(self._local, "sleep_events", None)
+        if presented is None and execution is not None and stowed is None and events is None and not rest:
+            presented = self._present_step(execution, result, call)
+        if not self._committed(presented):
+            if presented is not None:  # what the writer may have committed has this time
+                rest["completed_at_epoch_ms"] = cast(StepRow, presented.row).completed_ms
+            if stowed is not None:
+                result = {**result, "output": stowed.pointer.text}
+            with self._own(
+                result["workflow_uuid"],
+                call,
+                events=events,
+                finish=stowed and (lambda conn: self.payloads.write(conn, result["workflow_uuid"], stowed)),
+            ):
+                super().record_operation_result(result, **rest)
         if refused is not None:
             if execution is not None:
                 execution.refused.add(result["function_id"])
             raise refused
+
+    def _present_step(self, execution: Execution, result: OperationResultInternal, call: Call) -> Presented | None:
+        """Gives the checkpoint writer a step, when it is one of those that the writer knows."""
+        if execution.key.workflow_id != result["workflow_uuid"] or result["child_workflow_id"] is not None:
+            return None
+        self._go_on(execution)
+        events = self.ledger.checkpoint_events(execution, result, self.serializer)
+        function_id = result["function_id"]
+
+        def row(pack: Pack, previous_first: int | None) -> StepRow:
+            return StepRow(
+                pack.workflow_id,
+                execution.owner_xid,
+                pack,
+                previous_first,
+                function_id=function_id,
+                function_name=result["function_name"],
+                started_ms=result["started_at_epoch_ms"],
+                completed_ms=now_ms(),
+                output=result["output"],
+                error=result["error"],
+                serialization=result["serialization"],
+            )
+
+        return (
+            self.checkpoints.present(
+                call, execution, events, row, lambda _: self.ledger.step_done(execution, function_id)
+            )
+            if events
+            else None
+        )
+
+    @staticmethod
+    def _committed(presented: Presented | None) -> bool:
+        """Waits for what was presented, or has what DBOS runs here wait; returns whether the writer has written it."""
+        if presented is None:
+            return False
+        deferral = hops.deferral()
+        if deferral is None:
+            return presented.written.result()
+        deferral.wait_for(presented.written)
+        return True
 
     def record_with_payload(
         self, result: OperationResultInternal, stowed: Stowed, events: Callable[[Execution], list[Event]]
@@ -352,7 +580,9 @@ class PerdureSystemDatabase(WaitingDatabase):
         with self.operations.open(Operation(execution)):
             super().send_bulk(*arguments, **rest)
         messages = arguments[0] if arguments else rest["messages"]
-        self.nudge([message.destination_id for message in messages])
+        destinations = [message.destination_id for message in messages]
+        self.waits.look_for(destinations)
+        self.nudge(destinations)
 
     def patch(self, *, workflow_id: str, function_id: int, patch_name: str) -> bool:
         with self._own(workflow_id):
@@ -479,14 +709,19 @@ class PerdureSystemDatabase(WaitingDatabase):
         if owner_xid is None:
             owner_xid = current_owner_xid(workflow_id)
         execution = self.executions.find(workflow_id, owner_xid)
-        if execution is not None and execution.dead:
+        presented = adopted(execution, (OUTCOME, 0))
+        if presented is None and execution is not None and execution.dead:
             # Its code may have caught what refused its calls: how it ends says nothing about the run.
             self.executions.remove(execution)
             return False
         if execution is not None:
             execution.passed(recorded=False)
-        operation = Operation(execution)
         stowed = self.payloads.stow(output)
+        if presented is None and execution is not None and stowed is None:
+            presented = self._present_outcome(execution, status, output, error)
+            if self._committed(presented):
+                return True
+        operation = Operation(execution, adopted=presented)
         shown, shown_stowed = (None, None) if stowed is None else self._stow_shown(workflow_id, output)
 
         def finish(conn: sa.Connection) -> None:
@@ -511,6 +746,35 @@ class PerdureSystemDatabase(WaitingDatabase):
             self.close_ended([workflow_id])
         return landed
 
+    def _present_outcome(
+        self, execution: Execution, status: str, output: str | None, error: str | None
+    ) -> Presented | None:
+        """Gives the checkpoint writer the end of a run, when it is one of those that the writer knows."""
+        serialization = execution.serialization
+        if serialization is None:
+            return None
+        failure = self.ledger.failure_of(execution, error, serialization, self.serializer)
+        terminal, told = self.ledger.ending(execution, status, failure)
+
+        def row(pack: Pack, previous_first: int | None) -> OutcomeRow:
+            return OutcomeRow(
+                pack.workflow_id,
+                execution.owner_xid,
+                pack,
+                previous_first,
+                status=status,
+                output=output,
+                error=error,
+                shown=values.output_json(output, serialization, self.serializer),
+                failure=None if failure is None else json.dumps(failure.to_json()),
+            )
+
+        def after(written: Written) -> None:
+            told(written)
+            self.executions.remove(execution)
+
+        return self.checkpoints.present((OUTCOME, 0), execution, [terminal], row, after)
+
     def _stow_shown(self, workflow_id: str, output: str | None) -> tuple[str | None, Stowed | None]:
         """Returns what the run's row shows of a large output, its JSON text or a pointer, and what that points to."""
         with self._plain_begin() as conn:
@@ -526,9 +790,33 @@ class PerdureSystemDatabase(WaitingDatabase):
 
     # ---- what rides alone ----------------------------------------------------------------------------------------
 
-    def write_buffered(self, execution: Execution) -> None:
-        """Commits the buffered events of an execution, if it still owns its run."""
-        operation = Operation(execution)
+    def write_buffered(self, execution: Execution) -> bool:
+        """Commits the buffered events of an execution, or has them committed, if it still owns its run.
+
+        Returns:
+            Whether they are; False while another commit of the execution is under way, on which they may ride.
+        """
+        presented = adopted(execution, EVENTS)
+        if presented is None:
+            if execution.dead or not execution.has_events:
+                return True
+            presented = self.checkpoints.present(
+                EVENTS, execution, [], partial(_events_row, execution), lambda _: None, wait=False
+            )
+            if presented is not None:
+                presented.written.add_done_callback(lambda done: done.result() or self.write_alone(execution))
+                return True
+            if not execution.slot.acquire(blocking=False):
+                return False
+        try:
+            self._write_alone(execution, presented)
+        finally:
+            if presented is None:
+                execution.slot.release()
+        return True
+
+    def _write_alone(self, execution: Execution, presented: Presented | None) -> None:
+        operation = Operation(execution, adopted=presented)
 
         def finish(conn: sa.Connection) -> None:
             self._check_owner_txn(conn, execution.key.workflow_id, execution.owner_xid)
@@ -539,6 +827,10 @@ class PerdureSystemDatabase(WaitingDatabase):
             self.run_operation(operation)
         except DBOSWorkflowConflictIDError:
             self.executions.kill(execution, "it lost its run")
+
+
+def _events_row(execution: Execution, pack: Pack, previous_first: int | None) -> EventsRow:
+    return EventsRow(pack.workflow_id, execution.owner_xid, pack, previous_first)
 
 
 def _pointing(status: WorkflowStatusInternal, stowed: Stowed | None) -> WorkflowStatusInternal:

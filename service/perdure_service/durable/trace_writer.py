@@ -30,7 +30,7 @@ from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.trace import TracedRun, TraceSpan, TraceSpanKind
 from perdure_service.domain.trace_fold import RunFold
 from perdure_service.store import event_log, traces
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading
 
 EXPORT_HORIZON_MS = 60_000
 """How long before an executor's last sign of life its spans have certainly been sent."""
@@ -138,7 +138,7 @@ class TraceWriter:
                 log.warning("trace_writer.failed", workflow_id=workflow_id, error=type(error).__name__)
 
     def _ask_for_ended(self, executor_ids: Sequence[str]) -> None:
-        for workflow_id in retrying(
+        for workflow_id in reading(
             self._engine,
             "traces.ended_last",
             lambda conn: traces.ended_last(conn, executor_ids, EXPORT_HORIZON_MS / 1000, MAX_PENDING // 2),
@@ -146,7 +146,7 @@ class TraceWriter:
             self.ask(workflow_id, What.LOST, 0)
 
     def _write_run(self, workflow_id: str, what: What, since_ms: int) -> None:
-        run = retrying(self._engine, "traces.find", lambda conn: self._find(conn, workflow_id))
+        run = reading(self._engine, "traces.find", lambda conn: self._find(conn, workflow_id))
         if run is None or not run.sampled:
             return
         fold = RunFold(run)
@@ -165,7 +165,7 @@ class TraceWriter:
     def _log(self, workflow_id: str) -> Iterator[Event]:
         """Yields a run's log but for its streamed text, of which no span tells."""
         after = 0
-        while events := retrying(
+        while events := reading(
             self._engine,
             "events.read",
             lambda conn: event_log.read(conn, workflow_id, after),  # noqa: B023 - at once

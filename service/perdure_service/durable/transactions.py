@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,7 +16,9 @@ from dbos._sys_db_postgres import PostgresSystemDatabase
 from perdure_service.agents.catalogue import by_workflow
 from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import RunState
+from perdure_service.durable.checkpoints import Call, Checkpoints, adopted
 from perdure_service.durable.executions import AgentKey, Execution, Executions, Parked
+from perdure_service.durable.hops import refuse_to_block
 from perdure_service.durable.ledger import Ledger
 from perdure_service.durable.operation import Operation, Operations
 from perdure_service.durable.output_limit import OutputLimit
@@ -55,6 +57,7 @@ class TransactionalDatabase(PostgresSystemDatabase):
         registered: Callable[[], list[str]],
         limit: OutputLimit,
         payloads: Payloads,
+        checkpoints: Checkpoints,
         **arguments: Any,
     ) -> None:
         self._local = threading.local()
@@ -66,7 +69,10 @@ class TransactionalDatabase(PostgresSystemDatabase):
         self._registered = registered
         self.limit = limit
         self.payloads = payloads
-        self._plain_begin = self.engine.begin
+        self.checkpoints = checkpoints
+        self.write_alone: Callable[[Execution], None] = lambda _execution: None
+        """Has buffered events committed that the checkpoint writer did not write; set by the runtime."""
+        self._engine_begin = self.engine.begin
         self.stopping = False
         """Whether this executor takes no more runs."""
         self.poke: Callable[[], None] = lambda: None
@@ -78,6 +84,11 @@ class TransactionalDatabase(PostgresSystemDatabase):
         executions.wake_waits = self._wake_waits
 
     # ---- transactions ------------------------------------------------------------------------------------------------
+
+    def _plain_begin(self) -> AbstractContextManager[sa.Connection]:
+        """Begins a transaction that is no operation's."""
+        refuse_to_block()
+        return self._engine_begin()
 
     @contextmanager
     def _begin_operation(self) -> Iterator[sa.Connection]:
@@ -142,16 +153,21 @@ class TransactionalDatabase(PostgresSystemDatabase):
             return None
         return self.executions.find(context.workflow_id, context.owner_xid)
 
-    def _own(self, workflow_id: str, **hooks: Any) -> Any:
-        """Opens an operation of the run's owner."""
+    def _own(self, workflow_id: str, call: Call | None = None, **hooks: Any) -> Any:
+        """Opens an operation of the run's owner, which adopts what the checkpoint writer did not write of this call."""
         execution = self._execution_here()
         if execution is not None and execution.key.workflow_id != workflow_id:
             execution = self.executions.find(workflow_id, current_owner_xid(workflow_id))
-        if execution is not None:
-            self.refuse_dead(execution, retiring_too=False)
-            execution.touch()
-            self._move_on(execution)
-        return self.operations.open(Operation(execution, **hooks))
+        presented = adopted(execution, call) if call else None
+        if execution is not None and presented is None:
+            self._go_on(execution)
+        return self.operations.open(Operation(execution, adopted=presented, **hooks))
+
+    def _go_on(self, execution: Execution) -> None:
+        """Is called when the code of a run comes to a commit."""
+        self.refuse_dead(execution, retiring_too=False)
+        execution.touch()
+        self._move_on(execution)
 
     @staticmethod
     def refuse_dead(execution: Execution, *, retiring_too: bool = True) -> None:

@@ -19,7 +19,7 @@ import structlog
 
 from perdure_service.durable.executions import Executions
 from perdure_service.store import parked
-from perdure_service.store.sqlstates import JITTER, retrying
+from perdure_service.store.sqlstates import JITTER, reading
 
 SWEEP_S = 5.0
 """How often, on average, all parked runs are looked at; what nobody here knows of waits so long at most, about."""
@@ -82,7 +82,7 @@ class Waker:
         """Wakes all parked runs for which something has come; returns how many. Blocks."""
         count = 0
         while True:
-            due = retrying(self._engine, "parked.due", lambda conn: parked.due(conn, BATCH))
+            due = reading(self._engine, "parked.due", lambda conn: parked.due(conn, BATCH))
             woken = len(self._wake(due)) if due else 0
             count += woken
             if len(due) < BATCH or not woken:

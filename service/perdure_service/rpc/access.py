@@ -34,6 +34,7 @@ _OPERATORS = "perdure.v1.OperatorService/"
 ACCESS: Mapping[str, Access] = MappingProxyType(
     {
         _RUNS + "StartAgent": Access(Role.OPERATOR, changes=True),
+        _RUNS + "StartAgents": Access(Role.OPERATOR, changes=True),
         _RUNS + "GetRun": Access(Role.VIEWER),
         _RUNS + "ListRuns": Access(Role.VIEWER),
         _RUNS + "WatchRun": Access(Role.VIEWER),
@@ -56,6 +57,7 @@ ACCESS: Mapping[str, Access] = MappingProxyType(
         _OPERATORS + "ListExecutors": Access(Role.ADMIN),
         _OPERATORS + "ListQueues": Access(Role.ADMIN),
         _OPERATORS + "ListStrandedRuns": Access(Role.ADMIN),
+        _OPERATORS + "ListCells": Access(Role.ADMIN),
     }
 )
 """By method. One without an entry is refused to everybody; a test walks the schema and finds it."""
@@ -69,7 +71,7 @@ def check(method: str, caller: Caller, request: Any, namespaces: Collection[str]
     Args:
         method: As in `Call`.
         caller: Who calls.
-        request: The message.
+        request: The message; None for a stream of requests as a whole, whose items are checked one by one.
         namespaces: Those that are declared.
 
     Raises:
@@ -80,7 +82,7 @@ def check(method: str, caller: Caller, request: Any, namespaces: Collection[str]
     access = ACCESS.get(method)
     if access is None:
         raise PermissionDenied("nobody may call this method yet")
-    if "namespace" in request.DESCRIPTOR.fields_by_name:
+    if request is not None and "namespace" in request.DESCRIPTOR.fields_by_name:
         found = Violations()
         namespace = namespace_of(found, request.namespace)
         found.raise_any()

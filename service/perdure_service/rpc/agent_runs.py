@@ -7,13 +7,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
 
 from perdure_service.durable.service import ForkCommand, RunService, StartCommand
+from perdure_service.errors import InvalidArgument
 from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
+from perdure_service.rpc.bulk_starts import BulkStarts, Item
 from perdure_service.rpc.calls import current_call
+from perdure_service.rpc.forwarding import Router
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.streams import RESPONSE_BYTES, Streams, closing
 from perdure_service.settings import Settings
@@ -30,8 +34,9 @@ TRACE_BYTES = 3 * 2**20
 class AgentRuns(AgentRunServiceServicer):
     """The runs of one server."""
 
-    def __init__(self, service: RunService, settings: Settings, streams: Streams) -> None:
+    def __init__(self, service: RunService, settings: Settings, streams: Streams, router: Router | None = None) -> None:
         self._service = service
+        self._router = router
         self._settings = settings
         self._streams = streams
         self._response_bytes = min(RESPONSE_BYTES, settings.max_message_bytes // 2)
@@ -39,18 +44,34 @@ class AgentRuns(AgentRunServiceServicer):
 
     async def StartAgent(self, request: pb.StartAgentRequest, context: RpcContext) -> pb.StartAgentResponse:
         """Starts an agent."""
+        return await self._start(request, current_call().trace_parent)
+
+    async def StartAgents(
+        self, request_iterator: AsyncIterator[Item], context: RpcContext
+    ) -> AsyncIterator[pb.StartAgentsResponse]:
+        """Starts many agents; answers one by one, in order."""
+        start = self._start if self._router is None else partial(self._router.start, self._start, context)
+        async with closing(BulkStarts(start, self._settings.namespaces).answers(request_iterator)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _start(self, request: pb.StartAgentRequest, trace_parent: str) -> pb.StartAgentResponse:
         # A large input takes up to half a second to check, in which other calls shall be served.
         large = request.ByteSize() > LARGE_REQUEST_BYTES
-        command = await asyncio.to_thread(self._command, request) if large else self._command(request)
+        if large:
+            command = await asyncio.to_thread(self._command, request, trace_parent)
+        else:
+            command = self._command(request, trace_parent)
         run, created = await self._service.start(command)
         return pb.StartAgentResponse(run=convert.agent_run(run, full=False), created=created)
 
-    def _command(self, request: pb.StartAgentRequest) -> StartCommand:
-        call = current_call()
+    def _command(self, request: pb.StartAgentRequest, trace_parent: str) -> StartCommand:
+        if request.home_region and self._router is None:
+            raise InvalidArgument("home_region", "this service has no regions")
         return requests.start_command(
             request,
-            caller=call.caller,
-            trace_parent=call.trace_parent,
+            caller=current_call().caller,
+            trace_parent=trace_parent,
             now=datetime.now(UTC),
             max_input_bytes=self._settings.max_input_bytes,
         )

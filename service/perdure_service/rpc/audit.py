@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import structlog
 from perdure.v1 import approval_service_pb2
 
 from perdure_service.domain.runs import DEFAULT_NAMESPACE
-from perdure_service.logs import AUDIT_LOGGER
+from perdure_service.logs import audit_log
 from perdure_service.rpc.access import ACCESS
 from perdure_service.rpc.calls import Call
 
@@ -20,8 +19,6 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]*")
 """What ids look like, those of foreign workflows among them. Anything else may be a payload in the wrong place."""
 
 _DECISIONS = {number: name.removeprefix("DECISION_") for name, number in approval_service_pb2.Decision.items()}
-
-_log = structlog.get_logger(AUDIT_LOGGER)
 
 
 def audit(call: Call, request: Any, response: Any, outcome: str, reason: str = "") -> None:
@@ -47,7 +44,7 @@ def audit(call: Call, request: Any, response: Any, outcome: str, reason: str = "
         facts["deleted_count"] = response.deleted_count
     if reason:
         facts["reason"] = reason
-    _log.info("audit", outcome=outcome, **facts)
+    audit_log().info("audit", outcome=outcome, **facts)
 
 
 def _facts(request: Any) -> dict[str, Any]:

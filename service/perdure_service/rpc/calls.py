@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from perdure_service.domain.callers import Caller
@@ -29,7 +29,7 @@ class Call:
         caller: Who calls; empty until that is known.
         trace_parent: The caller's W3C `traceparent` as it came, or empty.
         parent: What it says; None for none.
-        expires_at_s: When the caller's token is no longer good, in seconds since 1970; None for never.
+        rights: What the caller may do; None until that is known.
     """
 
     method: str
@@ -37,7 +37,7 @@ class Call:
     caller: str
     trace_parent: str = ""
     parent: TraceParent | None = None
-    expires_at_s: float | None = None
+    rights: Caller | None = None
 
 
 _current: ContextVar[Call] = ContextVar("perdure_call")
@@ -67,7 +67,7 @@ def enter_call(method: str, metadata: Iterable[tuple[str, Any]]) -> Call:
             trace_parent = value
     if not call_id or len(call_id) > MAX_REQUEST_ID or not call_id.isprintable():
         call_id = secrets.token_hex(8)
-    parent = parse_traceparent(trace_parent)
+    parent = parse_traceparent(trace_parent) if trace_parent else None
     call = Call(method, call_id, "", trace_parent if parent else "", parent)
     _current.set(call)
     return call
@@ -75,6 +75,7 @@ def enter_call(method: str, metadata: Iterable[tuple[str, Any]]) -> Call:
 
 def identify(caller: Caller) -> Call:
     """Says who makes the call being served; returns the call with that."""
-    call = replace(_current.get(), caller=caller.name, expires_at_s=caller.expires_at_s)
+    known = _current.get()
+    call = Call(known.method, known.call_id, caller.name, known.trace_parent, known.parent, caller)
     _current.set(call)
     return call

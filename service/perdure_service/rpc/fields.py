@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
@@ -16,6 +16,7 @@ from perdure_service.domain.runs import Failure
 # The bounds of google.protobuf.Timestamp and Duration, from their comments, in milliseconds.
 _MIN_TIMESTAMP_MS, _MAX_TIMESTAMP_MS = -62_135_596_800_000, 253_402_300_799_999
 _MAX_DURATION_MS = 315_576_000_000_000
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _REPLACEMENT = "\ufffd"
 
 
@@ -40,12 +41,11 @@ def int64(value: object) -> int:
 
 
 def timestamp(value: datetime | None) -> Timestamp | None:
-    """Returns a time as a message; None, which leaves a field unset, for None."""
+    """Returns a time with a zone as a message; None, which leaves a field unset, for None."""
     if value is None:
         return None
-    message = Timestamp()
-    message.FromDatetime(value)
-    return message
+    since = value - _EPOCH
+    return Timestamp(seconds=since.days * 86_400 + since.seconds, nanos=since.microseconds * 1_000)
 
 
 def timestamp_of_ms(value: object) -> Timestamp | None:
@@ -87,6 +87,8 @@ def _is_number(value: Any) -> bool:
 
 
 def _bounded(value: Any, least: int, most: int) -> int:
+    if type(value) is int:
+        return min(max(value, least), most)
     if not _is_number(value) or (isinstance(value, float) and math.isnan(value)):
         return min(max(0, least), most)
     return int(min(max(value, least), most))

@@ -9,14 +9,18 @@ from perdure.v1.operator_service_pb2_grpc import OperatorServiceServicer
 
 from perdure_service.domain.executors import Executor, ExecutorState
 from perdure_service.domain.queues import Queue
+from perdure_service.domain.regions import Cell, Place, SurvivalGoal
 from perdure_service.domain.stranded import StrandedReason, StrandedRun
 from perdure_service.durable.service import RunService
 from perdure_service.rpc import fields
 from perdure_service.rpc.enums import RUN_STATES
+from perdure_service.rpc.forwarding import Router
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.validation import Violations
 
 STATES = {state: getattr(pb, f"EXECUTOR_STATE_{state}") for state in ExecutorState}
+
+GOALS = {goal: getattr(pb, f"SURVIVAL_GOAL_{goal.upper()}") for goal in SurvivalGoal}
 
 REASONS = {reason: getattr(pb, f"STRANDED_REASON_{reason}") for reason in StrandedReason}
 
@@ -24,8 +28,9 @@ REASONS = {reason: getattr(pb, f"STRANDED_REASON_{reason}") for reason in Strand
 class Operators(OperatorServiceServicer):
     """What operators look at."""
 
-    def __init__(self, service: RunService) -> None:
+    def __init__(self, service: RunService, router: Router | None = None) -> None:
         self._service = service
+        self._router = router
 
     async def ListExecutors(self, request: pb.ListExecutorsRequest, context: RpcContext) -> pb.ListExecutorsResponse:
         """Returns a page of executors."""
@@ -57,6 +62,35 @@ class Operators(OperatorServiceServicer):
         found.raise_any()
         page = await self._service.list_stranded(page_size=page_size, page_token=page_token)
         return pb.ListStrandedRunsResponse(runs=map(_stranded, page.items), next_page_token=page.next_token)
+
+    async def ListCells(self, request: pb.ListCellsRequest, context: RpcContext) -> pb.ListCellsResponse:
+        """Returns the cells, all in one page: there are as many as regions, more or less."""
+        found = Violations()
+        found.page_size(request.page_size)
+        if request.page_token:
+            found.add("page_token", "is not a token of this service")
+        found.raise_any()
+        if self._router is None:
+            return pb.ListCellsResponse()
+        place, reachable = self._router.place, await self._router.reachable()
+        return pb.ListCellsResponse(
+            cells=[_cell(one, place, reachable[one.name]) for one in place.regions.cells.values()]
+        )
+
+
+def _cell(value: Cell, place: Place, reachable: bool) -> pb.Cell:
+    return pb.Cell(
+        cell=value.name,
+        home_region=value.region,
+        secondary_region=value.secondary,
+        survival_goal=GOALS[value.survive],
+        database=value.database,
+        address=value.address,
+        standby_address=value.standby_address,
+        namespaces=[name for name, home in place.regions.namespaces.items() if home.cell == value.name],
+        served_here=value.name == place.cell.name,
+        reachable=reachable,
+    )
 
 
 def _stranded(value: StrandedRun) -> pb.StrandedRun:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 from perdure.v1 import agent_run_service_pb2 as pb
@@ -135,15 +136,17 @@ def start_command(
     deadline_at = _deadline(found, request, now)
     if deadline_at is not None and start_at is not None and now < deadline_at <= start_at:
         found.add("deadline_time", "must be after start_time")
+    if request.home_region and request.run_id:
+        found.add("home_region", "excludes run_id: an id of one's own lives in the home of its namespace")
     if request.priority < 0:
         found.add("priority", f"must be from 0 to {MAX_PRIORITY}; the lower the sooner")
-    command = StartCommand(
+    start = partial(
+        StartCommand,
         namespace=namespace_of(found, request.namespace),
         agent=found.name("agent", request.agent, required=True),
         agent_version=found.name("agent_version", request.agent_version),
         run_id=request.run_id,
         request_id=found.request_id(request.request_id),
-        run_input=None,
         caller=caller,
         refuse_existing=found.enum("conflict_policy", request.conflict_policy, enums.REFUSES_EXISTING, False),
         start_at=start_at,
@@ -157,7 +160,7 @@ def start_command(
         priority=request.priority,
     )
     found.raise_any()
-    return replace(command, run_input=_read_input(request, max_input_bytes))
+    return start(run_input=_read_input(request, max_input_bytes))
 
 
 def fork_run(

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -22,6 +23,7 @@ from perdure.v1.agent_run_service_pb2_grpc import add_AgentRunServiceServicer_to
 from perdure.v1.approval_service_pb2_grpc import add_ApprovalServiceServicer_to_server
 from perdure.v1.operator_service_pb2_grpc import add_OperatorServiceServicer_to_server
 
+from perdure_service.domain.regions import Place
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
 from perdure_service.rpc.addresses import check_addresses
@@ -30,8 +32,10 @@ from perdure_service.rpc.approvals import Approvals
 from perdure_service.rpc.authentication import make_authentication
 from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.catalog import Catalog
+from perdure_service.rpc.forwarding import Routed, Router
 from perdure_service.rpc.interceptors import CallInterceptor
 from perdure_service.rpc.operators import Operators
+from perdure_service.rpc.peers import Peers
 from perdure_service.rpc.streams import Streams
 from perdure_service.rpc.tls import server_credentials
 from perdure_service.settings import Settings
@@ -91,7 +95,13 @@ class RpcServer:
     """The gRPC server of one process: `start`, then `drain`, then `stop`, all on one event loop."""
 
     def __init__(
-        self, service: RunService, settings: Settings, *, tracer: RunTracer | None = None, caller: str = ANONYMOUS
+        self,
+        service: RunService,
+        settings: Settings,
+        *,
+        tracer: RunTracer | None = None,
+        caller: str = ANONYMOUS,
+        place: Place | None = None,
     ) -> None:
         """Makes a server; nothing listens yet.
 
@@ -100,9 +110,10 @@ class RpcServer:
             settings: Addresses, limits, reflection, certificates, tokens.
             tracer: Makes the spans of calls; None makes none.
             caller: Who everybody is where there is no authentication: `dev` in `dev`.
+            place: Where it is, so that calls for other cells are sent there; None without regions.
 
         Raises:
-            ConfigurationError: The file of tokens is no good.
+            ConfigurationError: The file of tokens is no good, or tokens would travel between servers in plaintext.
         """
         self._service = service
         self._settings = settings
@@ -121,6 +132,8 @@ class RpcServer:
             namespaces=settings.namespaces,
             tracer=tracer,
         )
+        self._peers = None if place is None else Peers(settings, place)
+        self._router = None if place is None or self._peers is None else Router(place, self._peers, self._streams)
         self._server: grpc.aio.Server | None = None
         self._admin_server: grpc.aio.Server | None = None
         self._health_server: grpc.aio.Server | None = None
@@ -189,6 +202,8 @@ class RpcServer:
         if admin_server is not None:
             await admin_server.stop(0)
         await self._authentication.stop()
+        if self._peers is not None:
+            await self._peers.close()
         health_server, self._health_server = self._health_server, None
         if health_server is not None:  # last: probes are answered to the end
             await health_server.stop(0)
@@ -200,15 +215,21 @@ class RpcServer:
 
     def _make_server(self) -> grpc.aio.Server:
         server = self._new_server()
-        add_AgentRunServiceServicer_to_server(AgentRuns(self._service, self._settings, self._streams), server)
-        add_ApprovalServiceServicer_to_server(Approvals(self._service, self._settings), server)
+        runs: Any = AgentRuns(self._service, self._settings, self._streams, self._router)
+        approvals: Any = Approvals(self._service, self._settings)
+        if self._router is not None:
+            runs = Routed(runs, agent_run_service_pb2.DESCRIPTOR.services_by_name["AgentRunService"], self._router)
+            service = approval_service_pb2.DESCRIPTOR.services_by_name["ApprovalService"]
+            approvals = Routed(approvals, service, self._router)
+        add_AgentRunServiceServicer_to_server(runs, server)
+        add_ApprovalServiceServicer_to_server(approvals, server)
         add_AgentCatalogServiceServicer_to_server(Catalog(self._service), server)
         self._reflect(server, SERVICES)
         return server
 
     def _make_admin_server(self) -> grpc.aio.Server:
         server = self._new_server()
-        add_OperatorServiceServicer_to_server(Operators(self._service), server)
+        add_OperatorServiceServicer_to_server(Operators(self._service, self._router), server)
         self._reflect(server, (ADMIN_SERVICE,))
         return server
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import TypeVar
@@ -50,19 +50,21 @@ class Streams:
         """How many calls are open here, streams and waits."""
         return len(self._open)
 
-    def stream(self, caller: str = "") -> Stay:
+    def stream(self, caller: str = "", *, stop: Callable[[], None] | None = None) -> Stay:
         """Returns a context for the life of a stream, which counts and ages.
 
         Args:
             caller: Whose it is; empty when that is not known, and nobody's share is counted.
+            stop: Called to end the stream in peace: it takes no more requests, and answers those that it has taken.
+                None: it is cancelled where it stands.
 
-        Raises, when it is entered or while it is open:
+        Raises, when it is entered or while it is open (with `stop`, when it is left):
             TooManyStreams: There are as many as may be, at all or of this caller.
             Draining: The server is stopping, or the stream has reached its age.
         """
         # Not all at once: streams that were opened together shall not come back together.
         age_s = None if self._max_age_s is None else self._max_age_s * random.uniform(0.8, 0.9)
-        return Stay(self, counts=True, max_age_s=age_s, caller=caller)
+        return Stay(self, counts=True, max_age_s=age_s, caller=caller, stop=stop)
 
     def wait(self) -> Stay:
         """Returns a context for a unary call that waits for long: it ends when the server drains.
@@ -111,9 +113,18 @@ class Stay:
     The way of asyncio.timeout(): a cancellation from elsewhere (the client went away) stays what it is.
     """
 
-    def __init__(self, streams: Streams, *, counts: bool, max_age_s: float | None = None, caller: str = "") -> None:
+    def __init__(
+        self,
+        streams: Streams,
+        *,
+        counts: bool,
+        max_age_s: float | None = None,
+        caller: str = "",
+        stop: Callable[[], None] | None = None,
+    ) -> None:
         self.counts = counts
         self.caller = caller
+        self._stop = stop
         self._streams = streams
         self._max_age_s = max_age_s
         self._task: asyncio.Task[object] | None = None
@@ -126,7 +137,10 @@ class Stay:
         """Ends the call; `error` tells the client why. The first one counts."""
         if self._task is not None and self._ended is None:
             self._ended = error
-            self._task.cancel()
+            if self._stop is None:
+                self._task.cancel()
+            else:
+                self._stop()
 
     def expire(self, after_s: float, error: PerdureError) -> None:
         """Ends the call `after_s` after it is entered, with an error of its own."""
@@ -153,7 +167,12 @@ class Stay:
         for timer in self._timers:
             timer.cancel()
         task, self._task = self._task, None
-        if self._ended is not None and task is not None:
+        if self._ended is None or task is None:
+            return
+        if self._stop is not None:
+            if kind is None:
+                raise self._ended
+        else:
             others = task.uncancel() > self._cancelling
             if kind is asyncio.CancelledError and not others:
                 raise self._ended from None

@@ -210,6 +210,22 @@ def list_page(
     return [_approval(row) for row in page], token
 
 
+def token_after(
+    run: RunKey, step_id: int, created_at: datetime, *, states: frozenset[ApprovalState], run_id: str
+) -> str:
+    """Returns the token of the page that follows an approval, in any database that the list is of.
+
+    Args:
+        run: Whose approval was the last one that was returned.
+        step_id: Of which step.
+        created_at: When it was created.
+        states: As of `list_page`.
+        run_id: As of `list_page`.
+    """
+    filter_key = ["approvals", run.namespace, sorted(states), run_id]
+    return encode_token((created_at.isoformat(), run.workflow_id, step_id), filter_key)
+
+
 def inbox(
     conn: sa.Connection, namespaces: Sequence[str], changed_within_s: float, limit: int = 10_000
 ) -> list[Approval]:

@@ -9,10 +9,18 @@ SCHEMA = "dbos"
 
 STATUS = f"{SCHEMA}.workflow_status"
 INPUT = f"{SCHEMA}.workflow_input"
+OUTPUT = f"{SCHEMA}.workflow_output"
 OUTPUTS = f"{SCHEMA}.operation_outputs"
 NOTIFICATIONS = f"{SCHEMA}.notifications"
 QUEUES = f"{SCHEMA}.queues"
 VERSIONS = f"{SCHEMA}.application_versions"
+
+WORKFLOW_EVENTS = f"{SCHEMA}.workflow_events"
+STREAMS = f"{SCHEMA}.streams"
+
+NOTIFICATION_CHANNELS = ("dbos_notifications_channel", "dbos_workflow_events_channel", "dbos_streams_channel")
+"""Where DBOS's triggers tell of messages, values that were set, and entries of streams (PostgreSQL only). The payload
+is the workflow id, `::`, and the topic or key."""
 
 NULL_TOPIC = "__null__topic__"
 """The topic of a message that was sent without one."""
@@ -33,6 +41,8 @@ COLUMNS_USED: dict[str, tuple[str, ...]] = {
         "name", "concurrency", "worker_concurrency", "rate_limit_max", "rate_limit_period_sec", "application_name",
     ),
     "application_versions": ("version_name", "version_timestamp", "application_name"),
+    "workflow_events": ("workflow_uuid", "key"),
+    "streams": ("workflow_uuid", "key", "offset"),
     "notifications": (
         "message_uuid", "destination_uuid", "topic", "message", "serialization", "consumed", "consumed_by_function_id",
     ),

@@ -111,7 +111,7 @@ def _length(engine: sa.Engine) -> int | None:
         found = _VECTOR_LENGTH.search(str(connection.execute(query).scalar_one_or_none() or ""))
         return int(found[1]) if found else None
 
-    return sqlstates.retrying(engine, "documents.vector_length", read)
+    return sqlstates.reading(engine, "documents.vector_length", read)
 
 
 # ---- making them -----------------------------------------------------------------------------------------------------
@@ -224,7 +224,7 @@ def search_vectors(engine: sa.Engine, question: Sequence[float], model: str, lim
         return [passage_of(row) for row in connection.execute(_NEAREST, parameters)]
 
     try:
-        return sqlstates.retrying(engine, "documents.search_vectors", find)
+        return sqlstates.reading(engine, "documents.search_vectors", find)
     except sa.exc.ProgrammingError as error:
         # No table, or (PostgreSQL without the extension) no such type.
         if sqlstates.sqlstate_of(error) in (sqlstates.UNDEFINED_TABLE, _UNDEFINED_OBJECT):

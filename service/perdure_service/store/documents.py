@@ -227,7 +227,7 @@ def _known_documents(engine: sa.Engine, collection: str) -> dict[str, str]:
     def read(connection: sa.Connection) -> dict[str, str]:
         return {row.path: row.sha256 for row in connection.execute(query, {"collection": collection})}
 
-    return sqlstates.retrying(engine, "documents.known", read)
+    return sqlstates.reading(engine, "documents.known", read)
 
 
 _UPSERT_DOCUMENT = sa.text("""

@@ -181,19 +181,31 @@ def create_engine(
     return engine
 
 
-def reserve_connection(engine: sa.Engine, statement_timeout: timedelta) -> sa.Engine:
-    """Returns an engine of one connection for what must not stand in line behind everything else: the lease.
+def reserve_connections(engine: sa.Engine, statement_timeout: timedelta, connections: int = 1) -> sa.Engine:
+    """Returns an engine for what must not stand in line behind everything else: the lease, the checkpoints.
 
     Args:
         engine: Of whose database and settings.
         statement_timeout: As of `create_engine`.
+        connections: How many it may have.
     """
     return create_engine(
         engine.url.render_as_string(hide_password=False),
-        pool_size=1,
+        pool_size=connections,
         statement_timeout=statement_timeout,
         idle_in_transaction_timeout=SHORTEST_IDLE_IN_TRANSACTION,
     )
+
+
+def dedicated_connection(engine: sa.Engine) -> psycopg.Connection:
+    """Connects to an engine's database for a statement that never ends, or a session that only listens.
+
+    By psycopg 3, whatever the engine's driver, in autocommit mode and without a statement timeout: whoever has it must
+    notice by other means that nothing comes any more.
+    """
+    positional, arguments = engine.dialect.create_connect_args(engine.url)
+    settings = _connect_arguments(engine.url, timedelta(0), IDLE_IN_TRANSACTION_TIMEOUT)
+    return psycopg.connect(*positional, autocommit=True, **{**arguments, **settings})
 
 
 def _connect_arguments(url: URL, statement_timeout: timedelta, idle_in_transaction: timedelta) -> dict[str, Any]:

@@ -23,6 +23,9 @@ from perdure_service.domain.events import Event, Pack, decode_events, encode_eve
 PAGE_PACKS = 64
 """Packs that one read returns at most; a reader that wants more reads again."""
 
+NEWS_PACKS = 1_000
+"""Packs that one look at many runs returns at most."""
+
 _APPEND = sa.text("""
     INSERT INTO perdure.run_event (workflow_id, first_sequence, event_count, pack_id, previous_first, events)
     SELECT CAST(:workflow_id AS TEXT), coalesce(tail.first_sequence + tail.event_count, 1), CAST(:event_count AS INT),
@@ -120,7 +123,7 @@ class News:
     events: tuple[Event, ...]
 
 
-def news(conn: sa.Connection, seen: Mapping[str, int], packs: int = 1000) -> Sequence[News]:
+def news(conn: sa.Connection, seen: Mapping[str, int], packs: int = NEWS_PACKS) -> Sequence[News]:
     """Returns the packs of many runs that begin after what has been seen of each, in one statement."""
     rows = conn.execute(
         _NEWS, {"workflow_ids": list(seen), "sequences": list(seen.values()), "packs": packs}

@@ -79,6 +79,21 @@ class Migration:
         return self.statements
 
 
+@dataclass(frozen=True)
+class Change:
+    """One change beside the numbered ones: of roles, databases, rights.
+
+    Attributes:
+        name: What it makes or changes, for people.
+        statement: The SQL; idempotent, or not run when it has been done.
+        done: A query that finds a row when nothing is left to do; empty for a statement that may be repeated.
+    """
+
+    name: str
+    statement: str
+    done: str = ""
+
+
 def shipped() -> Sequence[Migration]:
     """Returns the migrations of this version of the product."""
     from perdure_service.store.schema import MIGRATIONS  # imports `Migration` from here
@@ -107,10 +122,35 @@ def migrate(
     """
     wanted = _in_order(shipped() if migrations is None else migrations)
     try:
-        with _sole_migrator(engine, report) as still_alone, _session(engine) as connection:
+        with sole_migrator(engine, report) as still_alone, _session(engine) as connection:
             report("DBOS's own tables …")
             dbos_migrate()
             _apply(connection, engine, wanted, still_alone, report)
+    except sa.exc.DBAPIError as error:
+        raise _told(error) from error
+
+
+def apply(engine: sa.Engine, changes: Sequence[Change], still_alone: Callable[[], None], report: Report) -> None:
+    """Makes the changes that have not been made, each by itself and with a timeout.
+
+    Args:
+        engine: Where they are made.
+        changes: In order.
+        still_alone: As `sole_migrator` yields it.
+        report: Gets a line for each that is made.
+
+    Raises:
+        ConfigurationError: One failed. Correct what the message says and run it again.
+        StoreUnavailable: The database went away. Run it again.
+    """
+    try:
+        with _session(engine) as connection:
+            for change in changes:
+                if change.done and connection.exec_driver_sql(change.done).first() is not None:
+                    continue
+                still_alone()
+                report(f"{change.name} …")
+                _run(connection, change.statement, change.name, report)
     except sa.exc.DBAPIError as error:
         raise _told(error) from error
 
@@ -207,6 +247,12 @@ def _run(connection: sa.Connection, statement: str, name: str, report: Report) -
             code = sqlstates.sqlstate_of(error)
             if sqlstates.is_connection_lost(error):
                 raise
+            if code == sqlstates.QUERY_CANCELED:
+                raise ConfigurationError(
+                    f"{name} was not done within {STATEMENT_TIMEOUT.total_seconds():.0f} s; see what it waits for "
+                    "(SHOW JOBS on CockroachDB, pg_stat_activity on PostgreSQL), and run `perdure-server migrate` "
+                    "again."
+                ) from error
             if attempt == MAX_ATTEMPTS or code not in sqlstates.CONFLICTS | {sqlstates.LOCK_NOT_AVAILABLE}:
                 raise ConfigurationError(
                     f"The migration {name} failed ({_first_line(error)}); after that is corrected "
@@ -217,7 +263,7 @@ def _run(connection: sa.Connection, statement: str, name: str, report: Report) -
 
 
 @contextmanager
-def _sole_migrator(engine: sa.Engine, report: Report) -> Iterator[Callable[[], None]]:
+def sole_migrator(engine: sa.Engine, report: Report) -> Iterator[Callable[[], None]]:
     """Waits until no other migrator works and holds the place; creates the schema `perdure`.
 
     PostgreSQL has advisory locks, which the death of their session frees at once. CockroachDB grants each of them to

@@ -19,15 +19,17 @@ _HEAD = f"""
     FROM perdure.run AS r JOIN {STATUS} AS s ON s.workflow_uuid = r.workflow_id
 """
 _HEADS = sa.text(f"{_HEAD} WHERE r.namespace = :namespace AND r.workflow_id = ANY(:workflow_ids)")
+# Not `family`: CockroachDB does not take that word as the name of a query.
 _OPEN_HEADS = sa.text(f"""
-    WITH RECURSIVE family (workflow_id) AS (
+    WITH RECURSIVE members (workflow_id) AS (
       SELECT CAST(:workflow_id AS TEXT)
       UNION
-      SELECT c.workflow_id FROM family AS f JOIN perdure.run AS c ON c.parent_workflow_id = f.workflow_id
+      SELECT c.workflow_id FROM members AS m JOIN perdure.run AS c ON c.parent_workflow_id = m.workflow_id
     )
-    {_HEAD} JOIN family AS f ON f.workflow_id = r.workflow_id
+    {_HEAD} JOIN members AS m ON m.workflow_id = r.workflow_id
     WHERE r.namespace = :namespace AND (r.ended_at IS NULL OR r.workflow_id = :workflow_id)
 """)
+_CLOSED = sa.text("SELECT workflow_id FROM perdure.run WHERE workflow_id = ANY(:workflow_ids) AND ended_at IS NOT NULL")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,12 @@ def heads(conn: sa.Connection, namespace: str, workflow_ids: Sequence[str]) -> d
 def open_heads(conn: sa.Connection, key: RunKey) -> dict[str, Head]:
     """Returns how far a run and those of its descendants that have not ended have come, at one moment."""
     return _heads(conn, _OPEN_HEADS, {"namespace": key.namespace, "workflow_id": key.workflow_id})
+
+
+def closed(conn: sa.Connection, workflow_ids: Sequence[str]) -> list[str]:
+    """Returns those of the runs whose last event is in the log."""
+    rows = conn.execute(_CLOSED, {"workflow_ids": list(workflow_ids)})
+    return [row.workflow_id for row in rows]
 
 
 def _heads(conn: sa.Connection, query: sa.TextClause, values: dict[str, Any]) -> dict[str, Head]:

@@ -234,4 +234,19 @@ MIGRATIONS: tuple[Migration, ...] = (
                )""",
         ),
     ),
+    # Whose home this database is, in one row; none without regions.
+    Migration(
+        _AFTER_DOCUMENTS + 18,
+        "cell",
+        (
+            """CREATE TABLE IF NOT EXISTS perdure.cell (
+                 id INT PRIMARY KEY,
+                 cell TEXT NOT NULL,
+                 home_region TEXT NOT NULL,
+                 region TEXT NOT NULL,
+                 epoch BIGINT NOT NULL,
+                 expires_at TIMESTAMPTZ
+               )""",
+        ),
+    ),
 )

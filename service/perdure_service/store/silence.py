@@ -66,6 +66,12 @@ class SilenceWatch:
 
         return watched
 
+    @staticmethod
+    def end(connection: Any) -> None:
+        """Ends a connection at once, whoever waits for it."""
+        with suppress(Exception):  # closed in the meantime
+            _shut_down(connection)
+
     def look(self) -> int:
         """Ends every connection that is silent; returns how many.
 
@@ -103,6 +109,11 @@ class SilenceWatch:
 
 
 _WATCH = SilenceWatch()
+
+
+def process_watch() -> SilenceWatch:
+    """Returns the process's own, for connections that are no engine's."""
+    return _WATCH
 
 
 def _driver_connection(subject: Any) -> Any:

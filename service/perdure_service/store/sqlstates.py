@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TypeVar
 
 import sqlalchemy as sa
@@ -138,10 +140,44 @@ def retrying(engine: sa.Engine, name: str, fn: Callable[[sa.Connection], T], *, 
         Overloaded: No connection of the pool became free in time. The caller may repeat its call later.
         Exception: Whatever else `fn` raises, unchanged.
     """
+    return _repeating(engine.begin, name, fn, budget)
+
+
+def reading(engine: sa.Engine, name: str, fn: Callable[[sa.Connection], T]) -> T:
+    """Runs a read of **one statement** as `retrying` does, without a transaction around it.
+
+    BEGIN and COMMIT are two of three round trips to the database. A single statement needs neither: it sees one
+    snapshot by itself. What reads twice, or locks, or writes, is a transaction.
+
+    Args:
+        engine: Where to run it.
+        name: The statement's name, for the log.
+        fn: Executes the statement.
+
+    Raises:
+        PerdureError: As `retrying`.
+    """
+    return _repeating(partial(_without_transaction, engine), name, fn, RETRY_BUDGET)
+
+
+@contextmanager
+def _without_transaction(engine: sa.Engine) -> Iterator[sa.Connection]:
+    with engine.connect() as connection:
+        # A switch in the driver; the pool gets the connection back as it was.
+        yield connection.execution_options(isolation_level="AUTOCOMMIT")
+
+
+def _repeating(
+    begin: Callable[[], AbstractContextManager[sa.Connection]],
+    name: str,
+    fn: Callable[[sa.Connection], T],
+    budget: timedelta,
+) -> T:
+    """Runs `fn` on the connection of a new `begin()` until it succeeds or is given up."""
     started = time.monotonic()
     for attempt in range(1, MAX_ATTEMPTS + 1):
         try:
-            with engine.begin() as connection:
+            with begin() as connection:
                 return fn(connection)
         except (sa.exc.DBAPIError, sa.exc.TimeoutError) as error:
             code = sqlstate_of(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from datetime import timedelta
 
 from perdure_service.agents import context as agents_context
@@ -15,9 +14,9 @@ from perdure_service.durable.leases import new_executor_id
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.settings import Settings
-from perdure_service.store import event_log
+from perdure_service.store import event_log, run_heads
 from perdure_service.store.engine import create_engine
-from perdure_service.store.sqlstates import retrying
+from perdure_service.store.sqlstates import reading
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import RunTracer
 
@@ -49,7 +48,6 @@ class Engine:
             queue_poll=settings.queue_poll_interval,
             lease_ttl=settings.lease_ttl,
             tracer=tracer,
-            hint=self._hint,
             lost=lambda: None,
             # The database is this engine's alone, so what a dead one left is taken back at once.
             owns_database=True,
@@ -58,9 +56,11 @@ class Engine:
         )
         self.mortal = MortalRuntime(runtime, lambda: _tell(loop, die))
         self._tailer = Tailer(
-            lambda seen: retrying(self.database, "events.news", lambda conn: event_log.news(conn, seen)),
+            lambda seen: reading(self.database, "events.news", lambda conn: event_log.news(conn, seen)),
             lambda ids: runtime.database.close_ended_if_any(ids),
+            lambda ids: reading(self.database, "runs.closed", lambda conn: run_heads.closed(conn, ids)),
             poll_s=settings.watch_poll_interval.total_seconds(),
+            hinted=lambda: runtime.hints.arrives,
         )
 
     @property
@@ -68,10 +68,6 @@ class Engine:
         """What the RPC layer of a server calls."""
         assert self._service is not None, "launched"
         return self._service
-
-    def _hint(self, workflow_ids: Sequence[str]) -> None:
-        if self._service is not None:
-            self._service.hint(workflow_ids)
 
     async def launch(self) -> None:
         """Launches it, and takes back what an engine before it left."""

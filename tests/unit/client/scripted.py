@@ -17,6 +17,7 @@ from perdure_client import _transport
 from perdure_client._transport import Method
 
 METHODS: tuple[Method[Any, Any], ...] = tuple(v for v in vars(_transport).values() if isinstance(v, Method))
+EXCHANGES = {_transport.START_AGENTS.path}
 STREAMS = {_transport.WATCH_RUN.path, _transport.WATCH_APPROVALS.path, _transport.READ_ARTIFACT.path}
 
 
@@ -70,7 +71,8 @@ class ScriptedServer:
     """Answers each call of a method with the next entry of that method's script.
 
     An entry of a unary method is a response, `Fail`, `Hang`, or a function of the request that returns one. An entry of
-    a stream is a list of those, or a function that returns one; the stream ends with OK after the last.
+    a stream is a list of those, or a function that returns one; the stream ends with OK after the last. An entry of a
+    stream in both directions is a function of each request that returns what is played for it, or None for no answer.
     """
 
     def __init__(self) -> None:
@@ -117,6 +119,22 @@ class ScriptedServer:
         finally:
             self.ended_streams.append(completed)
 
+    async def exchange(self, path: str, requests: Any, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+        completed = False
+        try:
+            answer = None
+            async for request in requests:
+                if answer is None:
+                    answer = self._next(path, request, context)
+                else:
+                    self.requests[path].append(request)
+                played = await self._play(answer, request, context)
+                if played is not None:
+                    await context.write(played)
+            completed = True
+        finally:
+            self.ended_streams.append(completed)
+
     def _next(self, path: str, request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
         self.requests[path].append(request)
         self.metadata.append(dict(context.invocation_metadata() or ()))
@@ -146,6 +164,13 @@ class _Handlers(grpc.GenericRpcHandler):
             return None
         request, response = _messages(method)
         path = method.path
+        if path in EXCHANGES:
+
+            async def exchange(messages: Any, context: Any) -> None:
+                await self._server.exchange(path, messages, context)
+
+            return grpc.stream_stream_rpc_method_handler(exchange, request.FromString, response.SerializeToString)
+
         if path in STREAMS:
 
             async def stream(message: Any, context: Any) -> None:

@@ -23,6 +23,7 @@ from perdure_client import (
     Decision,
     Draining,
     EventKind,
+    IncompleteListing,
     InvalidArgument,
     PayloadTooLarge,
     RevisionConflict,
@@ -391,6 +392,41 @@ async def test_lists_page_by_themselves(server: ScriptedServer, client: AsyncCli
     assert (list(first.states), first.agent, dict(first.labels), first.context_id) == ([7], "x", {"k": "v"}, "c")
     assert server.asked(LIST_RUNS)[-1].page_size == 1
     assert [run.run_id async for run in client.list(limit=0)] == []
+
+
+async def test_a_listing_tells_once_which_regions_are_missing(server: ScriptedServer, client: AsyncClient) -> None:
+    def page(request: runs.ListRunsRequest) -> runs.ListRunsResponse:
+        lost = ["west"] if not request.page_token else ["north", "west"]
+        return runs.ListRunsResponse(
+            runs=[run_message("a")], next_page_token="" if request.page_token else "2", unreachable=lost
+        )
+
+    server.script(LIST_RUNS, *[page] * 4)
+    told: list[list[str]] = []
+    assert len([run async for run in client.list(on_unreachable=lambda regions: told.append(list(regions)))]) == 2
+    assert told == [["west"], ["north"]]
+    with pytest.warns(IncompleteListing) as warned:
+        assert len([run async for run in client.list()]) == 2
+    assert [str(one.message).partition(":")[0] for one in warned] == ["could not ask west", "could not ask north"]
+
+
+async def test_approvals_tell_which_regions_are_missing(server: ScriptedServer, client: AsyncClient) -> None:
+    server.script(LIST_APPROVALS, approvals.ListApprovalsResponse(unreachable=["west"]))
+    told: list[str] = []
+    assert [one async for one in client.approvals(on_unreachable=told.extend)] == []
+    assert told == ["west"]
+
+
+async def test_a_start_with_a_home_region_leaves_the_id_to_the_server(
+    server: ScriptedServer, client: AsyncClient
+) -> None:
+    server.script(START_AGENT, started)
+    await client.start("research", home_region="south")
+    (sent,) = server.asked(START_AGENT)
+    assert (sent.run_id, sent.home_region) == ("", "south")
+    assert sent.request_id, "by which a repeat finds the run"
+    with pytest.raises(InvalidArgument, match="home_region"):
+        await client.start("research", home_region="south", run_id="mine")
 
 
 async def test_steps_and_events_are_listed(server: ScriptedServer, client: AsyncClient) -> None:

@@ -31,6 +31,7 @@ from perdure_client._transport import (
     GET_RUN,
     LIST_AGENTS,
     LIST_APPROVALS,
+    LIST_CELLS,
     LIST_EXECUTORS,
     LIST_QUEUES,
     LIST_RUN_EVENTS,
@@ -639,6 +640,24 @@ async def test_queues_are_listed_with_their_limits(server: ScriptedServer, perdu
     assert (second["rate_period"], second["oldest_queued_time"]) == (None, None)
     result = await perdure("queues", "-o", "table", "--admin-address", server.address)
     assert re.search(r"mail +2 +4 +5 min .* ago +3 +4 +10 in 1 min", result.stdout), result.output
+
+
+async def test_cells_are_listed_with_who_answers(server: ScriptedServer, perdure: Invoke) -> None:
+    north = operators.Cell(
+        cell="nn1", home_region="north", secondary_region="south", survival_goal=operators.SURVIVAL_GOAL_REGION,
+        database="perdure_nn1", address="north:1", namespaces=["default", "lab"], served_here=True, reachable=True,
+    )  # fmt: skip
+    south = operators.Cell(cell="ss1", home_region="south", survival_goal=operators.SURVIVAL_GOAL_ZONE)
+    answer = operators.ListCellsResponse(cells=[north, south])
+    server.script(LIST_CELLS, answer, answer, operators.ListCellsResponse())
+    first, second = objects(await perdure("cells", "-o", "json", "--admin-address", server.address))
+    assert (first["cell"], first["survival_goal"], first["namespaces"]) == ("nn1", "REGION", ["default", "lab"])
+    assert (second["survival_goal"], second["reachable"]) == ("ZONE", False)
+    result = await perdure("cells", "-o", "table", "--admin-address", server.address)
+    assert re.search(r"nn1 +north +south +region +this one +perdure_nn1", result.stdout), result.output
+    assert re.search(r"ss1 +south +zone +no answer", result.stdout), result.output
+    result = await perdure("cells", "-o", "table", "--admin-address", server.address)
+    assert "no regions" in result.output
 
 
 async def test_stranded_runs_are_listed_with_what_can_be_done(server: ScriptedServer, perdure: Invoke) -> None:

@@ -14,6 +14,7 @@ from perdure_client import (
     ApprovalNotFound,
     ArtifactNotFound,
     AsyncClient,
+    CellNotServed,
     Contention,
     CursorOutOfRange,
     Draining,
@@ -23,6 +24,7 @@ from perdure_client import (
     InvalidArgument,
     KeysUnavailable,
     NamespaceNotFound,
+    NamespacePaused,
     NotFound,
     OffsetOutOfRange,
     Overloaded,
@@ -30,6 +32,7 @@ from perdure_client import (
     PerdureError,
     PermissionDenied,
     QuotaExceeded,
+    RegionUnavailable,
     ResourceExhausted,
     RevisionConflict,
     Run,
@@ -84,7 +87,10 @@ REASONS: list[tuple[grpc.StatusCode, str, type[PerdureError]]] = [
     (C.OUT_OF_RANGE, "EVENTS_TRUNCATED", CursorOutOfRange),
     (C.UNAVAILABLE, "STORE_UNAVAILABLE", StoreUnavailable),
     (C.UNAVAILABLE, "DRAINING", Draining),
-    (C.UNAVAILABLE, "REGION_UNREACHABLE", Unavailable),
+    (C.UNAVAILABLE, "REGION_UNAVAILABLE", RegionUnavailable),
+    (C.UNAVAILABLE, "CELL_NOT_SERVED", CellNotServed),
+    (C.UNAVAILABLE, "NAMESPACE_PAUSED", NamespacePaused),
+    (C.UNAVAILABLE, "SOMETHING_NEW", Unavailable),
     (C.RESOURCE_EXHAUSTED, "OVERLOADED", Overloaded),
     (C.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", QuotaExceeded),
     (C.RESOURCE_EXHAUSTED, "TOO_MANY_STREAMS", TooManyStreams),
@@ -226,7 +232,7 @@ def test_the_earliest_sequence_of_a_truncated_log_is_a_number() -> None:
 def test_every_error_is_a_perdure_error_with_a_sentence_about_the_way_out() -> None:
     for name in perdure_client.__all__:
         value = getattr(perdure_client, name)
-        if isinstance(value, type) and issubclass(value, Exception):
+        if isinstance(value, type) and issubclass(value, Exception) and not issubclass(value, Warning):
             assert issubclass(value, PerdureError)
             assert value.__doc__
 

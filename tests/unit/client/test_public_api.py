@@ -12,27 +12,29 @@ import perdure_client
 from perdure.v1 import agent_catalog_service_pb2, agent_run_service_pb2, approval_service_pb2, operator_service_pb2
 from perdure_client import AsyncClient, Client
 
-from tests.unit.client.scripted import METHODS, STREAMS
+from tests.unit.client.scripted import EXCHANGES, METHODS, STREAMS
 
 NAMES = """
-AgentInfo AgentNotFound Approval ApprovalClosed ApprovalDecided ApprovalNotFound ApprovalRequested ApprovalState
-ArtifactInfo ArtifactNotFound ArtifactWritten OffsetOutOfRange
+AgentInfo AgentNotFound AgentStart Approval ApprovalClosed ApprovalDecided ApprovalNotFound ApprovalRequested
+ApprovalState ArtifactInfo ArtifactNotFound ArtifactWritten OffsetOutOfRange
 AsyncClient AsyncWatch AsyncWatching AttemptReset ChildStarted Client ClientClosed ConfigurationError ConflictPolicy
 Contention CursorOutOfRange DeadlineExceeded Decision Deletion Draining EventData EventKind ExecutorInfo ExecutorState
 FailedPrecondition Failure InputSchemaViolation InternalError InvalidArgument JsonValue KeysUnavailable LogLine
 ModelUsage NamespaceNotFound NotFound OutputDelta Overloaded PayloadTooLarge PerdureError PermissionDenied Progress
 ProtocolViolation Published QueueInfo QuotaExceeded Recovered ResourceExhausted RevisionConflict Run RunConflict
 RunEvent RunFailed RunFinished RunForked RunInputMismatch RunNotFound RunState RunTrace ServerUnavailable SignalReceived
-SpanKind SpanLink SpanStatus StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState StepSucceeded
-StoreUnavailable StrandedReason StrandedRun
+SpanKind SpanLink SpanStatus StartResult StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState
+StepSucceeded StoreUnavailable StrandedReason StrandedRun
+CellInfo CellNotServed IncompleteListing NamespacePaused RegionUnavailable SurvivalGoal
 TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
 Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching
 __version__
 """
 
 METHOD_NAMES = """
-address agents approvals approve artifact cancel close decide delete_runs events executors fork get get_agent
-get_approval list namespace queues read_artifact reject run signal start steps stranded trace wait watch watch_approvals
+address agents approvals approve artifact cancel cells close decide delete_runs events executors fork get get_agent
+get_approval list namespace queues read_artifact reject run signal start start_many steps stranded trace
+wait watch watch_approvals
 """
 
 
@@ -76,7 +78,7 @@ def test_every_method_of_the_schema_can_be_called_by_its_path() -> None:
         for method in service.methods
     }
     assert {method.path for method in METHODS} == set(schema)
-    assert {path for path, streams in schema.items() if streams} == STREAMS
+    assert {path for path, streams in schema.items() if streams} == STREAMS | EXCHANGES
 
 
 def test_an_import_needs_neither_the_service_nor_the_extras() -> None:

@@ -183,3 +183,12 @@ def test_a_start_names_a_queue_that_is_declared() -> None:
     queues.check_agents({"a@1": "", "b@1": "mail"})
     with pytest.raises(ConfigurationError, match=r"b@1 wants the queue 'gpu'.*PERDURE_QUEUES"):
         queues.check_agents({"a@1": "", "b@1": "gpu"})
+
+
+def test_a_claim_that_knows_of_nothing_that_waits_leaves_half_of_the_slots_to_starts() -> None:
+    executor = Executor(60, {A: 0})
+    with executor.placement.claim(MAIN) as room:
+        assert room.total == 30
+    executor.placement.queued(MAIN.name)
+    with executor.placement.claim(MAIN) as room:
+        assert room.total == 60, "who waits goes before who comes"

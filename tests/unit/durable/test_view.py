@@ -231,7 +231,13 @@ async def test_who_waits_reads_nothing(family: Family) -> None:
     reader = Reader(family, random.Random(1), 0.0)
     task = asyncio.create_task(reader.run())
     await eventually_async(lambda: len(reader.seen) == 401)
-    await asyncio.wait_for(eventually_async(lambda: not reader.family.tailer._hinted), scaled(5))
+    tailer = family.tailer
+    assert tailer is not None
+    await eventually_async(
+        lambda: (
+            not tailer._hinted and not any(one.behind for feed in tailer._feeds.values() for one in feed.subscriptions)
+        )
+    )
     known = family.reads
     family.commit(keys[7])
     await eventually_async(lambda: len(reader.seen) == 402)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.load.__main__ import BENCHMARKS
-from tests.load.frame import DOCUMENT, Result, Series, put, table, write_results
+from tests.load.frame import DOCUMENT, Result, Series, put, write_results
 
 
 def result() -> Result:
@@ -28,7 +28,7 @@ def test_a_quantile_is_a_value_that_was_measured(share: float, expected: float) 
 
 
 def test_a_table_has_every_variant_and_its_ratio_to_the_first() -> None:
-    lines = table(result()).splitlines()
+    lines = result().markdown().splitlines()
     assert lines[2:4] == [
         "| plain | 4 | 2.50 s | 4.00 s | 4.00 s | 1.00 |",
         "| other | 4 | 1.00 s | 2.00 s | 2.00 s | 0.40 |",

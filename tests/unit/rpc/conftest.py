@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
-from perdure_service.rpc import interceptors
+from perdure_service.rpc import failures
 from structlog.testing import LogCapture
 
 from tests.unit.rpc.doubles import ScriptedService
@@ -20,8 +20,8 @@ def service() -> ScriptedService:
 
 @pytest.fixture
 def rpc_log(monkeypatch: pytest.MonkeyPatch) -> list[MutableMapping[str, Any]]:
-    """What the interceptor logs, context variables included."""
+    """What is logged of failed calls, context variables included."""
     capture = LogCapture()
     logger = structlog.wrap_logger(None, processors=[structlog.contextvars.merge_contextvars, capture])
-    monkeypatch.setattr(interceptors, "_log", logger)
+    monkeypatch.setattr(failures, "_log", logger)
     return capture.entries

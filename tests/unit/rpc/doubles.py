@@ -18,6 +18,7 @@ from perdure.v1.approval_service_pb2_grpc import ApprovalServiceStub
 from perdure_service.domain.approvals import Approval, ApprovalState, TimeoutOutcome
 from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.regions import Place
 from perdure_service.domain.runs import Run, RunKey, RunState
 from perdure_service.durable.service import RunService, WatchBatch
 from perdure_service.rpc.server import RpcServer
@@ -167,9 +168,10 @@ async def serving(
     caller: str = "anonymous",
     channel_options: Sequence[tuple[str, Any]] = (),
     credentials: grpc.ChannelCredentials | None = None,
+    place: Place | None = None,
     **settings: Any,
 ) -> AsyncIterator[Served]:
-    server = RpcServer(service, settings_of(**settings), tracer=tracer, caller=caller)
+    server = RpcServer(service, settings_of(**settings), tracer=tracer, caller=caller, place=place)
     ports = await server.start()
     try:
         async with channel_to(ports.rpc, credentials, channel_options) as channel:

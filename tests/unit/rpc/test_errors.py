@@ -14,7 +14,7 @@ from google.protobuf.struct_pb2 import ListValue, Value
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service import errors
-from perdure_service.rpc import agent_runs, interceptors
+from perdure_service.rpc import agent_runs, failures
 from perdure_service.rpc.status import DETAILS_KEY, wire_error
 
 from tests.helpers.waiting import eventually_async, scaled
@@ -47,6 +47,9 @@ TABLE: list[tuple[errors.PerdureError, str, str, float | None]] = [
     (errors.ViewTooLarge("many", limit="1000"), "FAILED_PRECONDITION", "VIEW_TOO_LARGE", None),
     (errors.StoreUnavailable("gone"), "UNAVAILABLE", "STORE_UNAVAILABLE", 1.0),
     (errors.KeysUnavailable("no keys"), "UNAVAILABLE", "KEYS_UNAVAILABLE", 2.0),
+    (errors.RegionUnavailable("lost", region="west"), "UNAVAILABLE", "REGION_UNAVAILABLE", 2.0),
+    (errors.CellNotServed("not here", cell="ww1"), "UNAVAILABLE", "CELL_NOT_SERVED", 1.0),
+    (errors.NamespacePaused("being moved"), "UNAVAILABLE", "NAMESPACE_PAUSED", 5.0),
     (errors.Draining("stopping"), "UNAVAILABLE", "DRAINING", 0.5),
     (errors.Overloaded("slow down"), "RESOURCE_EXHAUSTED", "OVERLOADED", 1.0),
     (errors.QuotaExceeded("fast", 0.25, limit_per_second="4"), "RESOURCE_EXHAUSTED", "QUOTA_EXCEEDED", 0.25),
@@ -138,7 +141,7 @@ async def test_an_error_that_cannot_be_logged_is_answered_all_the_same(service, 
         def __getattr__(self, name: str) -> Any:
             raise UnicodeEncodeError("utf-8", SECRET, 0, 1, SECRET)
 
-    monkeypatch.setattr(interceptors, "_log", Broken())
+    monkeypatch.setattr(failures, "_log", Broken())
     async with serving(service) as served:
         for error in (RuntimeError(SECRET), errors.RunNotFound(SECRET)):
             service.script["get"] = fails_with(error)

@@ -69,7 +69,7 @@ def provider():
 def audited(monkeypatch: pytest.MonkeyPatch) -> list[MutableMapping[str, Any]]:
     """The lines of the audit log."""
     capture = LogCapture()
-    monkeypatch.setattr(audit, "_log", structlog.wrap_logger(None, processors=[capture]))
+    monkeypatch.setattr(audit, "audit_log", lambda: structlog.wrap_logger(None, processors=[capture]))
     return capture.entries
 
 

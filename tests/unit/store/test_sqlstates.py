@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from datetime import timedelta
 
 import psycopg
@@ -64,8 +65,11 @@ def test_other_errors_are_none_of_its_business() -> None:
     assert sqlstates.sqlstate_of(ValueError()) is None
 
 
+@pytest.mark.parametrize("repeating", [sqlstates.retrying, sqlstates.reading])
 @pytest.mark.parametrize("code", ["40001", "40003", "40P01", "57P01", None])
-def test_a_transaction_is_repeated_as_a_whole(engine: sa.Engine, code: str | None) -> None:
+def test_a_transaction_and_a_read_are_repeated_as_a_whole(
+    engine: sa.Engine, code: str | None, repeating: Callable[..., int]
+) -> None:
     calls = 0
 
     def fn(connection: sa.Connection) -> int:
@@ -76,12 +80,13 @@ def test_a_transaction_is_repeated_as_a_whole(engine: sa.Engine, code: str | Non
         return connection.execute(sa.text("SELECT 42")).scalar_one()
 
     with capture_logs() as lines:
-        assert sqlstates.retrying(engine, "answer", fn) == 42
+        assert repeating(engine, "answer", fn) == 42
     assert [line["attempt"] for line in lines] == [1, 2, 3]
     assert {line["transaction"] for line in lines} == {"answer"}
     assert {line["sqlstate"] for line in lines} == {code}
 
 
+@pytest.mark.parametrize("repeating", [sqlstates.retrying, sqlstates.reading])
 @pytest.mark.parametrize(
     ("code", "told", "calls_expected"),
     [
@@ -94,7 +99,7 @@ def test_a_transaction_is_repeated_as_a_whole(engine: sa.Engine, code: str | Non
     ],
 )
 def test_what_cannot_be_helped_is_raised(
-    engine: sa.Engine, code: str, told: type[Exception], calls_expected: int
+    engine: sa.Engine, code: str, told: type[Exception], calls_expected: int, repeating: Callable[..., None]
 ) -> None:
     calls = 0
 
@@ -104,7 +109,7 @@ def test_what_cannot_be_helped_is_raised(
         raise database_error(code)
 
     with capture_logs(), pytest.raises(told):
-        sqlstates.retrying(engine, "vain", fn)
+        repeating(engine, "vain", fn)
     assert calls == calls_expected
 
 

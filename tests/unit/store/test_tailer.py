@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
 
 import pytest
-from perdure_service.domain.events import Event, EventKind
+from perdure_service.domain.events import Event, EventKind, Pack
+from perdure_service.store import tailer as tailer_module
 from perdure_service.store.event_log import News
-from perdure_service.store.tailer import MAILBOX_PACKS, Subscription, Tailer
+from perdure_service.store.tailer import HINTED_POLL_FACTOR, MAILBOX_PACKS, Subscription, Tailer
 
 from tests.helpers.waiting import eventually_async
 
@@ -19,8 +23,12 @@ class Log:
         self.events: dict[str, int] = {}
         self.reads: list[dict[str, int]] = []
         self.missing: list[str] = []
+        self.failures = 0
 
     def news(self, seen: Mapping[str, int]) -> Sequence[News]:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError("the database is away")
         self.reads.append(dict(seen))
         return [
             News(one, sequence, (Event(EventKind.LOG, 0, sequence=sequence),))
@@ -124,5 +132,167 @@ async def test_a_run_that_was_deleted_is_looked_at_again(log: Log) -> None:
         log.missing = ["b"]
         await eventually_async(lambda: both.behind == {"b"})
         assert both.changed.is_set()
+    finally:
+        await tailer.stop()
+
+
+# ---- what this process commits ---------------------------------------------------------------------------------------
+
+
+def pack_of(workflow_id: str, first: int, count: int = 1) -> Pack:
+    events = [Event(EventKind.LOG, 0, {"message": str(first + place)}) for place in range(count)]
+    return Pack(workflow_id, events, first_sequence=first)
+
+
+async def test_a_commit_of_this_process_is_handed_on_without_a_read(tailer: Tailer, log: Log) -> None:
+    log.events = {"a": 1}
+    watcher = at(tailer, tailer.subscribe("a"), ("a", 1))
+    await eventually_async(lambda: log.reads)
+    log.reads.clear()
+    await asyncio.to_thread(tailer.committed, [pack_of("a", 2, count=3), pack_of("unwatched", 1), pack_of("a", 5)])
+    await eventually_async(lambda: got(watcher) == [("a", 2), ("a", 5)])
+    assert [event.sequence for pack in watcher.packs for event in pack.events] == [2, 3, 4, 5]
+    assert [event.data["message"] for pack in watcher.packs for event in pack.events] == ["2", "3", "4", "5"]
+    assert log.reads == []
+
+
+async def test_a_commit_that_does_not_follow_makes_the_run_be_read(tailer: Tailer, log: Log) -> None:
+    log.events = {"a": 1}
+    watcher = at(tailer, tailer.subscribe("a"), ("a", 1))
+    log.events["a"] = 3  # 2 was committed elsewhere
+    tailer.committed([pack_of("a", 3)])
+    await eventually_async(lambda: got(watcher) == [("a", 2), ("a", 3)])
+
+
+async def test_commits_that_come_together_wake_the_loop_once(
+    tailer: Tailer, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.events = {"a": 1}
+    watcher = at(tailer, tailer.subscribe("a"), ("a", 1))
+    await eventually_async(lambda: log.reads and not tailer._hinted)
+    loop = asyncio.get_running_loop()
+    wakes: list[object] = []
+    plain = loop.call_soon_threadsafe
+
+    def counted(callback: Any, *arguments: Any) -> Any:
+        wakes.append(callback)
+        return plain(callback, *arguments)
+
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    for first in range(2, 32):
+        tailer.committed([pack_of("a", first)])
+    assert len(wakes) == 1
+    monkeypatch.undo()
+    await eventually_async(lambda: got(watcher) == [("a", first) for first in range(2, 32)])
+
+
+async def test_a_mailbox_that_overflows_by_commits_makes_its_watcher_read(tailer: Tailer, log: Log) -> None:
+    log.events = {"a": 1}
+    watcher = at(tailer, tailer.subscribe("a"), ("a", 1))
+    await eventually_async(lambda: log.reads and not tailer._hinted)
+    tailer.committed([pack_of("a", first) for first in range(2, 3 + MAILBOX_PACKS)])
+    await eventually_async(lambda: watcher.behind == {"a"})
+    assert got(watcher) == []
+
+
+async def test_everything_that_is_watched_is_read_when_hints_may_have_been_lost(tailer: Tailer, log: Log) -> None:
+    names = [f"r{number}" for number in range(50)]
+    log.events = dict.fromkeys(names, 1)
+    watcher = at(tailer, tailer.subscribe(*names), *((name, 1) for name in names))
+    await eventually_async(lambda: log.reads and not tailer._hinted)
+    log.events = dict.fromkeys(names, 2)
+    tailer.hint_all()
+    await eventually_async(lambda: sorted(got(watcher)) == sorted((name, 2) for name in names))
+
+
+async def test_without_any_hint_a_poll_brings_the_news_and_seldom_while_hints_arrive(log: Log) -> None:
+    arrive = True
+    tailer = Tailer(log.news, lambda _ids: [], poll_s=0.05, hinted=lambda: arrive)
+    tailer.start()
+    try:
+        log.events = {"a": 1}
+        watcher = at(tailer, tailer.subscribe("a"), ("a", 1))
+        assert tailer._interval_s == pytest.approx(0.05 * HINTED_POLL_FACTOR)
+        log.events["a"] = 2
+        await eventually_async(lambda: got(watcher) == [("a", 2)])
+        arrive = False
+        assert tailer._interval_s == pytest.approx(0.05)
+        log.events["a"] = 3
+        await eventually_async(lambda: got(watcher) == [("a", 2), ("a", 3)])
+    finally:
+        await tailer.stop()
+
+
+async def test_a_read_that_fails_is_made_again(monkeypatch: pytest.MonkeyPatch, tailer: Tailer, log: Log) -> None:
+    monkeypatch.setattr(tailer_module, "ERROR_BACKOFF_S", 0.01)
+    log.events = {"a": 1}
+    watcher = at(tailer, tailer.subscribe("a"), ("a", 1))
+    await eventually_async(lambda: log.reads and not tailer._hinted)
+    log.failures = 2
+    log.events["a"] = 2
+    tailer.hint(["a"])
+    await eventually_async(lambda: got(watcher) == [("a", 2)])
+
+
+@pytest.mark.parametrize("round_", range(20))
+async def test_whatever_comes_when_a_watcher_gets_every_event_once_and_in_order(
+    round_: int, rng: random.Random, tailer: Tailer, log: Log
+) -> None:
+    """Commits here and elsewhere, told in any order, late, twice or never, with reads between."""
+    end = 60
+    log.events = {"a": 1}
+    watcher = at(tailer, tailer.subscribe("a"), ("a", 1))
+    seen: list[int] = []
+    untold: list[Pack] = []
+
+    def take() -> None:
+        while watcher.packs:
+            seen.extend(event.sequence for event in watcher.packs.popleft().events)
+
+    while log.events["a"] < end:
+        match rng.choice(["here", "here", "elsewhere", "late", "hint", "loop", "take"]):
+            case "here":
+                log.events["a"] += 1
+                untold.append(pack_of("a", log.events["a"]))
+                if rng.random() < 0.7:
+                    tailer.committed([untold.pop()])
+            case "elsewhere":
+                log.events["a"] += 1
+            case "late" if untold:
+                tailer.committed([untold.pop(rng.randrange(len(untold)))])
+            case "hint":
+                await asyncio.to_thread(tailer.hint, ["a"])
+            case "loop":
+                await asyncio.sleep(0)
+            case _:
+                take()
+    tailer.hint(["a"])
+
+    def arrived() -> bool:
+        take()
+        return bool(seen) and seen[-1] == end
+
+    await eventually_async(arrived)
+    assert seen == list(range(2, end + 1))
+    assert watcher.behind == set()
+
+
+async def test_ten_thousand_idle_watchers_cost_a_look_and_no_more(log: Log) -> None:
+    asked: list[int] = []
+
+    def close_ended(workflow_ids: Sequence[str]) -> list[str]:
+        asked.append(len(workflow_ids))
+        return []
+
+    tailer = Tailer(log.news, close_ended, poll_s=0.1)
+    names = [f"r{number}" for number in range(10_000)]
+    log.events = dict.fromkeys(names, 1)
+    for name in names:
+        tailer.caught_up(tailer.subscribe(name), name, 1)
+    tailer.start()
+    try:
+        await eventually_async(lambda: len(asked) >= 3)
+        assert set(asked) == {10_000}
+        assert len(log.reads) <= len(asked) + 1
     finally:
         await tailer.stop()

@@ -127,7 +127,7 @@ def test_the_counts_of_runs_are_kept_for_a_while_and_survive_a_failure(monkeypat
             raise answer
         return answer
 
-    monkeypatch.setattr(metering, "retrying", retrying)
+    monkeypatch.setattr(metering, "reading", retrying)
     engine = sa.create_engine("sqlite://")
     runs = metering.OpenRuns(engine, clock=lambda: now[0])
     expected = [(2, {"perdure.agent": "a", "perdure.state": "QUEUED"})]

@@ -13,7 +13,7 @@ import typer.core
 
 from perdure_client._config import DEFAULT_ADDRESS, DEFAULT_NAMESPACE, DEFAULT_TIMEOUT_S, VERSION
 from perdure_client._errors import ConfigurationError, InvalidArgument, PerdureError
-from perdure_client.cli import _approvals, _artifacts, _list, _manage, _operators, _runs, _trace
+from perdure_client.cli import _approvals, _artifacts, _bulk, _list, _manage, _operators, _runs, _trace
 from perdure_client.cli._context import Session
 from perdure_client.cli._output import say
 
@@ -27,6 +27,7 @@ Start durable agent runs, follow every step of them, and decide what they ask.
 \b
   perdure agents                                          what can be started
   perdure start research -i '{"question": "…"}' --watch   start a run and follow it
+  perdure start-many starts.jsonl                         start a run for each line of a file
   perdure approvals                                       what waits for a decision
   perdure approve RUN/STEP                                decide it
   perdure watch RUN                                       follow a run, also one that has ended
@@ -147,6 +148,7 @@ def _add(name: str, command: Callable[..., None]) -> None:
 
 
 _add("start", _runs.start)
+_add("start-many", _bulk.start_many)
 _add("watch", _runs.watch)
 _add("get", _runs.get)
 _add("list", _list.list_runs)
@@ -165,4 +167,5 @@ _add("reject", _approvals.reject)
 _add("agents", _approvals.agents)
 _add("executors", _operators.executors)
 _add("queues", _operators.queues)
+_add("cells", _operators.cells)
 _add("stranded", _operators.stranded)

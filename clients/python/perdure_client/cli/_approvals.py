@@ -24,6 +24,7 @@ from perdure_client.cli._output import (
     chosen,
     console,
     say,
+    say_unreachable,
     write_item,
     write_line,
     write_rows,
@@ -82,7 +83,7 @@ def approvals(
     elif watch:
         _watch_inbox(session, form, run, state)
     else:
-        found = session.client.approvals(states=state or (), run=run)
+        found = session.client.approvals(states=state or (), run=run, on_unreachable=say_unreachable)
         if form is not Output.TABLE:
             for approval in found:
                 write_item(approval, form)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,7 +118,7 @@ def complete_run(context: typer.Context, incomplete: str) -> Proposals:
         incomplete,
         lambda client: (
             (run.run_id, f"{run.agent} {run.state} {age(run.create_time)}")
-            for run in client.list(limit=COMPLETION_RUNS)
+            for run in client.list(limit=COMPLETION_RUNS, on_unreachable=_nothing)
         ),
     )
 
@@ -135,8 +135,14 @@ def complete_agent(context: typer.Context, incomplete: str) -> Proposals:
 def complete_approval(context: typer.Context, incomplete: str) -> Proposals:
     """Proposes the ids of the approvals that wait for a decision."""
     return _proposed(
-        context, incomplete, lambda client: ((one.approval_id, one_line(one.title)) for one in client.approvals())
+        context,
+        incomplete,
+        lambda client: ((one.approval_id, one_line(one.title)) for one in client.approvals(on_unreachable=_nothing)),
     )
+
+
+def _nothing(_regions: Sequence[str]) -> None:
+    """Says nothing of missing regions: a key press is no time for it."""
 
 
 def _proposed(

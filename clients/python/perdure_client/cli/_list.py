@@ -17,7 +17,17 @@ from perdure_client._errors import PerdureError, RunNotFound
 from perdure_client._types import Run, RunState
 from perdure_client.cli import _parse
 from perdure_client.cli._context import OutputOption, Session, complete_agent, complete_run, session_of
-from perdure_client.cli._output import Output, chosen, console, say, table_of, write_item, write_line, write_rows
+from perdure_client.cli._output import (
+    Output,
+    chosen,
+    console,
+    say,
+    say_unreachable,
+    table_of,
+    write_item,
+    write_line,
+    write_rows,
+)
 from perdure_client.cli._text import RUN_STYLES, age, clean, local_time, one_line, short_duration
 
 LOOK_INTERVAL_S = 2.0
@@ -48,6 +58,7 @@ class Wanted:
     since: datetime | None = None
     until: datetime | None = None
     limit: int | None = None
+    told: set[str] = field(default_factory=set[str], compare=False)
 
     def read(self, session: Session, limit: int | None) -> Iterator[Run]:
         """Iterates over them, newest first."""
@@ -60,7 +71,15 @@ class Wanted:
             from_create_time=self.since,
             until_create_time=self.until,
             limit=limit,
+            on_unreachable=self._tell,
         )
+
+    def _tell(self, regions: Sequence[str]) -> None:
+        """Says which regions are missing, each once, however often the list is read again."""
+        news = [region for region in regions if region not in self.told]
+        self.told.update(news)
+        if news:
+            say_unreachable(news)
 
 
 def list_runs(

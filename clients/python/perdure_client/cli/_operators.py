@@ -13,7 +13,7 @@ from rich.text import Text
 
 from perdure_client._config import DEFAULT_ADMIN_ADDRESS, is_loopback
 from perdure_client._errors import ServerUnavailable
-from perdure_client._types import ExecutorInfo, ExecutorState, QueueInfo, StrandedRun
+from perdure_client._types import CellInfo, ExecutorInfo, ExecutorState, QueueInfo, StrandedRun
 from perdure_client.cli._context import OutputOption, session_of
 from perdure_client.cli._output import Output, chosen, say, write_item, write_json_line, write_rows
 from perdure_client.cli._text import RUN_STYLES, age, clean, jsonable, local_time, short_duration
@@ -75,6 +75,29 @@ def queues(
             (_queue_row(item) for item in found),
         ):
             say("No queues. A server makes them when it starts.")
+
+
+def cells(
+    context: typer.Context, admin_address: AdminAddressOption = DEFAULT_ADMIN_ADDRESS, output: OutputOption = None
+) -> None:
+    """Lists the cells: where runs live, and whether their servers answer the one that is asked. Needs the role admin.
+
+    Examples:
+      perdure cells
+      perdure cells -o json | jq 'select(.reachable | not)'
+    """
+    form = chosen(output)
+    with closing(replace(session_of(context), address=admin_address)) as session:
+        client = session.client
+        found = _listed(lambda: client.cells())
+        if form is Output.JSON:
+            for cell in found:
+                write_json_line(jsonable(cell))
+        elif not write_rows(
+            ("CELL", "HOME", "SECONDARY", "SURVIVES", "SERVERS", "DATABASE", "ADDRESS", "NAMESPACES"),
+            (_cell_row(item) for item in found),
+        ):
+            say("No cells: this service has no regions.")
 
 
 def stranded(
@@ -146,6 +169,20 @@ def _row(executor: ExecutorInfo) -> tuple[str | Text, ...]:
         f"{age(executor.start_time)} ago" if executor.start_time else "",
         local_time(executor.expire_time),
         executor.address,
+    )
+
+
+def _cell_row(item: CellInfo) -> tuple[str | Text, ...]:
+    servers = "this one" if item.served_here else Text("answer", "green")
+    return (
+        clean(item.cell),
+        clean(item.home_region),
+        clean(item.secondary_region),
+        item.survival_goal.lower(),
+        servers if item.reachable else Text("no answer", "red"),
+        clean(item.database),
+        clean(item.address),
+        clean(", ".join(item.namespaces)),
     )
 
 

@@ -42,6 +42,11 @@ def say(text: str) -> None:
     print(clean(text), file=sys.stderr, flush=True)
 
 
+def say_unreachable(regions: Sequence[str]) -> None:
+    """Says that what lives in some regions is missing from what is listed."""
+    say(f"No connection to {', '.join(regions)}: what lives there is missing.")
+
+
 def write_line(text: str) -> None:
     """Writes a line at once."""
     print(text, flush=True)

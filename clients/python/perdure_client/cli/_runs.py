@@ -108,6 +108,9 @@ def start(
     priority: Annotated[
         int, typer.Option(min=0, max=2**31 - 1, help="Which waiting runs of a queue come first: the lower the sooner.")
     ] = 0,
+    home_region: Annotated[
+        str, typer.Option("--region", help="The region where it shall live. Without it: the home of the namespace.")
+    ] = "",
     validate_only: ValidateOption = False,
     watch: WatchOption = False,
     children: ChildrenOption = None,
@@ -125,6 +128,8 @@ def start(
         raise typer.BadParameter("choose one of --watch and --wait")
     if children is not None and not watch:
         raise typer.BadParameter("--children and --no-children go with --watch")
+    if home_region and run_id is not None:
+        raise typer.BadParameter("choose one of --region and --run-id: the server makes the id in that region")
     session = session_of(context)
     run = session.client.start(
         agent,
@@ -140,6 +145,7 @@ def start(
         validate_only=validate_only,
         queue=queue,
         priority=priority,
+        home_region=home_region,
     )
     go_on(session, run, watch=watch, wait=wait, validate_only=validate_only, style=output, children=children)
 

@@ -1,0 +1,218 @@
+"""The fast way through the seam: commits of executions are presented to the checkpoint writer, many in one statement.
+
+A commit goes this way when everything that it writes is known beforehand: the pack of its events, and where in the log
+it goes. What the writer did not write goes the other way, an `Operation` with a transaction of its own, which *adopts*
+what was presented: it holds the same slot, presents the same pack, and so finds out whether an earlier attempt of the
+writer was committed. That other way decides everything that is not plain success: lost owners, cancelled runs,
+collisions with outside writers, values that the database refuses.
+
+**Who may write.** An execution's slot is held from before its events are taken until the commit is known, by a thread,
+or by the commit itself while no thread waits for it. Whatever else the execution says meanwhile comes after it.
+
+**What if we die on the next line?** Nobody has been told anything before the commit has returned; what was committed
+is found by the execution after this one.
+
+**What if two do it?** The slot lets one commit of an execution be under way. Two executions of a run differ in their
+token, and the writer's statement asks for the owner's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+
+from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, event_chars
+from perdure_service.durable import hops, metering
+from perdure_service.durable.executions import Execution, LogEnd
+from perdure_service.durable.operation import Operations
+from perdure_service.store import runs
+from perdure_service.store.checkpoint_writer import CheckpointWriter
+from perdure_service.store.checkpoints import CheckpointRow, OutcomeRow, Written
+
+MakeRow = Callable[[Pack, int | None], CheckpointRow]
+
+
+Call = tuple[str, int]
+"""Which call of DBOS's a commit is of: its kind, and the number of the operation; 0 for none."""
+
+
+class Presented:
+    """A commit that the writer has been given.
+
+    Attributes:
+        row: What it was given.
+        pack: Its events.
+        riding: Those that were taken from the execution's buffer.
+        execution: Whose it is; of a start the one that begins with it, None when none does.
+        call: So that its repeat knows it.
+        written: Whether it is committed; False when that is not known, and an `Operation` must adopt it.
+        returned: What the writer's statement returned of it, once it is.
+    """
+
+    def __init__(
+        self,
+        row: CheckpointRow,
+        execution: Execution | None,
+        after: Callable[[Written], None],
+        *,
+        call: Call | None = None,
+        riding: Sequence[Event] = (),
+    ) -> None:
+        self.row = row
+        self.pack = row.pack
+        self.riding = list(riding)
+        self.execution = execution
+        self.call = call
+        self.written: Future[bool] = Future()
+        self.returned: Written = {}
+        self._after = after
+
+    @property
+    def owner(self) -> Execution | None:
+        """The execution that writes; a start is nobody's yet."""
+        return self.execution if self.call else None
+
+    def done(self, written: Written | None) -> None:
+        """Tells how it ended. Must not raise: the slot, and whoever waits, would be left."""
+        owner = self.owner
+        if written is not None:
+            self.returned = written
+            with metering.telling(self.pack.workflow_id):
+                self._after(written)
+        if owner is None:
+            if self.execution is not None:
+                self.execution.rest()
+        elif written is not None or not owner.leave_unanswered(self):
+            owner.slot.release_by(self)
+        # Else it keeps the slot until its call adopts it.
+        self.written.set_result(written is not None)
+
+    def note_end(self, written: Written) -> None:
+        """Tells the execution where its log ends now, and how its run ended."""
+        execution = self.execution
+        if execution is None:
+            return
+        first = self.pack.first_sequence or 1
+        last = first + len(self.pack.events) - 1
+        execution.log_end = LogEnd(first, last)
+        if isinstance(self.row, OutcomeRow):
+            execution.end = partial(runs.as_ended, written, self.row.status, last)
+
+
+class Checkpoints:
+    """See the module. Thread-safe."""
+
+    def __init__(self, operations: Operations) -> None:
+        """Creates it without a writer: everything goes the other way until `write_with`."""
+        self._operations = operations
+        self._writer: CheckpointWriter | None = None
+        self._presented: dict[int, Presented] = {}
+
+    def write_with(self, writer: CheckpointWriter | None) -> None:
+        """Sets the writer, whose `answer` is this object's."""
+        self._writer = writer
+
+    def present(
+        self,
+        call: Call,
+        execution: Execution,
+        events: Sequence[Event],
+        make_row: MakeRow,
+        after: Callable[[Written], None],
+        *,
+        wait: bool = True,
+    ) -> Presented | None:
+        """Gives the writer a commit of an execution.
+
+        Args:
+            call: See `Call`.
+            execution: Which lives here.
+            events: Of the commit itself; those in its buffer go before them.
+            make_row: Makes the row of a pack and the first sequence of the one before.
+            after: Called after the commit with what the statement returned, while nobody has been told yet.
+            wait: Whether to wait for the slot while another commit of the execution is under way.
+
+        Returns:
+            None when it must go the other way.
+        """
+        _refuse_to_wait()
+        writer, slot = self._writer, execution.slot
+        if writer is None or self._operations.current is not None:
+            return None
+        if not slot.acquire(blocking=False):
+            if not wait:
+                return None
+            hops.refuse_to_block()
+            slot.acquire()
+        end = execution.log_end
+        if end is None or slot.nested:
+            slot.release()
+            return None
+        riding, taken = execution.take(), False
+        try:
+            pack = Pack(execution.key.workflow_id, [*riding, *events], first_sequence=end.last + 1)
+            if not pack.events or sum(map(event_chars, pack.events)) > MAX_PACK_CHARS:
+                return None
+            presented = Presented(make_row(pack, end.first), execution, after, call=call, riding=riding)
+            slot.hand_to(presented)
+            taken = self._submit(writer, presented)
+            if not taken:
+                slot.take_over(presented)
+            return presented if taken else None
+        finally:
+            if not taken:
+                execution.give_back(riding)
+                slot.release()
+
+    def present_start(
+        self, row: CheckpointRow, execution: Execution | None, after: Callable[[Written], None]
+    ) -> Presented | None:
+        """Gives the writer the start of a run, with the execution that begins with it; see `present`."""
+        _refuse_to_wait()
+        writer = self._writer
+        if writer is None or self._operations.current is not None:
+            return None
+        presented = Presented(row, execution, after)
+        if execution is not None:
+            execution.work()  # who stops must not hand over what is not there yet
+        if self._submit(writer, presented):
+            return presented
+        if execution is not None:
+            execution.rest()
+        return None
+
+    def _submit(self, writer: CheckpointWriter, presented: Presented) -> bool:
+        self._presented[id(presented.row)] = presented
+        taken = writer.submit(presented.row)
+        if not taken:
+            del self._presented[id(presented.row)]
+        return taken
+
+    def answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:
+        """Is told by the writer what it has written. Must not raise, nor let one row's trouble be another's."""
+        answered = [(self._presented.pop(id(row)), written) for row, written in batch]
+        committed = []
+        for one, written in answered:
+            if written is not None:
+                committed.append(one)
+                with metering.telling(one.pack.workflow_id):
+                    one.note_end(written)
+                    self._operations.tell(one.owner, one.pack.workflow_id, [one.pack])
+        if committed:
+            with metering.telling(committed[0].pack.workflow_id):
+                self._operations.hint([one.pack for one in committed])
+        for one, written in answered:
+            one.done(written)
+
+
+def _refuse_to_wait() -> None:
+    """Is called before anything is presented: who has no deferral to leave the answer with is about to wait for it."""
+    if hops.deferral() is None:
+        hops.refuse_to_block()
+
+
+def adopted(execution: Execution | None, call: Call) -> Presented | None:
+    """Returns what the writer was given for this very call and did not write, to be adopted; None for none."""
+    presented: Presented | None = None if execution is None else execution.unanswered
+    return presented if presented is not None and presented.call == call else None

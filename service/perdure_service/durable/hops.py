@@ -1,0 +1,351 @@
+"""What DBOS hands to threads that needs none: answered on the agents' loop, for as long as nothing in it has to block.
+
+DBOS runs each stage of an asynchronous step or workflow in a thread (`dbos._outcome`: `asyncio.to_thread`), as it may
+ask the database. Most need not: a stage that only returns the next one, a check of a step of which it is known whether
+it is recorded, a checkpoint that is handed to a batch. `install` puts `to_thread` in the place that `dbos._outcome`
+calls. It runs those stages, which it knows by their code, where they are awaited, and everything else in a thread.
+
+**Nothing blocks the loop.** While a stage is answered inline, `refuse_to_block` raises `NeedsThread`, and whatever may
+wait (each transaction, each slot, each payload) calls it first. The same stage is then run in a thread, from its
+beginning: up to that point it has changed nothing that is not there to be found.
+
+**Nothing is said to be done before it is committed.** A stage that hands its work to a batch leaves the batch's promise
+with its `Deferral` and returns as if it had succeeded; but DBOS, and through it the agent's code, gets that answer only
+when the promise is kept: *True* is set after the COMMIT that holds the work has returned. If the answer is False, or
+none ever comes because the batch failed, nothing is known; the same stage runs in a thread without a deferral, and does
+what it would have done without a batch: it finds what is committed, and decides. If we die before the answer, DBOS has
+not gone on, and the next execution finds the work recorded or does it again: as with a thread. If the task is cancelled
+while it waits, the work still goes its way, as that of a thread would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import functools
+import threading
+from collections import deque
+from collections.abc import Callable, Collection, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from types import CodeType
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
+
+from dbos import _core, _outcome
+from dbos._event_loop import BackgroundEventLoop
+
+from perdure_service.durable.substitutes import substitute
+
+T = TypeVar("T")
+
+DECIDERS = 64
+"""Threads for stages whose work a batch did not write; more than there are connections."""
+
+_deciders = ThreadPoolExecutor(DECIDERS, thread_name_prefix="decider-")
+_plain_invoke_step = _core.invoke_step
+_plain_submit_coroutine = BackgroundEventLoop.submit_coroutine
+
+
+class NeedsThread(BaseException):
+    """Raised in what is answered inline and would have to block; whoever answers runs it in a thread instead."""
+
+
+class Deferral:
+    """What a stage that is answered inline leaves to be done before its answer counts."""
+
+    __slots__ = ("_promise",)
+
+    def __init__(self) -> None:
+        self._promise: Future[bool] | None = None
+
+    def wait_for(self, promise: Future[bool]) -> None:
+        """Makes the stage's answer wait; call it once, last, and return as if the work were done.
+
+        Args:
+            promise: Set to True once the work is committed; to False when it was not written or nobody knows, and
+                then the stage is run in a thread to decide.
+
+        Raises:
+            RuntimeError: The stage waits for something already: one stage is one commit.
+        """
+        if self._promise is not None:
+            raise RuntimeError("a stage hands over one piece of work")
+        self._promise = promise
+
+    @property
+    def promise(self) -> Future[bool] | None:
+        """What the answer waits for, None for nothing."""
+        return self._promise
+
+
+class _Here(threading.local):
+    """What is true of the calls in this thread."""
+
+    refuses = False
+    deferral: Deferral | None = None
+
+
+_here = _Here()
+
+
+def deferral() -> Deferral | None:
+    """Returns where the stage under way may leave its work; None when it must do it itself."""
+    return _here.deferral
+
+
+def refuse_to_block() -> None:
+    """Is called before anything that may wait.
+
+    Raises:
+        NeedsThread: It must not wait here; let it pass.
+    """
+    if _here.refuses:
+        if _here.deferral is not None and _here.deferral.promise is not None:
+            raise RuntimeError("a stage has handed over its work, and cannot be run again to do more")
+        raise NeedsThread
+
+
+class refusing:
+    """Makes what may wait in this thread refuse to; `left` is where work may be left meanwhile. Each step has five."""
+
+    __slots__ = ("_before", "_left")
+
+    def __init__(self, left: Deferral | None = None) -> None:
+        self._left = left
+
+    def __enter__(self) -> None:
+        self._before = _here.refuses, _here.deferral
+        _here.refuses, _here.deferral = True, self._left
+
+    def __exit__(self, *_: object) -> None:
+        _here.refuses, _here.deferral = self._before
+
+
+class Inbox:
+    """Calls from other threads into a loop; all that come before the loop wakes share one wake-up."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._calls: deque[Callable[[], object]] = deque()
+        self._woken = False
+
+    def post(self, call: Callable[[], object]) -> None:
+        """Makes the loop call something soon, in order of the posts.
+
+        Raises:
+            RuntimeError: The loop is closed.
+        """
+        # First in, then look: `_empty` says that it has not been woken before it takes out the first.
+        self._calls.append(call)
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._empty)
+
+    def _empty(self) -> None:
+        self._woken = False
+        while self._calls:
+            try:
+                self._calls.popleft()()
+            except Exception as error:  # noqa: BLE001 - one call must not take the others with it
+                self._loop.call_exception_handler({"message": "a call from another thread failed", "exception": error})
+
+
+_inboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Inbox] = WeakKeyDictionary()
+_inboxes_lock = threading.Lock()
+
+
+def inbox(loop: asyncio.AbstractEventLoop) -> Inbox:
+    """Returns the inbox of a loop. Thread-safe."""
+    with _inboxes_lock:
+        found = _inboxes.get(loop)
+        if found is None:
+            found = _inboxes[loop] = Inbox(loop)
+        return found
+
+
+async def answer(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns or raises what a stage does: inline if it need not block, else as `asyncio.to_thread` does it.
+
+    Args:
+        function: The stage; running it twice must be the same as once.
+        arguments: For it.
+    """
+    left = Deferral()
+    error: BaseException | None = None
+    result = None
+    try:
+        with refusing(left):
+            result = contextvars.copy_context().run(function, *arguments)
+    except NeedsThread:
+        return await asyncio.to_thread(function, *arguments)
+    except BaseException as raised:
+        if left.promise is None:
+            raise
+        error = raised
+    if left.promise is not None and not await _kept(left.promise, function, *arguments):
+        return await _decide(function, *arguments)
+    if error is None:
+        return result
+    try:
+        raise error
+    finally:
+        del error  # or its traceback would keep it, and this frame, until the collector comes
+
+
+async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments: Any) -> bool:
+    """Waits for a promise; returns whether it was kept.
+
+    If the task is cancelled meanwhile and the promise is not kept, the stage still runs in a thread: its work is
+    somebody's commit, and the events that ride on it are somebody's news.
+    """
+    if promise.done():
+        return _answer_of(promise)
+    loop = asyncio.get_running_loop()
+    kept: asyncio.Future[bool] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle() -> None:
+        written = _answer_of(promise)
+        if not kept.done():
+            kept.set_result(written)
+        elif not written:
+            again = context.run(_decide, function, *arguments)
+            again.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def tell(_promise: Future[bool]) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
+            inbox(loop).post(settle)
+
+    promise.add_done_callback(tell)
+    return await kept
+
+
+def _decide(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Runs a stage, whose work nobody knows to be done, in a thread that is kept for such.
+
+    DBOS's own threads may all be waiting for what this stage holds: the slot of its execution.
+    """
+    again = functools.partial(contextvars.copy_context().run, function, *arguments)
+    return asyncio.get_running_loop().run_in_executor(_deciders, again)
+
+
+def _answer_of(promise: Future[bool]) -> bool:
+    """Returns the answer of a promise that is settled; one that was cancelled or failed says as little as a False."""
+    return not promise.cancelled() and promise.exception() is None and promise.result()
+
+
+async def result_of(promise: Future[T]) -> T:
+    """Waits for a promise that is kept in another thread, which goes its way when nobody waits any more."""
+    if not promise.done():
+        loop = asyncio.get_running_loop()
+        kept: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not kept.done():
+                kept.set_result(None)
+
+        def tell(_promise: Future[T]) -> None:
+            with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
+                inbox(loop).post(settle)
+
+        promise.add_done_callback(tell)
+        await kept
+    return promise.result()
+
+
+def chain(source: Future[T], promise: Future[T]) -> None:
+    """Makes a promise end as another one does."""
+
+    def settle(done: Future[T]) -> None:
+        error = done.exception()
+        if error is None:
+            promise.set_result(done.result())
+        else:
+            promise.set_exception(error)
+
+    source.add_done_callback(settle)
+
+
+# ---- DBOS's stages ---------------------------------------------------------------------------------------------------
+
+
+def code_within(code: CodeType, *path: str) -> CodeType:
+    """Returns the code of a function that is defined inside another one, by the names on the way to it.
+
+    Raises:
+        LookupError: There is no such function, or more than one.
+    """
+    for name in path:
+        found = [inner for inner in code.co_consts if isinstance(inner, CodeType) and inner.co_name == name]
+        if len(found) != 1:
+            raise LookupError(f"{code.co_name} defines {len(found)} functions {name!r}")
+        code = found[0]
+    return code
+
+
+def stages() -> frozenset[CodeType]:
+    """Returns the code of DBOS's own stages that can be answered inline."""
+    return frozenset(
+        {
+            code_within(_plain_invoke_step.__code__, "check_existing_result"),
+            code_within(_plain_invoke_step.__code__, "record_step_result"),
+            code_within(_outcome.Pending.then.__code__, "<lambda>", "<lambda>"),
+        }
+    )
+
+
+def start_of_task() -> CodeType:
+    """Returns the code of the coroutine by which DBOS begins an asynchronous workflow on its loop."""
+    return code_within(_core.execute_dequeued_workflow.__code__, "start_workflow_task")
+
+
+class _AsyncioOfOutcomes:
+    """The module `asyncio` as `dbos._outcome` gets it: its `to_thread` needs no thread for stages that are known."""
+
+    def __init__(self, known: Collection[CodeType]) -> None:
+        self._known = known
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+    async def to_thread(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
+        if named or getattr(function, "__code__", None) not in self._known:
+            return await asyncio.to_thread(function, *arguments, **named)
+        return await answer(function, *arguments)
+
+
+def install(*ours: CodeType) -> None:
+    """Makes DBOS's asynchronous steps and workflows answer their stages inline, and begin without being waited for.
+
+    Args:
+        ours: The code of functions of ours that are stages, too.
+    """
+    substitute(_outcome, "asyncio", _AsyncioOfOutcomes(stages() | set(ours)))
+    begins = start_of_task()
+
+    def submit_coroutine(background: BackgroundEventLoop, coroutine: Any) -> Any:
+        if getattr(coroutine, "cr_code", None) is not begins:
+            return _plain_submit_coroutine(background, coroutine)
+        loop = background.target_loop()
+        if loop is None:
+            coroutine.close()
+            raise RuntimeError("there is no loop to begin on")
+        inbox(loop).post(functools.partial(contextvars.copy_context().run, _begin, coroutine))
+        return None
+
+    substitute(BackgroundEventLoop, "submit_coroutine", submit_coroutine)
+
+
+def _begin(coroutine: Coroutine[Any, Any, None]) -> None:
+    """Runs a coroutine that makes a task and waits for nothing.
+
+    Until it has run, the execution is counted by us and owned by this process, as it is a moment later; if it never
+    does, because the loop ends, the run is given back with all others.
+    """
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    coroutine.close()
+    raise RuntimeError("DBOS waits before it begins a workflow")

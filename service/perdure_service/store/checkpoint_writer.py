@@ -1,0 +1,269 @@
+"""The checkpoint writer: while one commit is under way the next batch gathers, and two may be under way at once.
+
+A row that is submitted waits for nothing but a writer that is free: there is no timer, so a lone row is written at
+once, and many share a commit because they came while the last one was under way. Two writers of 64 rows wrote more
+than one of 128, and more than four of 32 (on two cores with PostgreSQL; larger batches gained nothing). The second one
+joins when it has something to gain: when a share of a batch waits, or when the first one takes long.
+
+**What a caller is told**: that its row is written, once the commit has returned; or that it is not known to be. Then
+its own transaction must find out, as `checkpoints` says. Nothing here ever says that a row is *not* committed.
+
+**Errors.** A conflict, a lost connection or an ambiguous commit repeats the batch a few times: a row that an earlier
+attempt has committed is not written again, and whoever asked for it finds that out. Any other error is one row's, so
+the batch is halved until that row is alone. Nobody waits here for a database that is away: callers do that in their
+own way.
+
+**Order.** Rows of one run never meet, as its execution presents one at a time (its slot). Checkpoints go before events
+that ride alone.
+
+**If the process dies**, a batch is committed as a whole or not at all; who waited for it is gone, too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+
+import sqlalchemy as sa
+import structlog
+
+from perdure_service.store.checkpoints import KINDS, CheckpointRow, EventsRow, Written, write
+from perdure_service.store.engine import is_cockroach
+from perdure_service.store.sqlstates import (
+    CONFLICTS,
+    JITTER,
+    LOCK_NOT_AVAILABLE,
+    QUERY_CANCELED,
+    STATEMENT_COMPLETION_UNKNOWN,
+    is_connection_lost,
+    sqlstate_of,
+)
+from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
+
+WRITERS = 2
+MAX_ROWS = 64
+"""See the module."""
+
+JOIN_ROWS = 64
+JOIN_AFTER_S = 0.02
+"""How many rows must wait, or how long the first writer must be busy, before the second one begins: small batches cost
+the database and us nearly as much as large ones."""
+
+MAX_WAITING = 4096
+"""Rows that wait at most; who comes then writes alone, and so waits for a connection as everybody did."""
+
+ATTEMPTS = 4
+"""How often a batch is tried when it conflicts."""
+LOST_ATTEMPTS = 2
+"""How often when the connection is lost: the second one is new."""
+FIRST_PAUSE_S = 0.005
+
+STOP_S = 5.0
+"""How long what waits may take to be written when it is stopped."""
+
+TOO_SLOW = frozenset({QUERY_CANCELED, LOCK_NOT_AVAILABLE})
+"""Nobody knows because of which row; each goes on alone, at its own pace."""
+
+_SESSION = (
+    # A plan made while the tables were empty would scan them for ever; these statements live on their keys.
+    "SET plan_cache_mode = force_generic_plan", "SET enable_seqscan = off", "SET enable_hashjoin = off",
+    "SET enable_mergejoin = off", "SET lock_timeout = '1s'",
+)  # fmt: skip
+"""Of PostgreSQL's sessions only; CockroachDB refuses most of them."""
+
+Answer = Callable[[Sequence[tuple[CheckpointRow, Written | None]]], None]
+
+log = structlog.get_logger()
+
+
+class CheckpointWriter:
+    """See the module. `submit` may be called from any thread."""
+
+    def __init__(self, engine: sa.Engine, answer: Answer) -> None:
+        """Creates it; `start` begins to write.
+
+        Args:
+            engine: Of its own, with a connection for each writer (`reserve_connections`).
+            answer: Is told of each row of a batch what was written, None for not known to be. Called from the writer's
+                thread, which waits for it; must not raise.
+        """
+        self._engine = engine
+        self._answer = answer
+        self._mixed = not is_cockroach(engine)
+        self._rows: deque[CheckpointRow] = deque()
+        self._events: deque[CheckpointRow] = deque()
+        self._changed = threading.Condition()
+        self._open = False
+        self._busy = 0
+        self._busy_since = 0.0
+        self._clock_watched = False
+        self._threads = [
+            threading.Thread(target=self._run, name=f"checkpoint-writer-{n}", daemon=True) for n in range(WRITERS)
+        ]
+
+    def start(self) -> None:
+        """Starts the threads."""
+        self._open = True
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Writes what waits, and ends the threads; those that hang in the database are not waited for longer."""
+        with self._changed:
+            self._open = False
+            self._changed.notify_all()
+        latest = time.monotonic() + STOP_S
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=max(0.0, latest - time.monotonic()))
+        self._engine.dispose()
+
+    def submit(self, row: CheckpointRow) -> bool:
+        """Takes a row to be written; returns False when it takes none: the caller writes it by itself."""
+        with self._changed:
+            if not self._open or len(self._rows) + len(self._events) >= MAX_WAITING:
+                return False
+            (self._events if type(row) is EventsRow else self._rows).append(row)
+            if self._may_take() or not self._clock_watched:
+                self._changed.notify()
+        return True
+
+    def _run(self) -> None:
+        session = _Session(self._engine, tuned=self._mixed)
+        while (rows := self._take()) is not None:
+            written: dict[str, Written] = {}
+            try:
+                written = self._write(session, rows)
+            except Exception as error:  # noqa: BLE001 - logged; whoever is not written asks by itself
+                log.warning("checkpoints.batch_failed", rows=len(rows), error=type(error).__name__)
+                session.drop()
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify()  # another one may begin while this one tells
+            try:
+                self._answer([(row, written.get(row.workflow_id)) for row in rows])
+            except Exception as error:  # noqa: BLE001 - logged; this thread is for all runs
+                log.error("checkpoints.answer_failed", rows=len(rows), error=type(error).__name__)
+        session.drop()
+
+    def _take(self) -> list[CheckpointRow] | None:
+        """Waits for rows and takes a batch; None when there are no more and will be none."""
+        with self._changed:
+            while not self._may_take():
+                some = bool(self._rows or self._events)
+                if not some and not self._open:
+                    return None
+                if some and not self._clock_watched:
+                    self._clock_watched = True
+                    self._changed.wait(JOIN_AFTER_S)
+                    self._clock_watched = False
+                else:
+                    self._changed.wait()
+            self._busy_since = time.monotonic() if not self._busy else self._busy_since
+            self._busy += 1
+            taken: list[CheckpointRow] = []
+            keys: set[str] = set()
+            kind = None if self._mixed else type(self._rows[0] if self._rows else self._events[0])
+            for waiting in (self._rows, self._events):
+                left: list[CheckpointRow] = []
+                while waiting and len(taken) < MAX_ROWS:
+                    row = waiting.popleft()
+                    if keys.isdisjoint(row.keys) and kind in (None, type(row)):
+                        taken.append(row)
+                        keys.update(row.keys)
+                    else:
+                        left.append(row)
+                waiting.extendleft(reversed(left))
+            if self._rows or self._events:
+                self._changed.notify()
+        taken.sort(key=lambda row: row.workflow_id)
+        return taken
+
+    def _may_take(self) -> bool:
+        waiting = len(self._rows) + len(self._events)
+        if not waiting or not self._busy:
+            return bool(waiting)
+        return waiting >= JOIN_ROWS or time.monotonic() - self._busy_since >= JOIN_AFTER_S
+
+    def _write(self, session: _Session, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
+        """Writes a batch, repeated as the module says; returns what was written, by workflow id."""
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return self.commit(session.connection, rows)
+            except (sa.exc.DBAPIError, ValueError) as error:  # psycopg2 refuses some values before it sends them
+                code = sqlstate_of(error)
+                lost = is_connection_lost(error) or code == STATEMENT_COMPLETION_UNKNOWN
+                if lost:
+                    session.drop()
+                else:
+                    session.roll_back()
+                if code in TOO_SLOW or (lost and attempt >= LOST_ATTEMPTS):
+                    break
+                if not lost and code not in CONFLICTS:
+                    if len(rows) == 1:
+                        log.warning("checkpoints.row_refused", workflow_id=rows[0].workflow_id, sqlstate=code)
+                        break
+                    half = len(rows) // 2
+                    return self._write(session, rows[:half]) | self._write(session, rows[half:])
+                METERS.add(DB_RETRIES, {SQLSTATE: code or "none"})
+                time.sleep(FIRST_PAUSE_S * 4 ** (attempt - 1) * JITTER.uniform(0.5, 1.5))
+        return {}
+
+    def commit(self, conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
+        """Writes rows and commits them: of one kind in an implicit transaction, of several in an explicit one."""
+        kinds = [kind for kind in KINDS if any(type(row) is kind for row in rows)]
+        written: dict[str, Written] = {}
+        with nullcontext() if len(kinds) == 1 else _explicit(conn):
+            for kind in kinds:
+                written.update(write(conn, kind, [row for row in rows if type(row) is kind]))
+        return written
+
+
+@contextmanager
+def _explicit(conn: sa.Connection) -> Iterator[None]:
+    """Surrounds what is one transaction on a connection that commits each statement by itself."""
+    conn.exec_driver_sql("BEGIN")
+    try:
+        yield
+        conn.exec_driver_sql("COMMIT")
+    except BaseException:
+        # By name: psycopg2 believes that there is nothing to undo.
+        with suppress(sa.exc.SQLAlchemyError):
+            conn.exec_driver_sql("ROLLBACK")
+        raise
+
+
+class _Session:
+    """A writer's connection, which commits each statement by itself; made anew when it is lost."""
+
+    def __init__(self, engine: sa.Engine, *, tuned: bool) -> None:
+        self._engine = engine
+        self._tuned = tuned
+        self._conn: sa.Connection | None = None
+
+    @property
+    def connection(self) -> sa.Connection:
+        if self._conn is None:
+            self._conn = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            for statement in _SESSION if self._tuned else ():
+                self._conn.exec_driver_sql(statement)
+        return self._conn
+
+    def roll_back(self) -> None:
+        """Ends what failed; drops the connection if it cannot."""
+        try:
+            self.connection.rollback()
+        except sa.exc.SQLAlchemyError:
+            self.drop()
+
+    def drop(self) -> None:
+        """Ends the connection."""
+        conn, self._conn = self._conn, None
+        if conn is not None:
+            with suppress(sa.exc.SQLAlchemyError):
+                conn.invalidate()
+            with suppress(sa.exc.SQLAlchemyError):
+                conn.close()

@@ -1,0 +1,368 @@
+"""Writes checkpoints of many runs in one statement a kind: starts, steps, outcomes, and events that ride alone.
+
+A row here is what one run commits at one time: a pack of events (see `event_log`) and, but for a pack alone, DBOS's
+rows and ours that belong to it. The statement of a kind
+
+1. locks the status rows that still have the owner of their checkpoint, and *skips* those that somebody else has locked;
+2. inserts each pack behind the one that its owner knows to be the last, if that is still the last;
+3. writes the rest of a row only where the pack went in, and returns whose did.
+
+So a row is written as a whole or not at all, by the statement's own atomicity, and what the statement returns was
+written by it and by nobody before. It does not say why a row was not written: lost owner, a foreign pack in its place,
+a locked row, or that an earlier attempt, whose reply was lost, had been committed. Whoever is told so asks again in a
+transaction of its own (`durable.operation`), which presents the same pack and finds out.
+
+Why no one overtakes: everybody who appends to a log holds the lock of the run's status row. In one statement the
+snapshot may be older than the lock, so the end of the log that it sees may be, too; but then the place behind that end
+is taken, and the key (workflow_id, first_sequence) refuses the pack. No snapshot can show an end that is too far, as
+the owner says where the pack goes, and the pack before it must be there.
+
+One kind a statement, and at most one row of a run or request in it: CockroachDB refuses a statement that changes a
+table twice, and PostgreSQL gives both changes the same snapshot.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import sqlalchemy as sa
+
+from perdure_service.domain.events import Event, EventKind, Pack, encode_events
+from perdure_service.domain.runs import RunStart
+from perdure_service.store.dbos_tables import APPLICATION, INPUT, OUTPUT, OUTPUTS, STATUS
+from perdure_service.store.runs import RUN_COLUMNS
+
+Written = Mapping[str, Any]
+"""What the statement returns of a row that it has written."""
+
+_NOW_MS = "CAST(extract(epoch FROM now()) * 1000 AS BIGINT)"
+
+_PACK = {
+    "workflow_id": "TEXT", "owner_xid": "TEXT", "pack_id": "TEXT", "first_sequence": "BIGINT",
+    "previous_first": "BIGINT", "event_count": "INT", "events": "TEXT",
+}  # fmt: skip
+_RUN = {
+    "moves": "BOOL", "waiting_for": "TEXT", "state_reason": "TEXT", "progress": "TEXT",
+    "input_tokens": "BIGINT", "output_tokens": "BIGINT",
+}  # fmt: skip
+
+_IN_ROWS = "IN (SELECT workflow_id FROM i)"
+
+_OWN = f"""
+    own AS (SELECT s.workflow_uuid, s.owner_xid FROM {STATUS} AS s
+            WHERE s.workflow_uuid {_IN_ROWS} AND s.status = 'PENDING'
+            FOR NO KEY UPDATE OF s SKIP LOCKED)"""
+
+_INSERT_PACK = """
+    pack AS (INSERT INTO perdure.run_event
+                 (workflow_id, first_sequence, event_count, pack_id, previous_first, events)
+             SELECT i.workflow_id, i.first_sequence, i.event_count, i.pack_id, i.previous_first, i.events
+             FROM i
+             JOIN own ON own.workflow_uuid = i.workflow_id AND own.owner_xid = i.owner_xid
+             JOIN perdure.run_event AS last ON last.workflow_id = i.workflow_id
+                  AND last.first_sequence = i.previous_first
+             {join}
+             WHERE last.first_sequence + last.event_count = i.first_sequence {where}
+             ON CONFLICT (workflow_id, first_sequence) DO NOTHING
+             RETURNING workflow_id)"""
+
+_RUN_CHANGES = """
+    waiting_for = CASE WHEN i.moves THEN i.waiting_for ELSE r.waiting_for END,
+    state_reason = CASE WHEN i.moves THEN i.state_reason ELSE r.state_reason END,
+    progress = coalesce(i.progress, r.progress),
+    input_tokens = r.input_tokens + i.input_tokens, output_tokens = r.output_tokens + i.output_tokens"""
+
+_CHANGE_RUN = f"""
+    run AS (UPDATE perdure.run AS r SET {_RUN_CHANGES}
+            FROM i JOIN pack ON pack.workflow_id = i.workflow_id
+            WHERE r.workflow_id = i.workflow_id
+              AND (i.moves OR i.progress IS NOT NULL OR i.input_tokens > 0 OR i.output_tokens > 0)
+            RETURNING r.workflow_id)"""
+
+_STEP = f"""
+    step AS (INSERT INTO {OUTPUTS}
+                 (workflow_uuid, function_id, function_name, started_at_epoch_ms, completed_at_epoch_ms, output, error,
+                  serialization, application_name, retention_timestamp)
+             SELECT i.workflow_id, i.function_id, i.function_name, i.started_ms, i.completed_ms, i.output, i.error,
+                    i.serialization, '{APPLICATION}', {_NOW_MS}
+             FROM i JOIN pack ON pack.workflow_id = i.workflow_id
+             RETURNING workflow_uuid)"""
+
+_END = f"""
+    status AS (UPDATE {STATUS} AS s SET status = i.status, deduplication_id = NULL, owner_xid = NULL,
+                   updated_at = {_NOW_MS}, completed_at = {_NOW_MS}
+               FROM i JOIN pack ON pack.workflow_id = i.workflow_id
+               WHERE s.workflow_uuid = i.workflow_id
+               RETURNING s.workflow_uuid, s.workflow_deadline_epoch_ms, s.queue_name, s.priority),
+    output AS (INSERT INTO {OUTPUT} (workflow_uuid, output, error)
+               SELECT i.workflow_id, i.output, i.error FROM i JOIN pack ON pack.workflow_id = i.workflow_id
+               ON CONFLICT (workflow_uuid) DO UPDATE SET output = excluded.output, error = excluded.error
+               RETURNING workflow_uuid),
+    run AS (UPDATE perdure.run AS r SET ended_at = now(), end_reason = NULL, failure = i.failure, output = i.shown,
+                parked_for = NULL, {_RUN_CHANGES}
+            FROM i JOIN pack ON pack.workflow_id = i.workflow_id
+            WHERE r.workflow_id = i.workflow_id
+            RETURNING {RUN_COLUMNS}, r.traceparent)"""
+
+_MAY_END = """
+             AND r.ended_at IS NULL AND NOT EXISTS (SELECT 1 FROM perdure.approval AS a
+                 WHERE a.workflow_id = i.workflow_id AND a.state = 'PENDING')"""
+
+_BEGIN = f"""
+    status AS (INSERT INTO {STATUS}
+                   (workflow_uuid, status, name, executor_id, application_version, application_id, queue_name,
+                    recovery_attempts, workflow_deadline_epoch_ms, priority, serialization, creator_xid, owner_xid,
+                    delay_until_epoch_ms, attributes, application_name)
+               SELECT i.workflow_id, i.status, i.name, i.executor_id, i.app_version, i.app_id, i.queue,
+                      CASE WHEN i.status = 'PENDING' THEN 1 ELSE 0 END, i.deadline_ms, i.priority, i.serialization,
+                      i.owner_xid, CASE WHEN i.status = 'PENDING' THEN i.owner_xid END, i.delay_until_ms,
+                      CAST('null' AS JSONB), i.application
+               FROM i
+               WHERE NOT EXISTS (SELECT 1 FROM perdure.run AS r
+                   WHERE r.namespace = i.namespace AND r.unique_request_id = i.unique_request_id)
+               ON CONFLICT (workflow_uuid) DO NOTHING
+               RETURNING workflow_uuid),
+    input AS (INSERT INTO {INPUT} (workflow_uuid, inputs)
+              SELECT i.workflow_id, i.inputs FROM i JOIN status ON status.workflow_uuid = i.workflow_id
+              ON CONFLICT (workflow_uuid) DO NOTHING
+              RETURNING workflow_uuid),
+    pack AS (INSERT INTO perdure.run_event (workflow_id, first_sequence, event_count, pack_id, events)
+             SELECT i.workflow_id, i.first_sequence, i.event_count, i.pack_id, i.events
+             FROM i JOIN status ON status.workflow_uuid = i.workflow_id
+             RETURNING workflow_id),
+    run AS (INSERT INTO perdure.run (workflow_id, namespace, run_id, agent, agent_version, input_argument, input_sha256,
+                request_id, unique_request_id, caller, labels, context_id, trace_id, traceparent, execution,
+                executor_id, forked_from_step, begun_at)
+            SELECT i.workflow_id, i.namespace, i.run_id, i.agent, i.agent_version, i.input_argument, i.input_sha256,
+                i.request_id, i.unique_request_id, i.caller, CAST(i.labels AS JSONB), i.context_id, i.trace_id,
+                i.traceparent, i.execution, CASE WHEN i.execution > 0 THEN i.executor_id ELSE '' END, 0,
+                CASE WHEN i.execution > 0 THEN now() END
+            FROM i JOIN status ON status.workflow_uuid = i.workflow_id
+            RETURNING workflow_id, created_at)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A statement over the rows `i`: as arrays, or as one JSON text.
+
+    To make twenty arrays costs Python more than everything else that a batch does. CockroachDB was tried with arrays.
+    """
+
+    arrays: str
+    json: str
+
+    @classmethod
+    def over(cls, columns: Mapping[str, str], parts: Sequence[str], *, of: str) -> Statement:
+        """Returns what returns all of its part `of`."""
+        arrays = ", ".join(f"CAST(%({name})s AS {kind}[])" for name, kind in columns.items())
+        typed = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+        rest = f"{', '.join(parts)} SELECT * FROM {of}"
+        of_arrays = rest.replace(_IN_ROWS, "= ANY(CAST(%(workflow_id)s AS TEXT[]))")
+        return cls(
+            f"WITH i AS (SELECT * FROM unnest({arrays}) AS i ({', '.join(columns)})), {of_arrays}",
+            f"WITH i AS (SELECT * FROM json_to_recordset(CAST(%(rows)s AS JSON)) AS i ({typed})), {rest}",
+        )
+
+
+@dataclass(slots=True)
+class EventsRow:
+    """Events that ride on no checkpoint; and what all rows have.
+
+    Attributes:
+        workflow_id: The run.
+        owner_xid: The token that must own it.
+        pack: The events; `first_sequence` is set.
+        previous_first: The first sequence of the pack before.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = _PACK | _RUN
+    statement: ClassVar[Statement] = Statement.over(
+        columns, [_OWN, _INSERT_PACK.format(join="", where=""), _CHANGE_RUN], of="pack"
+    )
+
+    workflow_id: str
+    owner_xid: str
+    pack: Pack
+    previous_first: int | None
+    pack_id: str = field(init=False)
+    first_sequence: int | None = field(init=False)
+    event_count: int = field(init=False)
+    events: str = field(init=False)
+    moves: bool = field(default=False, init=False)
+    waiting_for: str | None = field(default=None, init=False)
+    state_reason: str = field(default="", init=False)
+    progress: str | None = field(default=None, init=False)
+    input_tokens: int = field(default=0, init=False)
+    output_tokens: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.pack_id, self.first_sequence = self.pack.pack_id, self.pack.first_sequence
+        self.event_count, self.events = len(self.pack.events), encode_events(self.pack.events)
+        self._change_run(self.pack.events)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What no other row of a statement may have."""
+        return (self.workflow_id,)
+
+    def _change_run(self, events: Sequence[Event]) -> None:
+        """Takes what the events say of the run's row; the same as `runs.apply_events`."""
+        for event in events:
+            if event.kind is EventKind.PROGRESS:
+                self.progress = json.dumps(dict(event.data))
+            elif event.kind is EventKind.STATE_CHANGED:
+                self.moves = True
+                self.waiting_for = event.data.get("waiting_for")
+                self.state_reason = str(event.data.get("reason", ""))
+            elif event.kind is EventKind.USAGE:
+                self.input_tokens += int(event.data.get("input_tokens", 0))
+                self.output_tokens += int(event.data.get("output_tokens", 0))
+
+
+@dataclass(slots=True)
+class StepRow(EventsRow):
+    """The checkpoint of a step, as DBOS has it in `operation_outputs`. Times in milliseconds since 1970."""
+
+    columns: ClassVar[Mapping[str, str]] = {
+        **_PACK, **_RUN, "function_id": "INT", "function_name": "TEXT", "started_ms": "BIGINT",
+        "completed_ms": "BIGINT", "output": "TEXT", "error": "TEXT", "serialization": "TEXT",
+    }  # fmt: skip
+    statement: ClassVar[Statement] = Statement.over(
+        columns, [_OWN, _INSERT_PACK.format(join="", where=""), _CHANGE_RUN, _STEP], of="step"
+    )
+
+    function_id: int = 0
+    function_name: str = ""
+    started_ms: int | None = None
+    completed_ms: int = 0
+    output: str | None = None
+    error: str | None = None
+    serialization: str | None = None
+
+
+@dataclass(slots=True)
+class OutcomeRow(EventsRow):
+    """The end of a run whose code has ended, and which has no approval open.
+
+    Attributes:
+        status: DBOS's, SUCCESS or ERROR.
+        output: What the workflow returned, as DBOS stores it.
+        error: What it raised, as DBOS stores it.
+        shown: The output as our row has it: JSON.
+        failure: Why it failed, as our row has it: JSON.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {
+        **_PACK, **_RUN, "status": "TEXT", "output": "TEXT", "error": "TEXT", "shown": "TEXT", "failure": "TEXT",
+    }  # fmt: skip
+    statement: ClassVar[Statement] = Statement.over(
+        columns,
+        [
+            _OWN,
+            _INSERT_PACK.format(join="JOIN perdure.run AS r ON r.workflow_id = i.workflow_id", where=_MAY_END),
+            _END,
+        ],
+        of="run JOIN status ON status.workflow_uuid = run.workflow_id",
+    )
+
+    status: str = ""
+    output: str | None = None
+    error: str | None = None
+    shown: str | None = None
+    failure: str | None = None
+
+
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
+_START_FIELDS: Mapping[str, tuple[str, str]] = {
+    "namespace": ("TEXT", "start.key.namespace"),
+    "run_id": ("TEXT", "start.key.run_id"),
+    "agent": ("TEXT", "start.agent"),
+    "agent_version": ("TEXT", "start.agent_version"),
+    "input_sha256": ("TEXT", "start.input_sha256"),
+    "request_id": ("TEXT", "start.request_id"),
+    "caller": ("TEXT", "start.caller"),
+    "context_id": ("TEXT", "start.context_id"),
+    "trace_id": ("TEXT", "start.trace_id"),
+    "traceparent": ("TEXT", "start.traceparent"),
+    "queue": ("TEXT", "start.queue"),
+    "priority": ("INT", "start.priority"),
+}
+
+
+@dataclass(slots=True)
+class StartRow(EventsRow):
+    """A new run, of which a caller has asked; `owner_xid` is the token of its creation.
+
+    Attributes:
+        start: What was decided about it.
+        status: DBOS's: PENDING when it begins here, else ENQUEUED or DELAYED.
+        execution: 1 when it begins here, else 0.
+        unique_request_id: The request id when it alone identifies the start.
+    """
+
+    columns: ClassVar[Mapping[str, str]] = {
+        **{name: kind for name, kind in _PACK.items() if name != "previous_first"},
+        **{name: kind for name, (kind, _) in _START_FIELDS.items()},
+        "status": "TEXT", "name": "TEXT", "executor_id": "TEXT", "app_version": "TEXT", "app_id": "TEXT",
+        "application": "TEXT", "deadline_ms": "BIGINT", "serialization": "TEXT", "delay_until_ms": "BIGINT",
+        "inputs": "TEXT", "input_argument": "TEXT", "unique_request_id": "TEXT", "labels": "TEXT", "execution": "INT",
+    }  # fmt: skip
+    statement: ClassVar[Statement] = Statement.over(columns, [_BEGIN], of="run")
+
+    start: RunStart | None = None
+    status: str = ""
+    name: str = ""
+    executor_id: str = ""
+    app_version: str | None = None
+    app_id: str | None = None
+    application: str | None = None
+    deadline_ms: int | None = None
+    serialization: str | None = None
+    delay_until_ms: int | None = None
+    inputs: str | None = None
+    input_argument: str | None = None
+    unique_request_id: str | None = None
+    labels: str = "{}"
+    execution: int = 0
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The run, and the request when that is unique."""
+        if self.unique_request_id is None or self.start is None:
+            return (self.workflow_id,)
+        return (self.workflow_id, f"{self.start.key.namespace}\n{self.unique_request_id}")
+
+
+CheckpointRow = EventsRow
+KINDS: tuple[type[EventsRow], ...] = (StartRow, StepRow, OutcomeRow, EventsRow)
+_GETTERS = {
+    kind: {
+        name: attrgetter(_START_FIELDS[name][1] if kind is StartRow and name in _START_FIELDS else name)
+        for name in kind.columns
+    }
+    for kind in KINDS
+}
+
+
+def write(conn: sa.Connection, kind: type[CheckpointRow], rows: Sequence[CheckpointRow]) -> dict[str, Written]:
+    """Writes rows of one kind by one statement; returns what it says of those that it has written, by workflow id.
+
+    Args:
+        conn: A connection that commits each statement by itself, or a transaction.
+        kind: The rows' type.
+        rows: No two with a key in common.
+    """
+    getters = _GETTERS[kind].items()
+    if conn.dialect.name == "postgresql":
+        values: dict[str, Any] = {"rows": _encode([{name: get(row) for name, get in getters} for row in rows])}
+        result = conn.exec_driver_sql(kind.statement.json, values)
+    else:
+        values = {name: [get(row) for row in rows] for name, get in getters}
+        result = conn.exec_driver_sql(kind.statement.arrays, values)
+    names = list(result.keys())
+    return {row[0]: dict(zip(names, row, strict=True)) for row in result.fetchall()}

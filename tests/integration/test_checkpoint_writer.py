@@ -1,0 +1,262 @@
+"""The checkpoint writer on a real database: each row as a whole or not at all, and none because of another."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from perdure_service.domain.events import Event, EventKind, Pack
+from perdure_service.domain.runs import RunKey, RunStart
+from perdure_service.store import checkpoint_writer, event_log
+from perdure_service.store.checkpoint_writer import CheckpointWriter
+from perdure_service.store.checkpoints import CheckpointRow, EventsRow, OutcomeRow, StartRow, StepRow, Written
+from perdure_service.store.engine import create_engine, reserve_connections
+
+from tests.helpers.rpc import new_id
+from tests.helpers.waiting import scaled
+
+LOG = Event(EventKind.LOG, 1, {"message": "x"})
+TIMEOUT = timedelta(seconds=10)
+
+
+class Writing:
+    """A writer, and what it has answered."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+        self.answers: dict[int, Written | None] = {}
+        self.batches: list[int] = []
+        self._answered = threading.Condition()
+        self.writer = CheckpointWriter(reserve_connections(engine, TIMEOUT, checkpoint_writer.WRITERS), self._answer)
+
+    def _answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:
+        with self._answered:
+            self.batches.append(len(batch))
+            self.answers.update({id(row): written for row, written in batch})
+            self._answered.notify_all()
+
+    def submit(self, *rows: CheckpointRow) -> list[Written | None]:
+        """Has rows written together; returns what was answered of each."""
+        self.answers.clear()
+        with self.writer._changed:  # so that one batch takes them all
+            for row in rows:
+                assert self.writer.submit(row)
+        with self._answered:
+            assert self._answered.wait_for(lambda: all(id(row) in self.answers for row in rows), scaled(20))
+            return [self.answers[id(row)] for row in rows]
+
+    def started(self) -> StartRow:
+        row = a_start()
+        assert self.submit(row) != [None]
+        return row
+
+    def all(self, statement: str, **values: Any) -> list[tuple[Any, ...]]:
+        with self.engine.begin() as conn:
+            return [tuple(row) for row in conn.execute(sa.text(statement), values)]
+
+
+@pytest.fixture(scope="module")
+def writing(dialect_url: str) -> Iterator[Writing]:
+    engine = create_engine(dialect_url, pool_size=5, statement_timeout=TIMEOUT)
+    writing = Writing(engine)
+    writing.writer.start()
+    yield writing
+    writing.writer.stop()
+    engine.dispose()
+
+
+def a_start(run_id: str = "", request: str | None = None, **columns: Any) -> StartRow:
+    key = RunKey.of_api("default", run_id or new_id())
+    start = RunStart(key, "x", "1", "hash", request or new_id(), "me", queue="perdure")
+    values = {
+        "status": "PENDING", "name": "x@1", "executor_id": "here", "inputs": "{}", "serialization": "portable_json",
+        "execution": 1, "unique_request_id": request,
+    }  # fmt: skip
+    pack = Pack(key.workflow_id, [LOG], first_sequence=1)
+    return StartRow(key.workflow_id, f"owner of {new_id()}", pack, None, start=start, **{**values, **columns})
+
+
+def behind(row: CheckpointRow, kind: type[Any], events: Sequence[Event] = (LOG,), **columns: Any) -> Any:
+    """Returns a row whose pack follows another row's."""
+    first = (row.first_sequence or 0) + row.event_count
+    pack = Pack(row.workflow_id, list(events), first_sequence=first)
+    return kind(row.workflow_id, row.owner_xid, pack, row.first_sequence, **columns)
+
+
+def a_step(row: CheckpointRow, number: int = 1, **columns: Any) -> StepRow:
+    values = {"function_id": number, "function_name": "step", "started_ms": 1, "completed_ms": 2, "output": '"o"'}
+    step: StepRow = behind(row, StepRow, **{**values, **columns})
+    return step
+
+
+def an_end(row: CheckpointRow) -> OutcomeRow:
+    end: OutcomeRow = behind(row, OutcomeRow, status="SUCCESS", output="1", shown="1")
+    return end
+
+
+def log_of(writing: Writing, row: CheckpointRow) -> list[int]:
+    with writing.engine.begin() as conn:
+        return [event.sequence for event in event_log.read(conn, row.workflow_id, 0)]
+
+
+def steps_of(writing: Writing, row: CheckpointRow) -> list[int]:
+    found = writing.all(
+        "SELECT function_id FROM dbos.operation_outputs WHERE workflow_uuid = :id ORDER BY 1", id=row.workflow_id
+    )
+    return [number for (number,) in found]
+
+
+def test_rows_of_all_kinds_share_a_commit_and_each_is_there_as_a_whole(writing: Writing) -> None:
+    first, second, third = writing.started(), writing.started(), writing.started()
+    rows = [a_start(), a_step(first), an_end(second), behind(third, EventsRow, [LOG, LOG])]
+    start, step, end, alone = writing.submit(*rows)
+    assert start is not None
+    assert start["created_at"] is not None
+    assert None not in (step, alone)
+    assert end is not None
+    assert (end["workflow_id"], end["execution"]) == (second.workflow_id, 1)
+    assert steps_of(writing, first) == [1]
+    assert [log_of(writing, row) for row in rows] == [[1], [1, 2], [1, 2], [1, 2, 3]]
+    statement = (
+        "SELECT s.status, s.owner_xid, o.output, r.output, r.ended_at IS NOT NULL FROM dbos.workflow_status AS s "
+        "JOIN dbos.workflow_output AS o ON o.workflow_uuid = s.workflow_uuid "
+        "JOIN perdure.run AS r ON r.workflow_id = s.workflow_uuid WHERE s.workflow_uuid = :id"
+    )
+    assert writing.all(statement, id=second.workflow_id) == [("SUCCESS", None, "1", "1", True)]
+
+
+def _lose_owner(writing: Writing, row: CheckpointRow) -> None:
+    with writing.engine.begin() as conn:
+        conn.execute(
+            sa.text("UPDATE dbos.workflow_status SET owner_xid = 'other' WHERE workflow_uuid = :id"),
+            {"id": row.workflow_id},
+        )
+
+
+def _append(writing: Writing, row: CheckpointRow) -> None:
+    with writing.engine.begin() as conn:
+        event_log.append(conn, Pack(row.workflow_id, [LOG]))
+
+
+def _cut(writing: Writing, row: CheckpointRow) -> None:
+    with writing.engine.begin() as conn:
+        conn.execute(sa.text("DELETE FROM perdure.run_event WHERE workflow_id = :id"), {"id": row.workflow_id})
+
+
+def _cancel(writing: Writing, row: CheckpointRow) -> None:
+    with writing.engine.begin() as conn:
+        conn.execute(
+            sa.text("UPDATE dbos.workflow_status SET status = 'CANCELLED' WHERE workflow_uuid = :id"),
+            {"id": row.workflow_id},
+        )
+
+
+@pytest.mark.parametrize("change", [_lose_owner, _append, _cut, _cancel])
+def test_what_is_not_plainly_right_is_not_written_and_the_others_are(
+    writing: Writing, change: Callable[[Writing, CheckpointRow], None]
+) -> None:
+    wrong, right = writing.started(), writing.started()
+    change(writing, wrong)
+    before = log_of(writing, wrong)
+    for kind in (a_step, an_end, lambda row: behind(row, EventsRow)):
+        other = kind(right)
+        assert [written is not None for written in writing.submit(kind(wrong), other)] == [False, True]
+        right = other if not isinstance(other, OutcomeRow) else writing.started()
+    assert (log_of(writing, wrong), steps_of(writing, wrong)) == (before, [])
+
+
+def test_a_locked_row_keeps_nobody_waiting(writing: Writing) -> None:
+    locked, free = writing.started(), writing.started()
+    with writing.engine.begin() as conn:
+        conn.execute(
+            sa.text("SELECT 1 FROM dbos.workflow_status WHERE workflow_uuid = :id FOR UPDATE"),
+            {"id": locked.workflow_id},
+        )
+        answers = writing.submit(a_step(locked), a_step(free))
+    assert [written is not None for written in answers] == [False, True]
+    assert (steps_of(writing, locked), steps_of(writing, free)) == ([], [1])
+    assert writing.submit(a_step(locked)) != [None]
+
+
+def test_a_value_that_the_database_refuses_fails_alone(writing: Writing) -> None:
+    runs = [writing.started() for _ in range(5)]
+    rows = [a_step(row, output="a\0b" if number == 3 else "fine") for number, row in enumerate(runs)]
+    assert [written is not None for written in writing.submit(*rows)] == [True, True, True, False, True]
+    assert [steps_of(writing, row) for row in runs] == [[1], [1], [1], [], [1]]
+    assert [len(log_of(writing, row)) for row in runs] == [2, 2, 2, 1, 2]
+
+
+def test_a_step_that_is_recorded_already_fails_alone(writing: Writing) -> None:
+    first, second = writing.started(), writing.started()
+    step = a_step(first)
+    assert writing.submit(step) != [None]
+    assert [written is not None for written in writing.submit(a_step(step), a_step(second))] == [False, True]
+    assert (log_of(writing, first), steps_of(writing, first)) == ([1, 2], [1])
+
+
+def test_a_row_that_is_presented_again_is_not_written_twice(writing: Writing) -> None:
+    run = writing.started()
+    used = Event(EventKind.USAGE, 1, {"input_tokens": 3, "output_tokens": 4})
+    row: EventsRow = behind(run, EventsRow, [used])
+    assert writing.submit(row) != [None]
+    again = EventsRow(row.workflow_id, row.owner_xid, row.pack, row.previous_first)
+    assert writing.submit(again) == [None]
+    tokens = writing.all(
+        "SELECT input_tokens, output_tokens FROM perdure.run WHERE workflow_id = :id", id=run.workflow_id
+    )
+    assert (tokens, log_of(writing, run)) == ([(3, 4)], [1, 2])
+
+
+def test_of_equal_starts_one_is_written(writing: Writing) -> None:
+    run_id, request = new_id(), new_id()
+    same_id = [a_start(run_id) for _ in range(10)]
+    same_request = [a_start(request=request) for _ in range(10)]
+    answers = writing.submit(*same_id, *same_request)
+    assert sum(written is not None for written in answers[:10]) == 1
+    assert sum(written is not None for written in answers[10:]) == 1
+    for row in (*same_id, *same_request):
+        found = writing.all(
+            "SELECT (SELECT count(*) FROM dbos.workflow_status WHERE workflow_uuid = :id), "
+            "(SELECT count(*) FROM perdure.run WHERE workflow_id = :id)",
+            id=row.workflow_id,
+        )
+        assert found in ([(1, 1)], [(0, 0)])
+
+
+def test_a_run_with_an_open_approval_is_not_ended_here(writing: Writing) -> None:
+    run = writing.started()
+    with writing.engine.begin() as conn:
+        conn.execute(
+            sa.text(
+                "INSERT INTO perdure.approval (workflow_id, step_id, namespace, approval_id, agent, title, payload, "
+                "answer_schema, assignees, on_timeout) "
+                "VALUES (:id, 1, 'default', :id, 'x', 't', '', '', '[]', 'REJECT')"
+            ),
+            {"id": run.workflow_id},
+        )
+    assert writing.submit(an_end(run)) == [None]
+    assert log_of(writing, run) == [1]
+
+
+def test_more_rows_than_a_batch_holds_are_all_written(writing: Writing) -> None:
+    writing.batches.clear()
+    rows = [a_start() for _ in range(3 * checkpoint_writer.MAX_ROWS)]
+    assert None not in writing.submit(*rows)
+    assert max(writing.batches) == checkpoint_writer.MAX_ROWS
+
+
+def test_a_lost_connection_costs_no_row(writing: Writing) -> None:
+    if "CockroachDB" in writing.all("SELECT version()")[0][0]:
+        pytest.skip("CockroachDB has no pg_terminate_backend")
+    runs = [writing.started() for _ in range(4)]
+    sessions = (
+        "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity "
+        "WHERE pid <> pg_backend_pid() AND datname = current_database() AND query LIKE 'WITH i AS%'"
+    )
+    assert writing.all(sessions)[0][0] >= 1
+    assert None not in writing.submit(*(a_step(row) for row in runs))
+    assert [steps_of(writing, row) for row in runs] == [[1]] * 4

@@ -1,0 +1,229 @@
+"""What needs no thread gets none, nothing blocks the loop, and nothing is done before its commit."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from perdure_service.durable import hops
+
+from tests.helpers.waiting import eventually
+
+
+class Stage:
+    """A stage that tells where it ran, and can be told to block or to leave its work."""
+
+    def __init__(self, *, blocks: bool = False, leaves: Future[bool] | None = None, fails: bool = False) -> None:
+        self._blocks = blocks
+        self._leaves = leaves
+        self._fails = fails
+        self.left = threading.Event()
+        self.threads: list[int] = []
+
+    def __call__(self, value: str = "answer") -> str:
+        self.threads.append(threading.get_ident())
+        if self._blocks:
+            hops.refuse_to_block()
+        left = hops.deferral()
+        if self._leaves is not None and left is not None:
+            left.wait_for(self._leaves)
+            self.left.set()
+        if self._fails:
+            raise ValueError(value)
+        return value
+
+
+def settled(answer: bool) -> Future[bool]:
+    future: Future[bool] = Future()
+    future.set_result(answer)
+    return future
+
+
+def run(stage: Stage) -> tuple[Any, int]:
+    """Returns what a stage answers, and in which thread the loop was."""
+
+    async def main() -> tuple[Any, int]:
+        return await hops.answer(stage, "answer"), threading.get_ident()
+
+    return asyncio.run(main())
+
+
+def test_a_stage_that_does_not_block_runs_on_the_loop() -> None:
+    stage = Stage()
+    result, loop_thread = run(stage)
+    assert (result, stage.threads) == ("answer", [loop_thread])
+
+
+def test_a_stage_that_must_block_runs_again_in_a_thread_where_it_may() -> None:
+    stage = Stage(blocks=True)
+    result, loop_thread = run(stage)
+    assert result == "answer"
+    assert stage.threads[0] == loop_thread
+    assert len(stage.threads) == 2
+    assert stage.threads[1] != loop_thread
+
+
+def test_work_that_was_written_is_answered_without_a_thread() -> None:
+    stage = Stage(leaves=settled(True))
+    result, loop_thread = run(stage)
+    assert (result, stage.threads) == ("answer", [loop_thread])
+
+
+@pytest.mark.parametrize("ending", ["false", "failed", "cancelled"])
+def test_work_that_may_not_be_written_is_done_in_a_thread_without_a_deferral(ending: str) -> None:
+    promise: Future[bool] = Future()
+    if ending == "false":
+        promise.set_result(False)
+    elif ending == "failed":
+        promise.set_exception(RuntimeError("the batch failed"))
+    else:
+        promise.cancel()
+    stage = Stage(leaves=promise)
+    result, loop_thread = run(stage)
+    assert result == "answer"
+    assert len(stage.threads) == 2
+    assert stage.threads[1] != loop_thread
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_an_answer_waits_until_the_work_is_settled(answer: bool) -> None:
+    promise: Future[bool] = Future()
+    stage = Stage(leaves=promise)
+
+    async def main() -> tuple[bool, str]:
+        task = asyncio.create_task(hops.answer(stage, "answer"))
+        await asyncio.to_thread(stage.left.wait)
+        early = task.done()
+        await asyncio.to_thread(promise.set_result, answer)
+        return early, await task
+
+    assert asyncio.run(main()) == (False, "answer")
+    assert len(stage.threads) == (1 if answer else 2)
+
+
+@pytest.mark.parametrize("promise", [None, True, False])
+def test_what_a_stage_raises_is_raised(promise: bool | None) -> None:
+    stage = Stage(leaves=None if promise is None else settled(promise), fails=True)
+    with pytest.raises(ValueError, match=r"^answer$"):
+        run(stage)
+    assert len(stage.threads) == (2 if promise is False else 1)
+
+
+def test_what_a_stage_raises_in_its_thread_is_raised() -> None:
+    with pytest.raises(ValueError, match=r"^answer$"):
+        run(Stage(blocks=True, fails=True))
+
+
+@pytest.mark.parametrize("answer", [True, False])
+def test_work_of_a_cancelled_task_goes_its_way(answer: bool) -> None:
+    promise: Future[bool] = Future()
+    stage = Stage(leaves=promise)
+
+    async def main() -> None:
+        task = asyncio.create_task(hops.answer(stage, "answer"))
+        await asyncio.to_thread(stage.left.wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        promise.set_result(answer)
+        await asyncio.to_thread(eventually, lambda: len(stage.threads) == (1 if answer else 2))
+
+    asyncio.run(main())
+
+
+def test_an_answer_that_comes_when_the_loop_is_closed_is_nobodys() -> None:
+    promise: Future[bool] = Future()
+    stage = Stage(leaves=promise)
+
+    async def main() -> None:
+        task = asyncio.create_task(hops.answer(stage, "answer"))
+        await asyncio.to_thread(stage.left.wait)
+        task.cancel()
+
+    asyncio.run(main())
+    promise.set_result(False)
+    assert len(stage.threads) == 1
+
+
+def test_a_stage_leaves_one_piece_of_work_and_does_nothing_after_it() -> None:
+    def twice() -> None:
+        left = hops.deferral()
+        assert left is not None
+        left.wait_for(settled(True))
+        left.wait_for(settled(True))
+
+    def blocks_after_it() -> None:
+        left = hops.deferral()
+        assert left is not None
+        left.wait_for(settled(True))
+        hops.refuse_to_block()
+
+    for stage in (twice, blocks_after_it):
+        with pytest.raises(RuntimeError):
+            asyncio.run(hops.answer(stage))
+
+
+def test_nothing_refuses_to_block_outside_of_a_stage() -> None:
+    hops.refuse_to_block()
+    assert hops.deferral() is None
+    with hops.refusing():
+        assert hops.deferral() is None, "nothing awaits what would be left here"
+        with pytest.raises(hops.NeedsThread):
+            hops.refuse_to_block()
+    hops.refuse_to_block()
+
+
+def test_calls_from_other_threads_come_in_order_and_share_wake_ups() -> None:
+    got: list[int] = []
+
+    async def main() -> int:
+        loop = asyncio.get_running_loop()
+        wakes = 0
+        plain = loop.call_soon_threadsafe
+
+        def counted(callback: Callable[..., object], *arguments: Any, **rest: Any) -> Any:
+            nonlocal wakes
+            wakes += 1
+            return plain(callback, *arguments, **rest)
+
+        loop.call_soon_threadsafe = counted  # type: ignore[assignment]
+        for number in range(100):
+            hops.inbox(loop).post(functools.partial(got.append, number))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return wakes
+
+    assert asyncio.run(main()) == 1
+    assert got == list(range(100))
+
+
+def test_a_call_that_fails_does_not_take_the_others_with_it() -> None:
+    got: list[str] = []
+    told: list[str] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_exception_handler(lambda _loop, context: told.append(str(context["exception"])))
+        hops.inbox(loop).post(lambda: [][0])
+        hops.inbox(loop).post(lambda: got.append("next"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert (got, told) == (["next"], ["list index out of range"])
+
+
+def test_code_is_found_by_the_way_to_it_or_not_at_all() -> None:
+    def outer() -> Any:
+        def inner() -> None: ...
+
+        return inner
+
+    assert hops.code_within(outer.__code__, "inner") is outer().__code__
+    with pytest.raises(LookupError):
+        hops.code_within(outer.__code__, "another")
