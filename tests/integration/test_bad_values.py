@@ -15,6 +15,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.struct_pb2 import ListValue, Struct, Value
 from google.protobuf.timestamp_pb2 import Timestamp
+from google.rpc import code_pb2, error_details_pb2
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2 as approval_pb
 
@@ -154,6 +155,14 @@ def test_text_that_is_not_utf_8_is_refused_in_every_field_of_every_request(rpc: 
     tried = 0
     for one in RPCS:
         for path, data in with_bad_text(one.request.DESCRIPTOR):
+            if one.both_ways:  # each item has its own answer
+                (answer,) = rpc.channel.stream_stream(one.path)(iter([data]))
+                error = pb.StartAgentsResponse.FromString(answer).error
+                info = error_details_pb2.ErrorInfo()
+                assert any(packed.Unpack(info) for packed in error.details), (one.path, path)
+                assert (error.code, info.reason) == (code_pb2.INVALID_ARGUMENT, "INVALID_FIELD"), (one.path, path)
+                tried += 1
+                continue
             call = rpc.channel.unary_stream(one.path) if one.streaming else rpc.channel.unary_unary(one.path)
             refusal = refusal_of(
                 lambda call=call, data=data, one=one: list(call(data)) if one.streaming else call(data)

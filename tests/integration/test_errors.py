@@ -35,6 +35,9 @@ ELSEWHERE = {
     "TooManyStreams": "test_limits.py",
     "ArtifactNotFound": "test_payloads.py",
     "OffsetOutOfRange": "test_payloads.py",
+    "RegionUnavailable": "test_regions.py",
+    "CellNotServed": "../unit/rpc/test_forwarding.py",
+    "NamespacePaused": "../unit/rpc/test_forwarding.py",
 }
 """Rows that this module does not provoke: where they are, or why there is nothing to provoke."""
 BREAK = """

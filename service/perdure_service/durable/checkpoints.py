@@ -200,7 +200,8 @@ class Checkpoints:
                     one.note_end(written)
                     self._operations.tell(one.owner, one.pack.workflow_id, [one.pack])
         if committed:
-            self._operations.hint([one.pack for one in committed])
+            with metering.telling(committed[0].pack.workflow_id):
+                self._operations.hint([one.pack for one in committed])
         for one, written in answered:
             one.done(written)
 

@@ -57,7 +57,7 @@ from perdure_service.store import queues as store_queues
 from perdure_service.store import runs, traces
 from perdure_service.store.checkpoint_writer import MAX_ROWS, WRITERS, CheckpointWriter
 from perdure_service.store.dbos_tables import APPLICATION
-from perdure_service.store.engine import is_cockroach, reserve_connections
+from perdure_service.store.engine import is_cockroach, reserve_connections, waits_for_a_connection
 from perdure_service.store.objects import Objects
 from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.telemetry import METERS, RunTracer
@@ -77,7 +77,11 @@ STOP_RESERVE = timedelta(seconds=2)
 DESTROY_TIMEOUT_S = 3.0
 """How long DBOS may take to end its threads; the process ends with them or without them."""
 
-STARTERS = 8
+CALLER_POOL_PATIENCE_S = 2.0
+"""How long a call waits for a connection to the database before its caller is told to come again (OVERLOADED): about
+twice what it is told to wait. Ten such waits and more are behind each other at the threads, so it must not be long."""
+
+STARTERS = 64
 """Threads for starts that the checkpoint writer did not write: repeats, and all while the database is away."""
 
 
@@ -460,13 +464,17 @@ class Runtime:
             return None
         promise: Future[Started] = Future()
 
+        def go_on() -> Started:
+            with self.database.bounded(), waits_for_a_connection(CALLER_POOL_PATIENCE_S):
+                return self._write_start(prepared, presented)
+
         def answered(written: Future[bool]) -> None:
             # In the checkpoint writer's thread: nobody there would tell who waits of what goes wrong here.
             try:
                 if written.result():
                     promise.set_result(self._started(prepared, presented))
                 else:
-                    hops.chain(self._starters.submit(self._write_start, prepared, presented), promise)
+                    hops.chain(self._starters.submit(go_on), promise)
             except Exception as error:  # noqa: BLE001 - raised to whom it belongs
                 promise.set_exception(error)
 

@@ -53,7 +53,7 @@ from perdure_service.durable.requests import (
     WatchBatch,
 )
 from perdure_service.durable.run_trace import trace_of
-from perdure_service.durable.runtime import Runtime, Started
+from perdure_service.durable.runtime import CALLER_POOL_PATIENCE_S, Runtime, Started
 from perdure_service.durable.view import refuse_truncated
 from perdure_service.durable.waiting import Waiting
 from perdure_service.durable.watching import Watching
@@ -81,10 +81,6 @@ from perdure_service.telemetry import METERS, derive_trace_id, parse_traceparent
 from perdure_service.telemetry import metrics as m
 
 T = TypeVar("T")
-
-CALLER_POOL_PATIENCE_S = 2.0
-"""How long a call waits for a connection to the database before its caller is told to come again (OVERLOADED): about
-twice what it is told to wait. Ten such waits and more are behind each other at the threads, so it must not be long."""
 
 TOO_MANY_CALLS = "this server has more calls than it can serve; wait and repeat the call"
 
