@@ -103,7 +103,7 @@ async def sender() -> str:
     return str(await run.signal("word"))
 
 
-@agent(name="listener")
+@agent(name="harness-listener")
 async def listener() -> str | None:
     """Waits for a word."""
     return await run.signal("word", timeout=timedelta(seconds=60))

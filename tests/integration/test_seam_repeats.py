@@ -204,7 +204,7 @@ def test_a_wait_that_is_woken_before_it_waits_goes_on_waiting(
         return found
 
     monkeypatch.setattr(PerdureSystemDatabase, "recv_setup", setup)
-    run = harness.start("listener")
+    run = harness.start("harness-listener")
     assert woken.wait(scaled(10))
     harness.signal(run, "word", "hello")
     assert run.result() == "hello"
