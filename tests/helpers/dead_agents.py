@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -97,3 +98,37 @@ async def dead_man(what: str) -> str:
         except BaseException as error:
             refused.append(type(error).__name__)
     return "went on"
+
+
+LEFT_BEHIND: list[str] = []
+"""What steps have raised that their run had left behind, or `nothing`."""
+
+MAY_END = threading.Event()
+"""Set when the run that has left a step behind has ended."""
+
+_tasks: set[asyncio.Task[None]] = set()
+
+
+@DBOS.step(name="dead.long-step")
+async def a_long_step() -> None:
+    await asyncio.to_thread(MAY_END.wait, 60)
+
+
+async def _left_behind() -> None:
+    try:
+        await a_long_step()
+    except BaseException as error:
+        LEFT_BEHIND.append(type(error).__name__)
+    else:
+        LEFT_BEHIND.append("nothing")
+
+
+@agent(name="leaves-behind")
+async def leaves_behind() -> str:
+    """Loses its run, and ends while a step of it goes on."""
+    task = asyncio.create_task(_left_behind())
+    _tasks.add(task)
+    task.add_done_callback(_tasks.discard)
+    await a_step()
+    die()
+    return "done"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
+from datetime import timedelta
 from typing import Any, Literal
 
 from dbos import DBOS
@@ -100,6 +101,12 @@ async def sender() -> str:
     run.output("text").write("once ")
     await DBOS.send_async(str(DBOS.workflow_id), "hello", topic="word")
     return str(await run.signal("word"))
+
+
+@agent(name="harness-listener")
+async def listener() -> str | None:
+    """Waits for a word."""
+    return await run.signal("word", timeout=timedelta(seconds=60))
 
 
 class Limits(BaseModel):

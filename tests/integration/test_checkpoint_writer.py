@@ -198,6 +198,80 @@ def test_a_step_that_is_recorded_already_fails_alone(writing: Writing) -> None:
     assert (log_of(writing, first), steps_of(writing, first)) == ([1, 2], [1])
 
 
+def test_a_refused_row_leaves_nothing_open_in_which_the_next_batches_would_fail(writing: Writing) -> None:
+    first, second, third = writing.started(), writing.started(), writing.started()
+    step = a_step(first)
+    assert writing.submit(step) != [None]
+    for _ in range(3):  # of several kinds, so that it is a transaction of several statements
+        refused, alone = a_step(step), behind(second, EventsRow)
+        answers = writing.submit(a_start(), refused, alone, third_step := a_step(third, 7))
+        assert [written is not None for written in answers] == [True, False, True, True]
+        second, third = alone, writing.started()
+        assert steps_of(writing, third_step) == [7]
+    assert (log_of(writing, first), steps_of(writing, first)) == ([1, 2], [1])
+
+
+def test_who_loses_and_regains_a_run_while_others_append_writes_only_while_it_has_it(writing: Writing) -> None:
+    run = writing.started()
+    ours, stop, turns = run.owner_xid, threading.Event(), [0]
+
+    def outside() -> None:
+        """Takes the run away and gives it back, and says so in its log, as outside writers do."""
+        while not stop.is_set():
+            for owner, said in (("somebody else", "taken"), (ours, "given back")):
+                with writing.engine.begin() as conn:
+                    conn.execute(
+                        sa.text("SELECT 1 FROM dbos.workflow_status WHERE workflow_uuid = :id FOR NO KEY UPDATE"),
+                        {"id": run.workflow_id},
+                    )
+                    event_log.append(conn, Pack(run.workflow_id, [Event(EventKind.LOG, 1, {"message": said})]))
+                    conn.execute(
+                        sa.text("UPDATE dbos.workflow_status SET owner_xid = :owner WHERE workflow_uuid = :id"),
+                        {"owner": owner, "id": run.workflow_id},
+                    )
+            turns[0] += 1
+
+    def last() -> tuple[int, int]:
+        statement = (
+            "SELECT first_sequence, event_count FROM perdure.run_event WHERE workflow_id = :id ORDER BY 1 DESC LIMIT 1"
+        )
+        [(first, count)] = writing.all(statement, id=run.workflow_id)
+        return first, count
+
+    thread = threading.Thread(target=outside)
+    thread.start()
+    told: list[int] = []
+    number = 0
+    try:
+        while (turns[0] < 60 or len(told) < 5) and number < 3_000:
+            number += 1
+            first, count = last()
+            pack = Pack(run.workflow_id, [Event(EventKind.LOG, 1, {"message": "step"})], first_sequence=first + count)
+            row = StepRow(
+                run.workflow_id, ours, pack, first, function_id=number, function_name="s", completed_ms=2, output="1"
+            )
+            if writing.submit(row) != [None]:
+                told.append(number)
+    finally:
+        stop.set()
+        thread.join()
+    assert len(told) >= 5
+    assert turns[0] >= 60
+    assert steps_of(writing, run) == told, "what was told to be written was, and nothing else"
+    with writing.engine.begin() as conn:
+        after, events = 0, []
+        while page := event_log.read(conn, run.workflow_id, after):
+            events += page
+            after = events[-1].sequence
+    assert [event.sequence for event in events] == list(range(1, len(events) + 1)), "dense, and nothing twice"
+    said = [event.data["message"] for event in events]
+    assert said.count("step") == len(told)
+    held = True
+    for word in said[1:]:
+        held = {"taken": False, "given back": True}.get(word, held)
+        assert held or word != "step", "a step was written while another one owned the run"
+
+
 def test_a_row_that_is_presented_again_is_not_written_twice(writing: Writing) -> None:
     run = writing.started()
     used = Event(EventKind.USAGE, 1, {"input_tokens": 3, "output_tokens": 4})

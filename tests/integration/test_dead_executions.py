@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from dbos._dbos import _get_dbos_instance
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.testing import BlockingHarness
 
@@ -79,3 +80,16 @@ def test_a_dead_execution_cannot_go_on(harness: BlockingHarness, what: str) -> N
         "dbos.operation_outputs": 1 if what == "get_result" else 0,
         "perdure.run_event": 2 if what == "get_result" else 1,
     }
+
+
+def test_a_step_that_a_dead_execution_has_left_behind_records_nothing(harness: BlockingHarness) -> None:
+    workflow_id = "default.leaves-behind.r"
+    harness.start("leaves-behind", run_id="leaves-behind")
+    executions = _get_dbos_instance()._sys_db.executions
+    eventually(lambda: workflow_id in ENDED and not executions.of(workflow_id), what="it has left")
+    engine = harness.harness._engine.database  # type: ignore[union-attr]
+    before = rows_of(engine, workflow_id)
+    dead_agents.MAY_END.set()
+    eventually(lambda: len(dead_agents.LEFT_BEHIND) == 1)
+    assert dead_agents.LEFT_BEHIND == ["DBOSWorkflowConflictIDError"]
+    assert rows_of(engine, workflow_id) == before, "although its token is still good"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import psycopg
 import pytest
 import sqlalchemy as sa
+from dbos import _core
+from dbos._dbos import _get_dbos_instance
 from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import Run
 from perdure_service.durable import metering
@@ -18,13 +20,14 @@ from perdure_service.durable.claims import Claim, ClaimDatabase
 from perdure_service.durable.payloads import Payloads
 from perdure_service.durable.placement import Placement
 from perdure_service.durable.requests import StartCommand
+from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.testing import BlockingHarness
 
 from tests.helpers import judge
 from tests.helpers.databases import DatabaseServer
-from tests.helpers.waiting import scaled
+from tests.helpers.waiting import eventually, scaled
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +125,23 @@ def test_what_goes_wrong_in_telling_of_an_end_does_not_reach_dbos(
         outcomes.append(status)
         return write_outcome(database, workflow_id, status, **rest)
 
+    commits: list[str] = []
+    tell = seam.Operations.tell
+
+    def counted_commit(operations: seam.Operations, execution: Any, workflow_id: str, packs: Sequence[Pack]) -> None:
+        commits.extend(workflow_id for pack in packs if pack.events[-1].ends_run)
+        tell(operations, execution, workflow_id, packs)
+
     def fails(*_: Any) -> None:
         raise ValueError("no meter")
 
     monkeypatch.setattr(PerdureSystemDatabase, "update_workflow_outcome", counted)
+    monkeypatch.setattr(seam.Operations, "tell", counted_commit)
     monkeypatch.setattr(metering, "run_ended", fails)
-    assert harness.start("adder", {"steps": 1}).result() == 1
-    assert set(outcomes) == {"SUCCESS"}  # a stage of DBOS's that would have to wait is run again, in a thread
+    run = harness.start("adder", {"steps": 1})
+    assert run.result() == 1
+    # A stage of DBOS's that would have to wait is run again, in a thread; its commit is one.
+    assert (commits, set(outcomes)) == ([run.run.key.workflow_id], {"SUCCESS"})
 
 
 def test_what_a_claim_has_taken_is_run_when_it_fails_in_going_on(
@@ -177,3 +190,46 @@ def test_results_that_are_taken_at_once_are_each_recorded_and_told(
     run = harness.start("gatherer")
     assert run.result() == [0, 1]
     judge.assert_consistent(harness.harness._url, run.run.key.workflow_id)
+
+
+def test_a_wait_that_is_woken_before_it_waits_goes_on_waiting(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, woken = PerdureSystemDatabase.recv_setup, threading.Event()
+
+    def setup(*arguments: Any, **rest: Any) -> Any:
+        found = plain(*arguments, **rest)
+        found[1].set()  # as a late hint does, of a message that the wait before this one has taken
+        woken.set()
+        return found
+
+    monkeypatch.setattr(PerdureSystemDatabase, "recv_setup", setup)
+    run = harness.start("harness-listener")
+    assert woken.wait(scaled(10))
+    harness.signal(run, "word", "hello")
+    assert run.result() == "hello"
+
+
+def test_a_start_that_fails_after_its_commit_tells_who_waits_and_its_run_is_given_back(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("cannot begin")
+
+    command = StartCommand("default", "adder", "1", "", "fails to begin", {"steps": 1}, "test")
+    with monkeypatch.context() as patch:
+        patch.setattr(Runtime, "_begin", fails)
+        with pytest.raises(RuntimeError, match="cannot begin"):
+            harness.harness.wait(harness.harness.call(lambda service: service.start(command)))
+    assert harness.start("adder", {"steps": 1}).result() == 1, "the writer's thread lives"
+
+
+def test_a_run_that_could_not_be_begun_is_nobodys(harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no thread can be started")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_core, "execute_dequeued_workflow", fails)
+        run = harness.start("adder", {"steps": 1})
+        executions = _get_dbos_instance()._sys_db.executions
+        eventually(lambda: not executions.of(run.run.key.workflow_id), what="so that `owners` gives it back")

@@ -200,10 +200,10 @@ class Checkpoints:
                     one.note_end(written)
                     self._operations.tell(one.owner, one.pack.workflow_id, [one.pack])
         if committed:
-            with metering.telling(committed[0].pack.workflow_id):
-                self._operations.hint([one.pack for one in committed])
+            self._operations.hint([one.pack for one in committed])
         for one, written in answered:
-            one.done(written)
+            with metering.telling(one.pack.workflow_id):
+                one.done(written)
 
 
 def _refuse_to_wait() -> None:

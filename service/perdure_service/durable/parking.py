@@ -164,10 +164,13 @@ class WaitingDatabase(StatusDatabase):
             _, event, left_s, payload, start_time = setup
             deadline = time.monotonic() + left_s
             wait = Wait(_signal_marks(topic), deadline, event=event)
+            look = event.is_set()
             try:
-                while not event.is_set() and (left_s := deadline - time.monotonic()) > 0:
+                while not (look and self._has_come(execution, workflow_uuid, topic, event)):
+                    if (left_s := deadline - time.monotonic()) <= 0:
+                        break
                     self.nap(execution, wait, min(left_s, self._event_recheck_interval()))
-                    self._look_again(execution, workflow_uuid, topic, event)
+                    look = True
                 return self.recv_consume(workflow_uuid, function_id, topic, start_time)
             finally:
                 self.notifications_map.pop(payload, event)
@@ -196,25 +199,31 @@ class WaitingDatabase(StatusDatabase):
             _, event, left_s, payload, start_time = setup
             deadline = time.monotonic() + left_s
             wait = Wait(_signal_marks(topic), deadline, event=event)
+            look = event.is_set()
             try:
-                while not event.is_set() and (left_s := deadline - time.monotonic()) > 0:
+                while not (look and await asyncio.to_thread(self._has_come, execution, workflow_uuid, topic, event)):
+                    if (left_s := deadline - time.monotonic()) <= 0:
+                        break
                     await self.nap_async(execution, wait, min(left_s, self._event_recheck_interval()))
-                    await asyncio.to_thread(self._look_again, execution, workflow_uuid, topic, event)
+                    look = True
                 return await asyncio.to_thread(self.recv_consume, workflow_uuid, function_id, topic, start_time)
             finally:
                 self.notifications_map.pop(payload, event)
 
-    def _look_again(
+    def _has_come(
         self, execution: Execution | None, workflow_uuid: str, topic: str | None, event: LoopAwareEvent
-    ) -> None:
-        """Sets the event of a wait for a message if there is one, and only then.
+    ) -> bool:
+        """Returns whether there is the message that a wait was woken for; else it may be woken again.
 
-        What woke it may have been a late hint of a message that the wait before it has taken.
+        What woke it may have been a late hint of a message that the wait before it has taken, or the end of an older
+        execution of the run.
         """
+        event.clear()  # before it looks: what comes from here on wakes it again
         if execution is not None and execution.dead:
             self.refuse_dead(execution)
-        event.clear()
-        self.recv_check(workflow_uuid, topic, event)
+        found = LoopAwareEvent()
+        self.recv_check(workflow_uuid, topic, found)
+        return found.is_set()
 
     def sleep(self, execution: Execution | None, seconds: float) -> None:
         """Sleeps what is left of a sleep that is recorded. Blocks."""

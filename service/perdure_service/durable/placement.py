@@ -226,10 +226,19 @@ class Placement:
             waits.for_queue |= room.limit_reached
             waits.for_slot |= room.cut_short
             waits.for_agents |= room.full_agents
-        more = room.taken > 0 and room.left <= 0 and not room.bounded_by_queue and self._slots_left() > 0
-        if more or room.left_over or room.cut_short:
-            # There is more than one claim takes, or what it could not take was in the way of others, or it failed.
+        if room.left_over or room.cut_short or self._has_room_again(room, limits):
+            # There is more than one claim takes, or what it could not take was in the way of others, or it failed, or
+            # somebody left before it was noted that this is waited for.
             self.wake(limits.name)
+
+    def _has_room_again(self, room: Room, limits: QueueLimits) -> bool:
+        """Returns whether there is what a claim has ended for want of."""
+        agents = self._limits()
+        if any(self._agent_left(agent, agents.get(agent, 0)) > 0 for agent in room.full_agents):
+            return True
+        if room.left > 0 or self._slots_left() <= 0:
+            return False
+        return not room.bounded_by_queue or self._queue_left(limits) > 0
 
     def _room(self, limits: QueueLimits, *, sure: bool) -> Room:
         agents = self._limits()

@@ -355,8 +355,8 @@ class PerdureSystemDatabase(WaitingDatabase):
     def check_operation_execution(
         self, workflow_id: str, function_id: int, function_name: str, *, owner_key: str | None = None
     ) -> RecordedResult | None:
-        execution = self._execution_here()
-        if execution is not None and execution.key.workflow_id == workflow_id:
+        execution = self._execution_or_refuse(workflow_id)
+        if execution is not None:
             self.refuse_dead(execution)
             execution.touch()
             self._move_on(execution)
@@ -425,7 +425,7 @@ class PerdureSystemDatabase(WaitingDatabase):
         return recorded
 
     def record_operation_result(self, result: OperationResultInternal, **rest: Any) -> None:
-        execution = self._execution_here()
+        execution = self._execution_or_refuse(result["workflow_uuid"])
         call = (STEP, result["function_id"])
         presented = adopted(execution, call)
         if presented is None and execution is not None and result["function_id"] in execution.refused:
@@ -454,7 +454,7 @@ class PerdureSystemDatabase(WaitingDatabase):
 
     def _present_step(self, execution: Execution, result: OperationResultInternal, call: Call) -> Presented | None:
         """Gives the checkpoint writer a step, when it is one of those that the writer knows."""
-        if execution.key.workflow_id != result["workflow_uuid"] or result["child_workflow_id"] is not None:
+        if result["child_workflow_id"] is not None:
             return None
         self._go_on(execution)
         events = self.ledger.checkpoint_events(execution, result, self.serializer)

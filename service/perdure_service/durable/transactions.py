@@ -153,6 +153,21 @@ class TransactionalDatabase(PostgresSystemDatabase):
             return None
         return self.executions.find(context.workflow_id, context.owner_xid)
 
+    def _execution_or_refuse(self, workflow_id: str) -> Execution | None:
+        """Returns the execution whose code is in this thread, if it is this run's.
+
+        Raises:
+            DBOSWorkflowConflictIDError: It is forgotten, as a task or thread that it has left behind does not know: its
+                run has ended, or goes on elsewhere.
+        """
+        execution = self._execution_here()
+        if execution is not None:
+            return execution if execution.key.workflow_id == workflow_id else None
+        context = get_local_dbos_context()
+        if context is not None and context.workflow_id == workflow_id and context.owner_xid is not None:
+            raise DBOSWorkflowConflictIDError(workflow_id)
+        return None
+
     def _own(self, workflow_id: str, call: Call | None = None, **hooks: Any) -> Any:
         """Opens an operation of the run's owner, which adopts what the checkpoint writer did not write of this call."""
         execution = self._execution_here()

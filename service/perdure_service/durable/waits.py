@@ -3,7 +3,8 @@
 DBOS keeps the first three in maps by workflow and name, and has a listener of its own for them, which on PostgreSQL
 needs a connection and on CockroachDB asks once for every wait, four times a second. Here the hints wake them
 (`durable.hints`): by name, where the hint has one, else by one query for all waits that it may concern. A wait for a
-message or a value takes its waking for the arrival, so it is woken only for what is there.
+value takes its waking for the arrival, so it is woken only for what is there; what has been published stays. A message
+is taken: the hint of one may come late and wake the wait for the next, which looks (`durable.parking`).
 
 All of them together are looked at every now and then, whatever hints say: a hint that is lost, or what a foreign client
 did unseen, costs a delay.
@@ -105,7 +106,7 @@ class Waits:
     # ---- messages, values, streams -----------------------------------------------------------------------------------
 
     def wake(self, channel: str, name: str) -> None:
-        """Wakes the waits of this name: what they wait for is there."""
+        """Wakes the waits of this name: what they wait for is there, or has been."""
         found = self._maps[channel].get(name) if channel in self._maps else None
         if found is not None:
             found.set()

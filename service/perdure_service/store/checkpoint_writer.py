@@ -24,8 +24,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import sqlalchemy as sa
 import structlog
@@ -216,24 +216,13 @@ class CheckpointWriter:
         """Writes rows and commits them: of one kind in an implicit transaction, of several in an explicit one."""
         kinds = [kind for kind in KINDS if any(type(row) is kind for row in rows)]
         written: dict[str, Written] = {}
-        with nullcontext() if len(kinds) == 1 else _explicit(conn):
-            for kind in kinds:
-                written.update(write(conn, kind, [row for row in rows if type(row) is kind]))
+        if len(kinds) > 1:
+            conn.exec_driver_sql("BEGIN")
+        for kind in kinds:
+            written.update(write(conn, kind, [row for row in rows if type(row) is kind]))
+        if len(kinds) > 1:
+            conn.exec_driver_sql("COMMIT")
         return written
-
-
-@contextmanager
-def _explicit(conn: sa.Connection) -> Iterator[None]:
-    """Surrounds what is one transaction on a connection that commits each statement by itself."""
-    conn.exec_driver_sql("BEGIN")
-    try:
-        yield
-        conn.exec_driver_sql("COMMIT")
-    except BaseException:
-        # By name: psycopg2 believes that there is nothing to undo.
-        with suppress(sa.exc.SQLAlchemyError):
-            conn.exec_driver_sql("ROLLBACK")
-        raise
 
 
 class _Session:

@@ -52,6 +52,29 @@ def executor() -> Executor:
     return Executor(4, {A: 0, B: 2})
 
 
+@pytest.mark.parametrize(
+    ("limits", "frees"),
+    [(MAIN, True), (QueueLimits("main", worker_concurrency=4), True), (MAIN, False)],
+)
+def test_a_slot_that_frees_while_a_full_executor_looks_is_not_missed(
+    executor: Executor, limits: QueueLimits, *, frees: bool
+) -> None:
+    running = [executor.run() for _ in range(4)]
+    with executor.placement.claim(limits) as room:
+        assert room.left == 0
+        if frees:
+            executor.executions.remove(running[0])
+    assert executor.woken == (["main"] if frees else [])
+
+
+def test_the_place_of_an_agent_that_frees_while_a_claim_looks_is_not_missed(executor: Executor) -> None:
+    running = [executor.run(B) for _ in range(2)]
+    with executor.placement.claim(MAIN) as room:
+        assert room.full_agents == {B}
+        executor.executions.remove(running[0])
+    assert executor.woken == ["main"]
+
+
 def test_a_start_holds_a_slot_until_it_is_committed(executor: Executor) -> None:
     for _ in range(3):
         executor.run()
