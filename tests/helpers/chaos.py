@@ -94,11 +94,8 @@ def _broken_commit(
     writer: checkpoint_writer.CheckpointWriter, conn: sa.Connection, rows: Sequence[checkpoints.CheckpointRow]
 ) -> dict[str, checkpoints.Written]:
     """Commits a batch in one transaction, whatever its kinds, so that there is a point before the COMMIT."""
-    written: dict[str, checkpoints.Written] = {}
     conn.exec_driver_sql("BEGIN")
-    for kind in checkpoints.KINDS:
-        if of_kind := [row for row in rows if type(row) is kind]:
-            written.update(checkpoints.write(conn, kind, of_kind))
+    written = checkpoints.write_all(conn, rows)
     if SQLSTATE and next(_transactions) % 3 == 0:
         chaos_report.refused(SQLSTATE)
         conn.exec_driver_sql("SELECT public.test_raise(%(code)s)", {"code": SQLSTATE})

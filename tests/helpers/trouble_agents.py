@@ -47,10 +47,8 @@ def _freezing_commit(
 ) -> dict[str, checkpoints.Written]:
     if not any(isinstance(row, checkpoints.StepRow) and "freezing_step" in row.function_name for row in rows):
         return _commit(writer, conn, rows)
-    written: dict[str, checkpoints.Written] = {}
     conn.exec_driver_sql("BEGIN")
-    for kind in {type(row) for row in rows}:
-        written.update(checkpoints.write(conn, kind, [row for row in rows if type(row) is kind]))
+    written = checkpoints.write_all(conn, rows)
     freeze()
     conn.exec_driver_sql("COMMIT")
     return written

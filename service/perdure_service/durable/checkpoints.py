@@ -93,11 +93,9 @@ class Presented:
         execution = self.execution
         if execution is None:
             return
-        first = self.pack.first_sequence or 1
-        last = first + len(self.pack.events) - 1
-        execution.log_end = LogEnd(first, last)
+        execution.log_end = LogEnd.of(self.pack)
         if isinstance(self.row, OutcomeRow):
-            execution.end = partial(runs.as_ended, written, self.row.status, last)
+            execution.end = partial(runs.as_ended, written, self.row.status, execution.log_end.last)
 
 
 class Checkpoints:

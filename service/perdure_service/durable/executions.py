@@ -23,7 +23,7 @@ from weakref import WeakValueDictionary
 from dbos._utils import LoopAwareEvent
 
 from perdure_service.domain.budgets import UNLIMITED, Budget
-from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind
+from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind, Pack
 from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import Failure, Run, RunKey, RunState
 from perdure_service.domain.trace_fold import ExecutionFold
@@ -139,6 +139,12 @@ class LogEnd:
     """The sequence of its first event."""
     last: int
     """That of its last."""
+
+    @classmethod
+    def of(cls, pack: Pack) -> LogEnd:
+        """Returns the end that a pack makes which has its place."""
+        assert pack.first_sequence is not None, "it has been written"
+        return cls(pack.first_sequence, pack.first_sequence + len(pack.events) - 1)
 
 
 class Parked(BaseException):

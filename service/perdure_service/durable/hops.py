@@ -122,7 +122,7 @@ class refusing:
         _here.refuses, _here.deferral = self._before
 
 
-class Inbox:
+class LoopCalls:
     """Calls from other threads into a loop; all that come before the loop wakes share one wake-up."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -151,16 +151,16 @@ class Inbox:
                 self._loop.call_exception_handler({"message": "a call from another thread failed", "exception": error})
 
 
-_inboxes: WeakKeyDictionary[asyncio.AbstractEventLoop, Inbox] = WeakKeyDictionary()
-_inboxes_lock = threading.Lock()
+_loop_calls: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopCalls] = WeakKeyDictionary()
+_loop_calls_lock = threading.Lock()
 
 
-def inbox(loop: asyncio.AbstractEventLoop) -> Inbox:
-    """Returns the inbox of a loop. Thread-safe."""
-    with _inboxes_lock:
-        found = _inboxes.get(loop)
+def calls_into(loop: asyncio.AbstractEventLoop) -> LoopCalls:
+    """Returns what calls into a loop. Thread-safe."""
+    with _loop_calls_lock:
+        found = _loop_calls.get(loop)
         if found is None:
-            found = _inboxes[loop] = Inbox(loop)
+            found = _loop_calls[loop] = LoopCalls(loop)
         return found
 
 
@@ -199,26 +199,15 @@ async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments:
     If the task is cancelled meanwhile and the promise is not kept, the stage still runs in a thread: its work is
     somebody's commit, and the events that ride on it are somebody's news.
     """
-    if promise.done():
-        return _answer_of(promise)
-    loop = asyncio.get_running_loop()
-    kept: asyncio.Future[bool] = loop.create_future()
     context = contextvars.copy_context()
 
-    def settle() -> None:
-        written = _answer_of(promise)
-        if not kept.done():
-            kept.set_result(written)
-        elif not written:
+    def decide_alone() -> None:
+        if not _answer_of(promise):
             again = context.run(_decide, function, *arguments)
             again.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    def tell(_promise: Future[bool]) -> None:
-        with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
-            inbox(loop).post(settle)
-
-    promise.add_done_callback(tell)
-    return await kept
+    await _settled(promise, nobody_waits=decide_alone)
+    return _answer_of(promise)
 
 
 def _decide(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
@@ -237,21 +226,29 @@ def _answer_of(promise: Future[bool]) -> bool:
 
 async def result_of(promise: Future[T]) -> T:
     """Waits for a promise that is kept in another thread, which goes its way when nobody waits any more."""
-    if not promise.done():
-        loop = asyncio.get_running_loop()
-        kept: asyncio.Future[None] = loop.create_future()
-
-        def settle() -> None:
-            if not kept.done():
-                kept.set_result(None)
-
-        def tell(_promise: Future[T]) -> None:
-            with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
-                inbox(loop).post(settle)
-
-        promise.add_done_callback(tell)
-        await kept
+    await _settled(promise)
     return promise.result()
+
+
+async def _settled(promise: Future[T], nobody_waits: Callable[[], None] = lambda: None) -> None:
+    """Waits until a promise is settled in another thread; `nobody_waits` is called on the loop if nobody does then."""
+    if promise.done():
+        return
+    loop = asyncio.get_running_loop()
+    settled: asyncio.Future[None] = loop.create_future()
+
+    def settle() -> None:
+        if settled.done():
+            nobody_waits()
+        else:
+            settled.set_result(None)
+
+    def tell(_promise: Future[T]) -> None:
+        with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
+            calls_into(loop).post(settle)
+
+    promise.add_done_callback(tell)
+    await settled
 
 
 def chain(source: Future[T], promise: Future[T]) -> None:
@@ -331,7 +328,7 @@ def install(*ours: CodeType) -> None:
         if loop is None:
             coroutine.close()
             raise RuntimeError("there is no loop to begin on")
-        inbox(loop).post(functools.partial(contextvars.copy_context().run, _begin, coroutine))
+        calls_into(loop).post(functools.partial(contextvars.copy_context().run, _begin, coroutine))
         return None
 
     substitute(BackgroundEventLoop, "submit_coroutine", submit_coroutine)

@@ -96,8 +96,7 @@ class Operation:
             own = self.execution is not None and self.execution.key.workflow_id == workflow_id
             execution = self.execution if own else self._begins.get(workflow_id)
             if execution is not None and packs and packs[-1].first_sequence is not None:
-                first = packs[-1].first_sequence
-                execution.log_end = LogEnd(first, first + len(packs[-1].events) - 1)
+                execution.log_end = LogEnd.of(packs[-1])
 
     def add(self, workflow_id: str, *events: Event) -> None:
         """Adds events of a run to this commit."""

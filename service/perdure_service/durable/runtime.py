@@ -94,7 +94,7 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
-class _PreparedStart:
+class PreparedStart:
     """A start of which everything is decided."""
 
     agent: RegisteredAgent
@@ -401,7 +401,7 @@ class Runtime:
         )
         database.nudge = self._waker.nudge
         database.poke = self.poke
-        database.write_alone = self._writer.write_now
+        database.write_alone = partial(self._writer.wake, at_once=True)
         if self._database is None:
             self._database = database
         return database
@@ -427,37 +427,28 @@ class Runtime:
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
-    def start(
-        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
-    ) -> Started:
+    def start(self, prepared: PreparedStart) -> Started:
         """Commits the start of a run and, when this executor has a free slot, begins it. Blocks.
-
-        Args:
-            agent: What to run.
-            start: What was decided about the run.
-            arguments: The workflow's, by name: plain JSON.
-            server_made_id: Whether the request id alone tells of which run a repeat is.
 
         Returns:
             The run, if this call has made it. Else the workflow id of the one that exists: the one asked for, or, when
             the server makes ids, the one that this request was given before. Whether the existing run is the one
             meant is for the caller to compare.
         """
-        prepared = self._prepare(agent, start, arguments, server_made_id=server_made_id)
+        if prepared.start.delay_s and prepared.start.start_at is None:
+            prepared.status["delay_until_epoch_ms"] = self._after_ms(prepared.start.delay_s)
         with self._placed(prepared):
             return self._write_start(prepared)
 
-    def start_soon(
-        self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
-    ) -> Future[Started] | None:
+    def start_soon(self, prepared: PreparedStart) -> Future[Started] | None:
         """Does what `start` does, but does not block: the run begins when the checkpoint writer has written it.
 
         Returns:
-            A promise of what `start` returns or raises; whoever waits for it may leave. None when it takes a thread.
+            A promise of what `start` returns or raises; whoever waits for it may leave. None when it takes a thread:
+            `start` does it then.
         """
-        if start.delay_s:
-            return None
-        prepared = self._prepare(agent, start, arguments, server_made_id=server_made_id)
+        if prepared.start.delay_s:
+            return None  # by the database's clock, which must be asked
         with self._placed(prepared):
             presented = self.database.present_start(**prepared.columns)  # its execution now counts for itself
         if presented is None:
@@ -481,9 +472,17 @@ class Runtime:
         presented.written.add_done_callback(answered)
         return promise
 
-    def _prepare(
+    def prepare(
         self, agent: RegisteredAgent, start: RunStart, arguments: dict[str, Any], *, server_made_id: bool
-    ) -> _PreparedStart:
+    ) -> PreparedStart:
+        """Returns a start of which everything is decided. Does not block.
+
+        Args:
+            agent: What to run.
+            start: What was decided about the run.
+            arguments: The workflow's, by name: plain JSON.
+            server_made_id: Whether the request id alone tells of which run a repeat is.
+        """
         status = dict(self._template(agent))
         status["workflow_uuid"], status["queue_name"] = start.key.workflow_id, start.queue
         status["priority"] = start.priority
@@ -492,9 +491,10 @@ class Runtime:
             status["workflow_deadline_epoch_ms"] = epoch_ms(start.deadline_at)
         if start.start_at is not None or start.delay_s:
             status["status"] = "DELAYED"
-            status["delay_until_epoch_ms"] = self._begin_ms(start)
+        if start.start_at is not None:
+            status["delay_until_epoch_ms"] = epoch_ms(start.start_at)
         unique = start.request_id if server_made_id and start.request_id else None
-        return _PreparedStart(agent, start, status, str(uuid.uuid4()), unique)
+        return PreparedStart(agent, start, status, str(uuid.uuid4()), unique)
 
     def _template(self, agent: RegisteredAgent) -> Mapping[str, Any]:
         """Returns DBOS's row of an agent's run but for what is the run's own; a contract test says that this is all."""
@@ -507,7 +507,7 @@ class Runtime:
         return template
 
     @contextmanager
-    def _placed(self, prepared: _PreparedStart) -> Iterator[None]:
+    def _placed(self, prepared: PreparedStart) -> Iterator[None]:
         """Holds a slot for a start, if there is one and it does not begin later."""
         if prepared.status["status"] == "DELAYED":
             yield
@@ -518,7 +518,7 @@ class Runtime:
                 prepared.status["status"] = "PENDING"
             yield
 
-    def _write_start(self, prepared: _PreparedStart, presented: Presented | None = None) -> Started:
+    def _write_start(self, prepared: PreparedStart, presented: Presented | None = None) -> Started:
         """Writes a start in a transaction of its own, unless the checkpoint writer takes it, and has not yet had it."""
         database, start = self.database, prepared.start
         if presented is None:
@@ -536,7 +536,7 @@ class Runtime:
             return Started(found or start.key.workflow_id)
         return self._started(prepared, written)
 
-    def _started(self, prepared: _PreparedStart, written: WrittenStart | Presented) -> Started:
+    def _started(self, prepared: PreparedStart, written: WrittenStart | Presented) -> Started:
         """Begins what is to begin here; returns the run as it was made."""
         if isinstance(written, Presented):
             written = WrittenStart(written.execution is not None, written.returned["created_at"])
@@ -587,14 +587,12 @@ class Runtime:
         if execution is not None and execution.inline:
             self.executions.remove(execution)
 
-    def _begin_ms(self, start: RunStart) -> int:
-        """Returns when a delayed run begins, by the database's clock, in milliseconds since 1970."""
-        if start.start_at is not None:
-            return epoch_ms(start.start_at)
+    def _after_ms(self, delay_s: float) -> int:
+        """Returns when a delay from now is over, by the database's clock, in milliseconds since 1970."""
         now: datetime = reading(
             self.engine, "runtime.now", lambda conn: conn.execute(sa.text("SELECT now()")).scalar_one()
         )
-        return int((now.astimezone(UTC) + timedelta(seconds=start.delay_s or 0.0)).timestamp() * 1000)
+        return int((now.astimezone(UTC) + timedelta(seconds=delay_s)).timestamp() * 1000)
 
 
 def _find_traced(conn: sa.Connection, workflow_id: str) -> TracedRun | None:

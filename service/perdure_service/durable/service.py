@@ -197,9 +197,10 @@ class RunService:
         """Starts a run, if it can be without a thread that waits."""
         if self._calls >= self._max_calls:
             raise Overloaded(TOO_MANY_CALLS)
-        promise = self._runtime.start_soon(agent, start, arguments, server_made_id=server_made_id)
+        prepared = self._runtime.prepare(agent, start, arguments, server_made_id=server_made_id)
+        promise = self._runtime.start_soon(prepared)
         if promise is None:
-            return await self._call(lambda: self._runtime.start(agent, start, arguments, server_made_id=server_made_id))
+            return await self._call(self._runtime.start, prepared)
         self._calls += 1
         try:
             return await hops.result_of(promise)

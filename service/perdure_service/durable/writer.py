@@ -56,7 +56,7 @@ class EventWriter:
 
         Args:
             execution: Whose.
-            at_once: Whether they are too many to wait.
+            at_once: Whether they are too many to wait, or were given to the checkpoint writer in vain.
         """
         with self._changed:
             due = time.monotonic() + (0.0 if at_once else LINGER_S)
@@ -68,10 +68,6 @@ class EventWriter:
             if self._due[0][2] is execution:
                 # Earlier than whatever a thread waits for. All else comes when it is due: one of them sees to that.
                 self._changed.notify_all()
-
-    def write_now(self, execution: Execution) -> None:
-        """Has an execution looked at at once: what the checkpoint writer did not write of it must be written alone."""
-        self.wake(execution, at_once=True)
 
     def stop(self) -> None:
         """Ends the threads after what waits now."""

@@ -3,7 +3,7 @@
 A row that is submitted waits for nothing but a writer that is free: there is no timer, so a lone row is written at
 once, and many share a commit because they came while the last one was under way. Two writers of 64 rows wrote more
 than one of 128, and more than four of 32 (on two cores with PostgreSQL; larger batches gained nothing). The second one
-joins when it has something to gain: when a share of a batch waits, or when the first one takes long.
+joins when it has something to gain: when a whole batch waits, or when the first one takes long.
 
 **What a caller is told**: that its row is written, once the commit has returned; or that it is not known to be. Then
 its own transaction must find out, as `checkpoints` says. Nothing here ever says that a row is *not* committed.
@@ -30,7 +30,7 @@ from contextlib import suppress
 import sqlalchemy as sa
 import structlog
 
-from perdure_service.store.checkpoints import KINDS, CheckpointRow, EventsRow, Written, write
+from perdure_service.store.checkpoints import CheckpointRow, EventsRow, Written, write_all
 from perdure_service.store.engine import is_cockroach
 from perdure_service.store.sqlstates import (
     CONFLICTS,
@@ -47,10 +47,9 @@ WRITERS = 2
 MAX_ROWS = 64
 """See the module."""
 
-JOIN_ROWS = 64
 JOIN_AFTER_S = 0.02
-"""How many rows must wait, or how long the first writer must be busy, before the second one begins: small batches cost
-the database and us nearly as much as large ones."""
+"""How long the first writer must be busy before the second one begins with less than a batch: small batches cost the
+database and us nearly as much as large ones."""
 
 MAX_WAITING = 4096
 """Rows that wait at most; who comes then writes alone, and so waits for a connection as everybody did."""
@@ -186,7 +185,7 @@ class CheckpointWriter:
         waiting = len(self._rows) + len(self._events)
         if not waiting or not self._busy:
             return bool(waiting)
-        return waiting >= JOIN_ROWS or time.monotonic() - self._busy_since >= JOIN_AFTER_S
+        return waiting >= MAX_ROWS or time.monotonic() - self._busy_since >= JOIN_AFTER_S
 
     def _write(self, session: _Session, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
         """Writes a batch, repeated as the module says; returns what was written, by workflow id."""
@@ -214,14 +213,11 @@ class CheckpointWriter:
 
     def commit(self, conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
         """Writes rows and commits them: of one kind in an implicit transaction, of several in an explicit one."""
-        kinds = [kind for kind in KINDS if any(type(row) is kind for row in rows)]
-        written: dict[str, Written] = {}
-        if len(kinds) > 1:
-            conn.exec_driver_sql("BEGIN")
-        for kind in kinds:
-            written.update(write(conn, kind, [row for row in rows if type(row) is kind]))
-        if len(kinds) > 1:
-            conn.exec_driver_sql("COMMIT")
+        if len({type(row) for row in rows}) == 1:
+            return write_all(conn, rows)
+        conn.exec_driver_sql("BEGIN")
+        written = write_all(conn, rows)
+        conn.exec_driver_sql("COMMIT")
         return written
 
 

@@ -24,17 +24,18 @@ table twice, and PostgreSQL gives both changes the same snapshot.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, ClassVar
 
 import sqlalchemy as sa
 
-from perdure_service.domain.events import Event, EventKind, Pack, encode_events
+from perdure_service.domain.events import Pack, encode_events
 from perdure_service.domain.runs import RunStart
 from perdure_service.store.dbos_tables import APPLICATION, INPUT, OUTPUT, OUTPUTS, STATUS
-from perdure_service.store.runs import RUN_COLUMNS
+from perdure_service.store.engine import is_cockroach
+from perdure_service.store.runs import RUN_COLUMNS, RunChanges
 
 Written = Mapping[str, Any]
 """What the statement returns of a row that it has written."""
@@ -188,39 +189,24 @@ class EventsRow:
     owner_xid: str
     pack: Pack
     previous_first: int | None
-    pack_id: str = field(init=False)
     first_sequence: int | None = field(init=False)
     event_count: int = field(init=False)
     events: str = field(init=False)
-    moves: bool = field(default=False, init=False)
-    waiting_for: str | None = field(default=None, init=False)
-    state_reason: str = field(default="", init=False)
-    progress: str | None = field(default=None, init=False)
-    input_tokens: int = field(default=0, init=False)
-    output_tokens: int = field(default=0, init=False)
+    changes: RunChanges = field(init=False)
 
     def __post_init__(self) -> None:
-        self.pack_id, self.first_sequence = self.pack.pack_id, self.pack.first_sequence
-        self.event_count, self.events = len(self.pack.events), encode_events(self.pack.events)
-        self._change_run(self.pack.events)
+        self.first_sequence, self.event_count = self.pack.first_sequence, len(self.pack.events)
+        self.events, self.changes = encode_events(self.pack.events), RunChanges.of(self.pack.events)
+
+    @property
+    def pack_id(self) -> str:
+        """The pack's."""
+        return self.pack.pack_id
 
     @property
     def keys(self) -> tuple[str, ...]:
         """What no other row of a statement may have."""
         return (self.workflow_id,)
-
-    def _change_run(self, events: Sequence[Event]) -> None:
-        """Takes what the events say of the run's row; the same as `runs.apply_events`."""
-        for event in events:
-            if event.kind is EventKind.PROGRESS:
-                self.progress = json.dumps(dict(event.data))
-            elif event.kind is EventKind.STATE_CHANGED:
-                self.moves = True
-                self.waiting_for = event.data.get("waiting_for")
-                self.state_reason = str(event.data.get("reason", ""))
-            elif event.kind is EventKind.USAGE:
-                self.input_tokens += int(event.data.get("input_tokens", 0))
-                self.output_tokens += int(event.data.get("output_tokens", 0))
 
 
 @dataclass(slots=True)
@@ -340,13 +326,26 @@ class StartRow(EventsRow):
 
 CheckpointRow = EventsRow
 KINDS: tuple[type[EventsRow], ...] = (StartRow, StepRow, OutcomeRow, EventsRow)
-_GETTERS = {
-    kind: {
-        name: attrgetter(_START_FIELDS[name][1] if kind is StartRow and name in _START_FIELDS else name)
-        for name in kind.columns
-    }
-    for kind in KINDS
-}
+
+
+def _getter(kind: type[EventsRow], column: str) -> Callable[[EventsRow], Any]:
+    if column in _RUN:
+        return attrgetter(f"changes.{column}")
+    if kind is StartRow and column in _START_FIELDS:
+        return attrgetter(_START_FIELDS[column][1])
+    return attrgetter(column)
+
+
+_GETTERS = {kind: {column: _getter(kind, column) for column in kind.columns} for kind in KINDS}
+
+
+def write_all(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
+    """Writes rows of any kinds, a statement each; see `write`."""
+    written: dict[str, Written] = {}
+    for kind in KINDS:
+        if of_kind := [row for row in rows if type(row) is kind]:
+            written.update(write(conn, kind, of_kind))
+    return written
 
 
 def write(conn: sa.Connection, kind: type[CheckpointRow], rows: Sequence[CheckpointRow]) -> dict[str, Written]:
@@ -358,11 +357,11 @@ def write(conn: sa.Connection, kind: type[CheckpointRow], rows: Sequence[Checkpo
         rows: No two with a key in common.
     """
     getters = _GETTERS[kind].items()
-    if conn.dialect.name == "postgresql":
-        values: dict[str, Any] = {"rows": _encode([{name: get(row) for name, get in getters} for row in rows])}
-        result = conn.exec_driver_sql(kind.statement.json, values)
-    else:
-        values = {name: [get(row) for row in rows] for name, get in getters}
+    if is_cockroach(conn.engine):
+        values: dict[str, Any] = {name: [get(row) for row in rows] for name, get in getters}
         result = conn.exec_driver_sql(kind.statement.arrays, values)
+    else:
+        values = {"rows": _encode([{name: get(row) for name, get in getters} for row in rows])}
+        result = conn.exec_driver_sql(kind.statement.json, values)
     names = list(result.keys())
     return {row[0]: dict(zip(names, row, strict=True)) for row in result.fetchall()}

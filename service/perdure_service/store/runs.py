@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -274,23 +275,53 @@ def logged_states(conn: sa.Connection, workflow_ids: Sequence[str]) -> dict[str,
     }
 
 
+@dataclass(slots=True)
+class RunChanges:
+    """What a pack of its log says of a run's row.
+
+    Attributes:
+        moves: Whether the run's state changes: to `waiting_for`, with `state_reason`.
+        progress: The last one told, as JSON; None for none.
+        input_tokens: Those that were used, to be added; so are `output_tokens`.
+    """
+
+    moves: bool = False
+    waiting_for: str | None = None
+    state_reason: str = ""
+    progress: str | None = None
+    input_tokens: int = 0
+    output_tokens: int = 0
+
+    @classmethod
+    def of(cls, events: Sequence[Event]) -> RunChanges:
+        """Returns what the events of a pack change."""
+        told = cls()
+        for event in events:
+            if event.kind is EventKind.PROGRESS:
+                told.progress = json.dumps(dict(event.data))
+            elif event.kind is EventKind.STATE_CHANGED:
+                told.moves = True
+                told.waiting_for = event.data.get("waiting_for")
+                told.state_reason = str(event.data.get("reason", ""))
+            elif event.kind is EventKind.USAGE:
+                told.input_tokens += int(event.data.get("input_tokens", 0))
+                told.output_tokens += int(event.data.get("output_tokens", 0))
+        return told
+
+
 def apply_events(conn: sa.Connection, workflow_id: str, events: Sequence[Event]) -> None:
     """Brings the run's row up to what a pack of its log says: progress, usage, and what it waits for.
 
     Usage is a sum, so a pack must be applied once: in the transaction that appends it, and not when it is presented
     again. The row holds what the log's `usage` events add up to, at every commit.
     """
+    told = RunChanges.of(events)
     changes: dict[str, Any] = {}
-    used = {"input_tokens": 0, "output_tokens": 0}
-    for event in events:
-        if event.kind is EventKind.PROGRESS:
-            changes["progress"] = json.dumps(dict(event.data))
-        elif event.kind is EventKind.STATE_CHANGED:
-            changes["waiting_for"] = event.data.get("waiting_for")
-            changes["state_reason"] = str(event.data.get("reason", ""))
-        elif event.kind is EventKind.USAGE:
-            for name in used:
-                used[name] += int(event.data.get(name, 0))
+    if told.progress is not None:
+        changes["progress"] = told.progress
+    if told.moves:
+        changes |= {"waiting_for": told.waiting_for, "state_reason": told.state_reason}
+    used = {"input_tokens": told.input_tokens, "output_tokens": told.output_tokens}
     added = {name: tokens for name, tokens in used.items() if tokens}
     assignments = ", ".join(
         [*(f"{name} = :{name}" for name in changes), *(f"{name} = {name} + :{name}" for name in added)]

@@ -193,7 +193,7 @@ def test_calls_from_other_threads_come_in_order_and_share_wake_ups() -> None:
 
         loop.call_soon_threadsafe = counted  # type: ignore[assignment]
         for number in range(100):
-            hops.inbox(loop).post(functools.partial(got.append, number))
+            hops.calls_into(loop).post(functools.partial(got.append, number))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         return wakes
@@ -209,8 +209,8 @@ def test_a_call_that_fails_does_not_take_the_others_with_it() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
         loop.set_exception_handler(lambda _loop, context: told.append(str(context["exception"])))
-        hops.inbox(loop).post(lambda: [][0])
-        hops.inbox(loop).post(lambda: got.append("next"))
+        hops.calls_into(loop).post(lambda: [][0])
+        hops.calls_into(loop).post(lambda: got.append("next"))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
