@@ -216,7 +216,7 @@ class NotifyFeed:
         self._watch = watch or process_watch()
         self._lock = threading.Lock()
         self._pending = NOTHING
-        self._stopping = False
+        self._stop = threading.Event()
         self._wake_reader = self._wake_writer = -1
         self._listening_since: float | None = None
         self._heard_myself = self._heard_others = -math.inf
@@ -242,7 +242,7 @@ class NotifyFeed:
 
     def stop(self) -> None:
         """Tells what is to be told, and ends."""
-        self._stopping = True
+        self._stop.set()
         self._wake()
         if self._thread.is_alive():
             self._thread.join(timeout=5)
@@ -264,7 +264,7 @@ class NotifyFeed:
 
     def _run(self) -> None:
         pause_s = FIRST_RETRY_S
-        while not self._stopping:
+        while not self._stop.is_set():
             try:
                 with self._connect() as conn:
                     self._listen(conn)
@@ -273,11 +273,11 @@ class NotifyFeed:
             except Exception as error:  # noqa: BLE001 - logged; it connects again
                 log.warning("hints.connection_lost", error=type(error).__name__)
             was_listening, self._listening_since = self._listening_since is not None, None
-            if was_listening and not self._stopping:
+            if was_listening and not self._stop.is_set():
                 self._heard(EVERYTHING)  # whoever waits must look by himself again
-            if not self._stopping:
-                select.select([self._wake_reader], [], [], pause_s * JITTER.uniform(0.5, 1.5))
-                pause_s = min(2 * pause_s, LAST_RETRY_S)
+            # Not on the pipe: what is to be sent meanwhile stays in it, and would end every pause at once.
+            self._stop.wait(pause_s * JITTER.uniform(0.5, 1.5))
+            pause_s = min(2 * pause_s, LAST_RETRY_S)
         with self._lock:
             os.close(self._wake_reader)
             os.close(self._wake_writer)
@@ -299,13 +299,13 @@ class NotifyFeed:
             if not self.arrives and now - since > self._deaf_s:
                 raise TimeoutError("the database does not send what it was told to send")
             waiting = self._pending != NOTHING
-            if waiting and (now >= next_send or self._stopping):
+            if waiting and (now >= next_send or self._stop.is_set()):
                 self._send_pending(conn)
                 next_send, next_voice = time.monotonic() + PAUSE_S, time.monotonic() + self._voice_s
             elif now >= next_voice:
                 self._notify(conn, encode(self._sender, NOTHING))
                 next_voice = now + self._voice_s
-            elif self._stopping:
+            elif self._stop.is_set():
                 return
             wait_s = max(0.0, min(next_send, next_voice) - now) if waiting else max(0.0, next_voice - now)
             # What came with the answer to a notification is not in the socket any more.

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from functools import reduce
 from operator import or_
+from typing import NoReturn
 
+import psycopg
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from perdure_service.store.hints import MAX_PAYLOAD_BYTES, MAX_RUNS, NOTHING, Hint, decode, encode
+from perdure_service.store import hints
+from perdure_service.store.hints import MAX_PAYLOAD_BYTES, MAX_RUNS, NOTHING, Hint, NotifyFeed, decode, encode
+
+from tests.helpers.waiting import eventually
 
 ids = st.text(st.characters(exclude_characters="\0", exclude_categories=("Cs",)), max_size=200)
 
@@ -47,3 +53,35 @@ def test_more_runs_than_can_be_told_of_are_everything() -> None:
     assert many.bounded.queues == {"mail"}
     few = Hint(runs=frozenset({"a"}))
     assert few.bounded == few
+
+
+class Ending(threading.Event):
+    """A feed's end, which comes with its first pause."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pauses: list[float] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        self.pauses.append(timeout)
+        self.set()
+        return True
+
+
+def test_what_is_to_be_sent_does_not_shorten_the_pauses_while_there_is_no_database() -> None:
+    tries: list[int] = []
+
+    def connect() -> NoReturn:
+        tries.append(1)
+        if len(tries) > 1:
+            ending.set()  # it was not to come to this; end it all the same
+        feed.send(Hint(runs=frozenset({"r"})))
+        raise psycopg.OperationalError("away")
+
+    feed = NotifyFeed(connect, "me", lambda _hint: None)
+    ending = feed._stop = Ending()
+    feed.start()
+    eventually(lambda: not feed._thread.is_alive())
+    assert (len(tries), len(ending.pauses)) == (1, 1)
+    assert ending.pauses[0] >= hints.FIRST_RETRY_S / 2
