@@ -130,7 +130,7 @@ class BulkStarter:
                 self._cancel()
                 if self._closed:
                     return None
-                outage = outage or self._begin_outage()
+                outage = outage or Patience.of_outage(self._config, self._backoff, answered=self._answered)
                 if isinstance(failure, PayloadTooLarge):
                     # gRPC's own, of the stream as a whole. Sent alone, a start is the one that is meant.
                     if sent == 1:
@@ -248,10 +248,6 @@ class BulkStarter:
                 pass
             finally:
                 self._cancel()
-
-    def _begin_outage(self) -> Patience:
-        total_s = self._config.reconnect_timeout_s
-        return Patience(total_s, total_s if self._answered else self._config.connect_timeout_s, self._backoff)
 
     def _cancel(self) -> None:
         self._sent, self._most = 0, 1

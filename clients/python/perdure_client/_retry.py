@@ -6,6 +6,7 @@ import random
 import time
 from dataclasses import dataclass, field
 
+from perdure_client._config import Config
 from perdure_client._errors import DeadlineExceeded, PerdureError, ServerUnavailable
 
 FIRST_DELAY_S = 0.1
@@ -51,6 +52,18 @@ class Patience:
         self._connect_s = min(total_s, connect_s)
         self._backoff = backoff or Backoff()
         self._began_s = time.monotonic()
+
+    @classmethod
+    def of_outage(cls, config: Config, backoff: Backoff, *, answered: bool) -> Patience:
+        """Returns that with an outage of a stream.
+
+        Args:
+            config: The client's.
+            backoff: To go on with.
+            answered: Whether a server has ever answered: an address where none has may be wrong.
+        """
+        total_s = config.reconnect_timeout_s
+        return cls(total_s, total_s if answered else config.connect_timeout_s, backoff)
 
     @property
     def remaining_s(self) -> float:

@@ -180,7 +180,7 @@ class _Reader(Generic[_RequestT, _ResponseT]):
                 if self._closed:
                     return
                 if outage is None:
-                    outage = self._begin_outage()
+                    outage = Patience.of_outage(self._config, self._backoff, answered=self._answered)
                 delay_s = outage.delay_before_repeat_s(failure)
                 if delay_s is None:
                     raise
@@ -214,10 +214,6 @@ class _Reader(Generic[_RequestT, _ResponseT]):
     def _open(self, request: _RequestT) -> Stream[_ResponseT]:
         self._opened_s = time.monotonic()
         return self._transport.stream(self._method, request, metadata=call_metadata(self._config))
-
-    def _begin_outage(self) -> Patience:
-        total_s = self._config.reconnect_timeout_s
-        return Patience(total_s, total_s if self._answered else self._config.connect_timeout_s, self._backoff)
 
     async def finish(self) -> None:
         """Lets the stream end by itself after its last message, so that the server counts it as OK."""
