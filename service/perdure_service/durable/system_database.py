@@ -432,7 +432,9 @@ class PerdureSystemDatabase(WaitingDatabase):
             return  # recorded below: what is raised there, DBOS records once more when the step is asynchronous
         refused = self.limit.refuse_result(result, self.serializer)
         stowed = self.payloads.stow(result["output"])
-        events = getattr(self._local, "sleep_events", None)
+        events = None
+        if getattr(self._local, "records_sleep", False):
+            events = _sleep_events(result["function_id"], rest.get("completed_at_epoch_ms"))
         if presented is None and execution is not None and stowed is None and events is None and not rest:
             presented = self._present_step(execution, result, call)
         if not self._committed(presented):
@@ -521,23 +523,14 @@ class PerdureSystemDatabase(WaitingDatabase):
     def record_sleep(
         self, workflow_uuid: str, function_id: int, seconds: float, *, project_completion_time: bool = False
     ) -> float:
-        def events(execution: Execution) -> list[Event]:
-            if not project_completion_time:
-                return []  # the timeout of a recv or get_event, which has an event of its own
-            until = now_ms() + int(seconds * 1000)
-            done = Event(
-                EventKind.STEP_SUCCEEDED, now_ms(), {"duration_ms": 0}, function_id, "DBOS.sleep", 0, execution.number
-            )
-            return [done, execution.moved(RunState.SLEEPING, until_ms=until, waiting_for=WAITING_SLEEP)]
-
         execution = self._execution_here()
-        self._local.sleep_events = events
+        self._local.records_sleep = True
         try:
             remaining = super().record_sleep(
                 workflow_uuid, function_id, seconds, project_completion_time=project_completion_time
             )
         finally:
-            self._local.sleep_events = None
+            self._local.records_sleep = False
         if execution is not None and project_completion_time and remaining > 0 and execution.state is RunState.RUNNING:
             # Replayed: the sleep goes on where another execution began it.
             until = now_ms() + int(remaining * 1000)
@@ -831,6 +824,23 @@ class PerdureSystemDatabase(WaitingDatabase):
 
 def _events_row(execution: Execution, pack: Pack, previous_first: int | None) -> EventsRow:
     return EventsRow(pack.workflow_id, execution.owner_xid, pack, previous_first)
+
+
+def _sleep_events(function_id: int, until_ms: int | None) -> Callable[[Execution], list[Event]]:
+    """Returns what is told of a sleep that DBOS records until `until_ms`, in milliseconds since 1970.
+
+    None is the timeout of a recv or get_event, which has an event of its own.
+    """
+
+    def events(execution: Execution) -> list[Event]:
+        if until_ms is None:
+            return []
+        done = Event(
+            EventKind.STEP_SUCCEEDED, now_ms(), {"duration_ms": 0}, function_id, "DBOS.sleep", 0, execution.number
+        )
+        return [done, execution.moved(RunState.SLEEPING, until_ms=until_ms, waiting_for=WAITING_SLEEP)]
+
+    return events
 
 
 def _pointing(status: WorkflowStatusInternal, stowed: Stowed | None) -> WorkflowStatusInternal:
