@@ -154,9 +154,10 @@ async def sleeper(seconds: float = 0.2) -> str:
 
 
 @agent(name="parent")
-async def parent(children: int = 2, seconds: float = 0.0) -> list[str]:
-    """Has child runs."""
-    handles = [await DBOS.start_workflow_async(plain_child, number, seconds) for number in range(children)]
+async def parent(children: int = 2, seconds: float = 0.0, apart: float = 0.0) -> list[str]:
+    """Has child runs, of which each takes so many seconds more than the one before."""
+    times = [seconds + number * apart for number in range(children)]
+    handles = [await DBOS.start_workflow_async(plain_child, number, lasting) for number, lasting in enumerate(times)]
     return [await handle.get_result() for handle in handles]
 
 

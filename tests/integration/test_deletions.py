@@ -125,7 +125,7 @@ def test_a_run_that_has_not_ended_is_left_alone_and_told(rpc: Rpc) -> None:
 
 
 def test_a_child_stays_while_its_parent_may_read_its_result(rpc: Rpc) -> None:
-    parent = rpc.start("parent", {"children": 2, "seconds": 1.5})
+    parent = rpc.start("parent", {"children": 2, "seconds": 0.1, "apart": 2.0})
     eventually(lambda: refusal_of(lambda: rpc.get(f"{parent}.1")) is None, what="the first child is there")
     rpc.end_of(f"{parent}.1")
     if state_of(rpc.get(parent)) == "RUNNING":  # else the machine was too slow for the question
