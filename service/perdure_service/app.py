@@ -21,7 +21,6 @@ from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
 from perdure_service.domain.queues import Queues
 from perdure_service.domain.regions import Place, describe
-from perdure_service.domain.runs import LOCAL_CELL
 from perdure_service.durable import metering
 from perdure_service.durable.context import current_run
 from perdure_service.durable.leases import new_executor_id
@@ -248,7 +247,8 @@ async def serve(settings: Settings, url: str, *, dev: bool, ready: Report, place
         payload_threshold_bytes=settings.payload_threshold_bytes,
         checkpoint_timeout=settings.statement_timeout if settings.batch_checkpoints else None,
         objects=S3Objects(settings.payloads) if settings.payloads.s3_bucket else None,
-        cell=LOCAL_CELL if place is None else place.cell.name,
+        place=place,
+        claim_ttl=max(settings.claim_ttl, settings.lease_ttl),
     )
     # The catalogue before the lease: what this process takes must have a name that every server knows.
     await asyncio.to_thread(

@@ -171,6 +171,13 @@ class RevisionConflict(PerdureError):
     reason = "REVISION_CONFLICT"
 
 
+class NobodyStandsBy(PerdureError):
+    """No executor stands by for the cell in the region that it is to go to; start one there, and repeat."""
+
+    status = "FAILED_PRECONDITION"
+    reason = "NOBODY_STANDS_BY"
+
+
 class Contention(PerdureError):
     """Concurrent transactions conflicted beyond the retry budget; repeat the whole call."""
 

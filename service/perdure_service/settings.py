@@ -494,6 +494,12 @@ class Settings(BaseSettings):
     cell: str | None = Field(
         None, description="The cell that this server serves. Unset: the only one whose home is its region."
     )
+    claim_ttl: timedelta = Field(
+        timedelta(seconds=12),
+        ge=timedelta(seconds=1),
+        description="With regions: after how long without a living server in the region that executes its runs a cell "
+        "is taken over by those that stand by elsewhere; lease_ttl if that is longer.",
+    )
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: console on a terminal.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least severe to log.")
     tls: TlsSettings = Field(default_factory=lambda: TlsSettings())  # type: ignore[call-arg]
@@ -539,6 +545,7 @@ class Settings(BaseSettings):
         "queue_poll_interval",
         "watch_poll_interval",
         "lease_ttl",
+        "claim_ttl",
         "park_after",
         "drain_timeout",
         "max_connection_age",

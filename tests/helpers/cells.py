@@ -40,7 +40,7 @@ class Cluster:
         return database_of(self.url, self.regions.cells[cell])
 
     def place(self, cell: str) -> Place:
-        return Place(self.regions, self.regions.cells[cell])
+        return Place(self.regions, self.regions.cells[cell], self.regions.cells[cell].region)
 
     def rows(self, cell: str, query: str) -> list[tuple[object, ...]]:
         engine = create_engine(self.url_of(cell), pool_size=1, statement_timeout=migrations.STATEMENT_TIMEOUT)

@@ -29,6 +29,7 @@ ELSEWHERE = {
     "KeysUnavailable": "../unit/rpc/test_security.py",
     "PermissionDenied": "../unit/rpc/test_security.py",
     "ViewTooLarge": "../unit/rpc/test_errors.py",
+    "NobodyStandsBy": "test_take_over.py",
     "ConfigurationError": "never reaches a caller",
     "Overloaded": "test_limits.py",
     "QuotaExceeded": "test_limits.py",

@@ -80,7 +80,7 @@ def test_a_server_refuses_a_database_that_is_not_its_cells(migrated: Cluster) ->
     assert "PERDURE_DATABASE_URL names the database" in wrong_name
     named = regions_yaml({"nn1": migrated.databases["ss1"]}, role=migrated.role)
     mistaken = parse_regions(named, "regions.yaml")
-    (wrong_row,) = migrated.findings("ss1", Place(mistaken, mistaken.cells["nn1"]))
+    (wrong_row,) = migrated.findings("ss1", Place(mistaken, mistaken.cells["nn1"], "north"))
     assert f"{migrated.databases['ss1']} is the home of the cell ss1, not of nn1" in wrong_row
     (unaware,) = migrated.findings("ss1", None)
     assert "is the home of the cell ss1; set PERDURE_REGIONS_FILE" in unaware
@@ -90,7 +90,7 @@ def test_a_server_refuses_a_database_that_is_not_its_cells(migrated: Cluster) ->
 def test_a_server_refuses_a_database_that_is_nobodys_home(migrated: Cluster, database_url: str) -> None:
     database = parse_url(database_url).database
     regions = parse_regions(regions_yaml({"nn1": str(database)}), "regions.yaml")
-    place = Place(regions, regions.cells["nn1"])
+    place = Place(regions, regions.cells["nn1"], "north")
     (finding,) = diagnosis.diagnose(database_url, (cells.verifier(place),))
     assert "has not been migrated as the home of the cell nn1" in finding.text
     assert diagnosis.diagnose(database_url, (cells.verifier(None),)) == []

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import grpc
 import pytest
-from perdure.v1 import agent_run_pb2 as run_pb
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2 as approval_pb
 
@@ -21,7 +20,7 @@ from tests.helpers.databases import DatabaseServer
 from tests.helpers.regions import write_regions
 from tests.helpers.rpc import Reading, Rpc, events_of, new_id, only, refused, sequences, state_of
 from tests.helpers.server import ServerProcess, create_effects_table, effects, sql
-from tests.helpers.waiting import eventually, free_port, scaled
+from tests.helpers.waiting import eventually, scaled
 
 BEFORE = {"default": {"home": "nn1"}, "moved": {"home": "nn1"}}
 HOMES: dict[str, dict[str, object]] = {
@@ -41,7 +40,6 @@ class Two:
     south: ServerProcess
     at_north: Rpc
     at_south: Rpc
-    standby_port: int
 
     @property
     def both(self) -> tuple[Rpc, Rpc]:
@@ -67,14 +65,8 @@ def two(database_server: DatabaseServer, tmp_path_factory: pytest.TempPathFactor
             servers[cell] = server
         databases = {**cluster.databases, "ww1": "nowhere"}
         addresses = {cell: server.address for cell, server in servers.items()}
-        standby_port = free_port()
-        standbys = {"nn1": f"127.0.0.1:{standby_port}"}
         old, new = (
-            str(
-                write_regions(
-                    tmp_path_factory.mktemp(name), databases, addresses=addresses, standbys=standbys, homes=homes
-                )
-            )
+            str(write_regions(tmp_path_factory.mktemp(name), databases, addresses=addresses, homes=homes))
             for name, homes in (("before", BEFORE), ("after", HOMES))
         )
         north, south = servers.values()
@@ -86,7 +78,7 @@ def two(database_server: DatabaseServer, tmp_path_factory: pytest.TempPathFactor
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(ServerProcess.start, (north, south)))
         stubs = [stack.enter_context(Rpc(server.address)) for server in (north, south)]
-        yield Two(cluster, north, south, *stubs, standby_port)
+        yield Two(cluster, north, south, *stubs)
 
 
 def cells_with(two: Two, run_id: str) -> list[str]:
@@ -267,55 +259,6 @@ def test_a_watcher_in_the_other_region_outlives_the_homes_servers_and_misses_not
     assert state_of(two.at_south.end_of(run_id)) == "SUCCEEDED"
     assert only(events_of(rest), "recovered")
     assert json.loads(two.at_south.get(run_id).output_json)
-
-
-def test_a_standby_in_the_secondary_region_finishes_what_the_lost_home_began(two: Two) -> None:
-    """By hand: the home's servers are killed, and others are started for its cell. Leases and fences make it safe."""
-    run_id = two.at_south.start("counter", {"steps": 12, "delay_s": 0.1})
-    watch = Reading(two.at_south.watch(run_id))
-    eventually(lambda: len(effects(two.cluster.url_of("nn1"), run_id)) >= 3)
-    two.north.kill()
-    seen = watch.join()
-    standby = ServerProcess(
-        two.cluster.url_of("nn1"),
-        command="serve",
-        PERDURE_REGIONS_FILE=two.north.environment["PERDURE_REGIONS_FILE"],
-        PERDURE_REGION="south",
-        PERDURE_CELL="nn1",
-        PERDURE_LEASE_TTL=str(scaled(2)),
-    )
-    standby.port = two.standby_port
-    try:
-        standby.start()
-        assert state_of(eventually_ended(two.at_south, run_id)) == "SUCCEEDED"
-        rest = list(two.at_south.watch(run_id, cursor=seen[-1].cursor, timeout=40))
-        assert sequences([*events_of(seen), *events_of(rest)]) == list(range(1, rest[-1].last_sequence + 1))
-        written = effects(two.cluster.url_of("nn1"), run_id)
-        assert sorted(set(written)) == sorted(f"count {number}" for number in range(12))
-        assert len(written) <= 13, "at most the step in progress ran twice"
-        made = two.at_south.start_call("counter", {"steps": 1})
-        assert made.run.run_id.startswith("nn1-")
-        # The home comes back beside it: two executors of one cell, as of one region.
-        two.north.start()
-        assert standby.stop() == 0
-        assert state_of(eventually_ended(two.at_south, made.run.run_id)) == "SUCCEEDED"
-    finally:
-        standby.__exit__()
-
-
-def eventually_ended(rpc: Rpc, run_id: str) -> run_pb.AgentRun:
-    """Waits for a run's end through the time in which nobody serves its cell."""
-
-    def ended() -> run_pb.AgentRun | None:
-        try:
-            run = rpc.get(run_id)
-        except grpc.RpcError:
-            return None
-        return run if run.HasField("end_time") else None
-
-    found = eventually(ended, 40, what=f"{run_id} ends")
-    assert found is not None
-    return found
 
 
 def test_a_server_does_not_start_on_the_database_of_another_cell(two: Two, tmp_path: Path) -> None:

@@ -692,6 +692,45 @@ class AsyncClient:
         """
         return iterate(self._core.list_cells())
 
+    async def evacuate_cell(self, cell: str) -> CellInfo:
+        """Gives the runs of a cell to the servers that stand by in its secondary region; nothing if they have them.
+
+        A step body that is in progress at home may end there, and nothing is repeated. Call the admin address of a
+        server of the cell.
+
+        Args:
+            cell: Its name.
+
+        Returns:
+            The cell as it is now.
+
+        Raises:
+            InvalidArgument: The server that was asked does not serve the cell, or it has no secondary region.
+            NobodyStandsBy: There is no server for it in its secondary region.
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address, or the server is older.
+        """
+        return await self._core.evacuate_cell(cell)
+
+    async def return_cell(self, cell: str) -> CellInfo:
+        """Gives the runs of a cell back to the servers that stand by in its home region; nothing if they have them.
+
+        Otherwise as `evacuate_cell`.
+
+        Args:
+            cell: Its name.
+
+        Returns:
+            The cell as it is now.
+
+        Raises:
+            InvalidArgument: The server that was asked does not serve the cell.
+            NobodyStandsBy: There is no server for it at its home.
+            PermissionDenied: The token lacks the role `admin`.
+            Unimplemented: This is not the admin address, or the server is older.
+        """
+        return await self._core.return_cell(cell)
+
     def stranded(self) -> AsyncIterator[StrandedRun]:
         """Iterates over the runs that no living executor can continue, the oldest first, of all namespaces.
 

@@ -228,6 +228,7 @@ def executor_from(message: operator_service_pb2.Executor) -> ExecutorInfo:
         executor_id=message.executor_id,
         address=message.address,
         application_version=message.application_version,
+        region=message.region,
         state=_EXECUTOR_STATES.get(message.state, ExecutorState.UNKNOWN),
         running=message.running,
         max_running=message.max_running,
@@ -263,6 +264,11 @@ def cell_from(message: operator_service_pb2.Cell) -> CellInfo:
         namespaces=tuple(message.namespaces),
         served_here=message.served_here,
         reachable=message.reachable,
+        serving_region=message.serving_region,
+        epoch=message.epoch,
+        claim_time=_time(message, "claim_time"),
+        executors=message.executors,
+        standing_by=message.standing_by,
     )
 
 

@@ -362,6 +362,16 @@ class Core:
 
         return Pages(fetch)
 
+    async def evacuate_cell(self, cell: str) -> CellInfo:
+        """Gives the runs of a cell to its secondary region."""
+        request = operator_service_pb2.EvacuateCellRequest(cell=cell)
+        return _convert.cell_from((await self.call(_transport.EVACUATE_CELL, request)).cell)
+
+    async def return_cell(self, cell: str) -> CellInfo:
+        """Gives the runs of a cell back to its home region."""
+        request = operator_service_pb2.ReturnCellRequest(cell=cell)
+        return _convert.cell_from((await self.call(_transport.RETURN_CELL, request)).cell)
+
     def list_stranded(self) -> Pages[StrandedRun]:
         """Lists runs that no living executor can continue, the oldest first."""
         request = operator_service_pb2.ListStrandedRunsRequest(page_size=_PAGE_SIZE)

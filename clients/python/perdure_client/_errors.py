@@ -250,6 +250,12 @@ class ViewTooLarge(FailedPrecondition):
     reason = "VIEW_TOO_LARGE"
 
 
+class NobodyStandsBy(FailedPrecondition):
+    """No executor stands by for the cell in the region that it is to go to; start one there, and repeat."""
+
+    reason = "NOBODY_STANDS_BY"
+
+
 class Unavailable(PerdureError):
     """Base of what goes away by itself: wait and repeat, which is safe."""
 

@@ -44,6 +44,7 @@ _BY_REASON: dict[str, type[PerdureError]] = {
         _errors.CursorOutOfRange,
         _errors.OffsetOutOfRange,
         _errors.ViewTooLarge,
+        _errors.NobodyStandsBy,
         _errors.StoreUnavailable,
         _errors.RegionUnavailable,
         _errors.CellNotServed,

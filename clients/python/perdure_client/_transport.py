@@ -57,6 +57,8 @@ GET_AGENT = _method("AgentCatalogService", catalog.GetAgentRequest, catalog.GetA
 LIST_QUEUES = _method("OperatorService", operators.ListQueuesRequest, operators.ListQueuesResponse)
 LIST_EXECUTORS = _method("OperatorService", operators.ListExecutorsRequest, operators.ListExecutorsResponse)
 LIST_CELLS = _method("OperatorService", operators.ListCellsRequest, operators.ListCellsResponse)
+EVACUATE_CELL = _method("OperatorService", operators.EvacuateCellRequest, operators.EvacuateCellResponse)
+RETURN_CELL = _method("OperatorService", operators.ReturnCellRequest, operators.ReturnCellResponse)
 LIST_STRANDED_RUNS = _method("OperatorService", operators.ListStrandedRunsRequest, operators.ListStrandedRunsResponse)
 
 

@@ -84,6 +84,10 @@ class ExecutorState(StrEnum):
     """Its lease has expired, and nobody has taken its runs back yet."""
     GONE = "GONE"
     """It was declared gone, or stopped; its runs were given back."""
+    DRAINING = "DRAINING"
+    """It stops: it takes no more runs and gives back those it has."""
+    STANDING_BY = "STANDING_BY"
+    """Its lease holds, and it takes no runs: another region executes those of its cell."""
 
 
 class ApprovalState(StrEnum):
@@ -532,6 +536,7 @@ class ExecutorInfo:
         executor_id: Its id, new at every start.
         address: Where it listens, for people: host name and port.
         application_version: The application version of its runs.
+        region: The region that it is in; empty without regions.
         state: Whether it is alive.
         running: Runs that it executes now, those that wait included.
         max_running: How many it executes at most.
@@ -542,6 +547,7 @@ class ExecutorInfo:
     executor_id: str
     address: str = ""
     application_version: str = ""
+    region: str = ""
     state: ExecutorState
     running: int = 0
     max_running: int = 0
@@ -600,6 +606,12 @@ class CellInfo:
         namespaces: Those whose home it is.
         served_here: Whether the server that was asked serves it.
         reachable: Whether one of its servers answered the one that was asked.
+        serving_region: The region whose executors take its runs. This and what follows only of a cell with
+            `served_here`.
+        epoch: How often it has got another serving region, from 1.
+        claim_time: When it got the serving region; None while that is its home since ever.
+        executors: How many living executors take its runs.
+        standing_by: How many living executors stand by for it.
     """
 
     cell: str
@@ -612,6 +624,11 @@ class CellInfo:
     namespaces: tuple[str, ...] = ()
     served_here: bool = False
     reachable: bool = False
+    serving_region: str = ""
+    epoch: int = 0
+    claim_time: datetime | None = None
+    executors: int = 0
+    standing_by: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

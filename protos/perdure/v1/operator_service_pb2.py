@@ -27,43 +27,51 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from perdure.v1 import agent_run_pb2 as perdure_dot_v1_dot_agent__run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perdure/v1/operator_service.proto\x12\nperdure.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aperdure/v1/agent_run.proto\"\xfe\x01\n\x08\x45xecutor\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1b\n\x13\x61pplication_version\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.perdure.v1.ExecutorState\x12\x0f\n\x07running\x18\x05 \x01(\x05\x12\x13\n\x0bmax_running\x18\x06 \x01(\x05\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"S\n\x14ListExecutorsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x14\n\x0cinclude_gone\x18\x03 \x01(\x08\"Y\n\x15ListExecutorsResponse\x12\'\n\texecutors\x18\x01 \x03(\x0b\x32\x14.perdure.v1.Executor\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xeb\x01\n\x05Queue\x12\r\n\x05queue\x18\x01 \x01(\t\x12\x1a\n\x12worker_concurrency\x18\x02 \x01(\x05\x12\x1a\n\x12global_concurrency\x18\x03 \x01(\x05\x12\x12\n\nrate_limit\x18\x04 \x01(\x05\x12.\n\x0brate_period\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06queued\x18\x06 \x01(\x03\x12\x0f\n\x07running\x18\x07 \x01(\x03\x12\x36\n\x12oldest_queued_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x11ListQueuesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListQueuesResponse\x12!\n\x06queues\x18\x01 \x03(\x0b\x32\x11.perdure.v1.Queue\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8a\x02\n\x0bStrandedRun\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x1b\n\x13\x61pplication_version\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12*\n\x06reason\x18\x07 \x01(\x0e\x32\x1a.perdure.v1.StrandedReason\x12\x0e\n\x06\x61\x64vice\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"@\n\x17ListStrandedRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x18ListStrandedRunsResponse\x12%\n\x04runs\x18\x01 \x03(\x0b\x32\x17.perdure.v1.StrandedRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xec\x01\n\x04\x43\x65ll\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\t\x12\x13\n\x0bhome_region\x18\x02 \x01(\t\x12\x18\n\x10secondary_region\x18\x03 \x01(\t\x12/\n\rsurvival_goal\x18\x04 \x01(\x0e\x32\x18.perdure.v1.SurvivalGoal\x12\x10\n\x08\x64\x61tabase\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x17\n\x0fstandby_address\x18\x07 \x01(\t\x12\x12\n\nnamespaces\x18\x08 \x03(\t\x12\x13\n\x0bserved_here\x18\t \x01(\x08\x12\x11\n\treachable\x18\n \x01(\x08\"9\n\x10ListCellsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x11ListCellsResponse\x12\x1f\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x10.perdure.v1.Cell\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t*\x9b\x01\n\rExecutorState\x12\x1e\n\x1a\x45XECUTOR_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45XECUTOR_STATE_ALIVE\x10\x01\x12\x1a\n\x16\x45XECUTOR_STATE_EXPIRED\x10\x02\x12\x17\n\x13\x45XECUTOR_STATE_GONE\x10\x03\x12\x1b\n\x17\x45XECUTOR_STATE_DRAINING\x10\x04*\xaa\x01\n\x0eStrandedReason\x12\x1f\n\x1bSTRANDED_REASON_UNSPECIFIED\x10\x00\x12*\n&STRANDED_REASON_NO_EXECUTOR_OF_VERSION\x10\x01\x12(\n$STRANDED_REASON_NO_EXECUTOR_OF_AGENT\x10\x02\x12!\n\x1dSTRANDED_REASON_NO_SUCH_QUEUE\x10\x03*_\n\x0cSurvivalGoal\x12\x1d\n\x19SURVIVAL_GOAL_UNSPECIFIED\x10\x00\x12\x18\n\x14SURVIVAL_GOAL_REGION\x10\x01\x12\x16\n\x12SURVIVAL_GOAL_ZONE\x10\x02\x32\xdd\x02\n\x0fOperatorService\x12T\n\rListExecutors\x12 .perdure.v1.ListExecutorsRequest\x1a!.perdure.v1.ListExecutorsResponse\x12K\n\nListQueues\x12\x1d.perdure.v1.ListQueuesRequest\x1a\x1e.perdure.v1.ListQueuesResponse\x12]\n\x10ListStrandedRuns\x12#.perdure.v1.ListStrandedRunsRequest\x1a$.perdure.v1.ListStrandedRunsResponse\x12H\n\tListCells\x12\x1c.perdure.v1.ListCellsRequest\x1a\x1d.perdure.v1.ListCellsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!perdure/v1/operator_service.proto\x12\nperdure.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1aperdure/v1/agent_run.proto\"\x8e\x02\n\x08\x45xecutor\x12\x13\n\x0b\x65xecutor_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x1b\n\x13\x61pplication_version\x18\x03 \x01(\t\x12(\n\x05state\x18\x04 \x01(\x0e\x32\x19.perdure.v1.ExecutorState\x12\x0f\n\x07running\x18\x05 \x01(\x05\x12\x13\n\x0bmax_running\x18\x06 \x01(\x05\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0e\n\x06region\x18\t \x01(\t\"S\n\x14ListExecutorsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x14\n\x0cinclude_gone\x18\x03 \x01(\x08\"Y\n\x15ListExecutorsResponse\x12\'\n\texecutors\x18\x01 \x03(\x0b\x32\x14.perdure.v1.Executor\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xeb\x01\n\x05Queue\x12\r\n\x05queue\x18\x01 \x01(\t\x12\x1a\n\x12worker_concurrency\x18\x02 \x01(\x05\x12\x1a\n\x12global_concurrency\x18\x03 \x01(\x05\x12\x12\n\nrate_limit\x18\x04 \x01(\x05\x12.\n\x0brate_period\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x0e\n\x06queued\x18\x06 \x01(\x03\x12\x0f\n\x07running\x18\x07 \x01(\x03\x12\x36\n\x12oldest_queued_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\":\n\x11ListQueuesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"P\n\x12ListQueuesResponse\x12!\n\x06queues\x18\x01 \x03(\x0b\x32\x11.perdure.v1.Queue\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x8a\x02\n\x0bStrandedRun\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0e\n\x06run_id\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x15\n\ragent_version\x18\x04 \x01(\t\x12\x1b\n\x13\x61pplication_version\x18\x05 \x01(\t\x12(\n\x05state\x18\x06 \x01(\x0e\x32\x19.perdure.v1.AgentRunState\x12*\n\x06reason\x18\x07 \x01(\x0e\x32\x1a.perdure.v1.StrandedReason\x12\x0e\n\x06\x61\x64vice\x18\x08 \x01(\t\x12/\n\x0b\x63reate_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"@\n\x17ListStrandedRunsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"Z\n\x18ListStrandedRunsResponse\x12%\n\x04runs\x18\x01 \x03(\x0b\x32\x17.perdure.v1.StrandedRun\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\xeb\x02\n\x04\x43\x65ll\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\t\x12\x13\n\x0bhome_region\x18\x02 \x01(\t\x12\x18\n\x10secondary_region\x18\x03 \x01(\t\x12/\n\rsurvival_goal\x18\x04 \x01(\x0e\x32\x18.perdure.v1.SurvivalGoal\x12\x10\n\x08\x64\x61tabase\x18\x05 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x06 \x01(\t\x12\x17\n\x0fstandby_address\x18\x07 \x01(\t\x12\x12\n\nnamespaces\x18\x08 \x03(\t\x12\x13\n\x0bserved_here\x18\t \x01(\x08\x12\x11\n\treachable\x18\n \x01(\x08\x12\x16\n\x0eserving_region\x18\x0b \x01(\t\x12\r\n\x05\x65poch\x18\x0c \x01(\x03\x12.\n\nclaim_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\texecutors\x18\x0e \x01(\x05\x12\x13\n\x0bstanding_by\x18\x0f \x01(\x05\"9\n\x10ListCellsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"M\n\x11ListCellsResponse\x12\x1f\n\x05\x63\x65lls\x18\x01 \x03(\x0b\x32\x10.perdure.v1.Cell\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"#\n\x13\x45vacuateCellRequest\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\t\"6\n\x14\x45vacuateCellResponse\x12\x1e\n\x04\x63\x65ll\x18\x01 \x01(\x0b\x32\x10.perdure.v1.Cell\"!\n\x11ReturnCellRequest\x12\x0c\n\x04\x63\x65ll\x18\x01 \x01(\t\"4\n\x12ReturnCellResponse\x12\x1e\n\x04\x63\x65ll\x18\x01 \x01(\x0b\x32\x10.perdure.v1.Cell*\xbb\x01\n\rExecutorState\x12\x1e\n\x1a\x45XECUTOR_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x45XECUTOR_STATE_ALIVE\x10\x01\x12\x1a\n\x16\x45XECUTOR_STATE_EXPIRED\x10\x02\x12\x17\n\x13\x45XECUTOR_STATE_GONE\x10\x03\x12\x1b\n\x17\x45XECUTOR_STATE_DRAINING\x10\x04\x12\x1e\n\x1a\x45XECUTOR_STATE_STANDING_BY\x10\x05*\xaa\x01\n\x0eStrandedReason\x12\x1f\n\x1bSTRANDED_REASON_UNSPECIFIED\x10\x00\x12*\n&STRANDED_REASON_NO_EXECUTOR_OF_VERSION\x10\x01\x12(\n$STRANDED_REASON_NO_EXECUTOR_OF_AGENT\x10\x02\x12!\n\x1dSTRANDED_REASON_NO_SUCH_QUEUE\x10\x03*_\n\x0cSurvivalGoal\x12\x1d\n\x19SURVIVAL_GOAL_UNSPECIFIED\x10\x00\x12\x18\n\x14SURVIVAL_GOAL_REGION\x10\x01\x12\x16\n\x12SURVIVAL_GOAL_ZONE\x10\x02\x32\xfd\x03\n\x0fOperatorService\x12T\n\rListExecutors\x12 .perdure.v1.ListExecutorsRequest\x1a!.perdure.v1.ListExecutorsResponse\x12K\n\nListQueues\x12\x1d.perdure.v1.ListQueuesRequest\x1a\x1e.perdure.v1.ListQueuesResponse\x12]\n\x10ListStrandedRuns\x12#.perdure.v1.ListStrandedRunsRequest\x1a$.perdure.v1.ListStrandedRunsResponse\x12H\n\tListCells\x12\x1c.perdure.v1.ListCellsRequest\x1a\x1d.perdure.v1.ListCellsResponse\x12Q\n\x0c\x45vacuateCell\x12\x1f.perdure.v1.EvacuateCellRequest\x1a .perdure.v1.EvacuateCellResponse\x12K\n\nReturnCell\x12\x1d.perdure.v1.ReturnCellRequest\x1a\x1e.perdure.v1.ReturnCellResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perdure.v1.operator_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_EXECUTORSTATE']._serialized_start=1760
-  _globals['_EXECUTORSTATE']._serialized_end=1915
-  _globals['_STRANDEDREASON']._serialized_start=1918
-  _globals['_STRANDEDREASON']._serialized_end=2088
-  _globals['_SURVIVALGOAL']._serialized_start=2090
-  _globals['_SURVIVALGOAL']._serialized_end=2185
+  _globals['_EXECUTORSTATE']._serialized_start=2085
+  _globals['_EXECUTORSTATE']._serialized_end=2272
+  _globals['_STRANDEDREASON']._serialized_start=2275
+  _globals['_STRANDEDREASON']._serialized_end=2445
+  _globals['_SURVIVALGOAL']._serialized_start=2447
+  _globals['_SURVIVALGOAL']._serialized_end=2542
   _globals['_EXECUTOR']._serialized_start=143
-  _globals['_EXECUTOR']._serialized_end=397
-  _globals['_LISTEXECUTORSREQUEST']._serialized_start=399
-  _globals['_LISTEXECUTORSREQUEST']._serialized_end=482
-  _globals['_LISTEXECUTORSRESPONSE']._serialized_start=484
-  _globals['_LISTEXECUTORSRESPONSE']._serialized_end=573
-  _globals['_QUEUE']._serialized_start=576
-  _globals['_QUEUE']._serialized_end=811
-  _globals['_LISTQUEUESREQUEST']._serialized_start=813
-  _globals['_LISTQUEUESREQUEST']._serialized_end=871
-  _globals['_LISTQUEUESRESPONSE']._serialized_start=873
-  _globals['_LISTQUEUESRESPONSE']._serialized_end=953
-  _globals['_STRANDEDRUN']._serialized_start=956
-  _globals['_STRANDEDRUN']._serialized_end=1222
-  _globals['_LISTSTRANDEDRUNSREQUEST']._serialized_start=1224
-  _globals['_LISTSTRANDEDRUNSREQUEST']._serialized_end=1288
-  _globals['_LISTSTRANDEDRUNSRESPONSE']._serialized_start=1290
-  _globals['_LISTSTRANDEDRUNSRESPONSE']._serialized_end=1380
-  _globals['_CELL']._serialized_start=1383
-  _globals['_CELL']._serialized_end=1619
-  _globals['_LISTCELLSREQUEST']._serialized_start=1621
-  _globals['_LISTCELLSREQUEST']._serialized_end=1678
-  _globals['_LISTCELLSRESPONSE']._serialized_start=1680
-  _globals['_LISTCELLSRESPONSE']._serialized_end=1757
-  _globals['_OPERATORSERVICE']._serialized_start=2188
-  _globals['_OPERATORSERVICE']._serialized_end=2537
+  _globals['_EXECUTOR']._serialized_end=413
+  _globals['_LISTEXECUTORSREQUEST']._serialized_start=415
+  _globals['_LISTEXECUTORSREQUEST']._serialized_end=498
+  _globals['_LISTEXECUTORSRESPONSE']._serialized_start=500
+  _globals['_LISTEXECUTORSRESPONSE']._serialized_end=589
+  _globals['_QUEUE']._serialized_start=592
+  _globals['_QUEUE']._serialized_end=827
+  _globals['_LISTQUEUESREQUEST']._serialized_start=829
+  _globals['_LISTQUEUESREQUEST']._serialized_end=887
+  _globals['_LISTQUEUESRESPONSE']._serialized_start=889
+  _globals['_LISTQUEUESRESPONSE']._serialized_end=969
+  _globals['_STRANDEDRUN']._serialized_start=972
+  _globals['_STRANDEDRUN']._serialized_end=1238
+  _globals['_LISTSTRANDEDRUNSREQUEST']._serialized_start=1240
+  _globals['_LISTSTRANDEDRUNSREQUEST']._serialized_end=1304
+  _globals['_LISTSTRANDEDRUNSRESPONSE']._serialized_start=1306
+  _globals['_LISTSTRANDEDRUNSRESPONSE']._serialized_end=1396
+  _globals['_CELL']._serialized_start=1399
+  _globals['_CELL']._serialized_end=1762
+  _globals['_LISTCELLSREQUEST']._serialized_start=1764
+  _globals['_LISTCELLSREQUEST']._serialized_end=1821
+  _globals['_LISTCELLSRESPONSE']._serialized_start=1823
+  _globals['_LISTCELLSRESPONSE']._serialized_end=1900
+  _globals['_EVACUATECELLREQUEST']._serialized_start=1902
+  _globals['_EVACUATECELLREQUEST']._serialized_end=1937
+  _globals['_EVACUATECELLRESPONSE']._serialized_start=1939
+  _globals['_EVACUATECELLRESPONSE']._serialized_end=1993
+  _globals['_RETURNCELLREQUEST']._serialized_start=1995
+  _globals['_RETURNCELLREQUEST']._serialized_end=2028
+  _globals['_RETURNCELLRESPONSE']._serialized_start=2030
+  _globals['_RETURNCELLRESPONSE']._serialized_end=2082
+  _globals['_OPERATORSERVICE']._serialized_start=2545
+  _globals['_OPERATORSERVICE']._serialized_end=3054
 # @@protoc_insertion_point(module_scope)

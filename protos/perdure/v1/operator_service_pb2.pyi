@@ -38,6 +38,8 @@ class _ExecutorStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Executo
     """It was declared gone, or stopped; its runs were given back."""
     EXECUTOR_STATE_DRAINING: _ExecutorState.ValueType  # 4
     """It stops: it takes no more runs and gives back those it has."""
+    EXECUTOR_STATE_STANDING_BY: _ExecutorState.ValueType  # 5
+    """Its lease holds, and it takes no runs: another region executes those of its cell."""
 
 class ExecutorState(_ExecutorState, metaclass=_ExecutorStateEnumTypeWrapper):
     """Whether an executor is alive."""
@@ -52,6 +54,8 @@ EXECUTOR_STATE_GONE: ExecutorState.ValueType  # 3
 """It was declared gone, or stopped; its runs were given back."""
 EXECUTOR_STATE_DRAINING: ExecutorState.ValueType  # 4
 """It stops: it takes no more runs and gives back those it has."""
+EXECUTOR_STATE_STANDING_BY: ExecutorState.ValueType  # 5
+"""Its lease holds, and it takes no runs: another region executes those of its cell."""
 Global___ExecutorState: _TypeAlias = ExecutorState  # noqa: Y015
 
 class _StrandedReason:
@@ -120,6 +124,7 @@ class Executor(_message.Message):
     MAX_RUNNING_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    REGION_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """Its id, new at every start."""
     address: _builtins.str
@@ -132,6 +137,8 @@ class Executor(_message.Message):
     """Runs that it executes now, those that wait included."""
     max_running: _builtins.int
     """How many it executes at most."""
+    region: _builtins.str
+    """The region that it is in; empty without regions."""
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it started."""
@@ -151,10 +158,11 @@ class Executor(_message.Message):
         max_running: _builtins.int = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        region: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "application_version", b"application_version", "executor_id", b"executor_id", "expire_time", b"expire_time", "max_running", b"max_running", "running", b"running", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "application_version", b"application_version", "executor_id", b"executor_id", "expire_time", b"expire_time", "max_running", b"max_running", "region", b"region", "running", b"running", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -452,6 +460,11 @@ class Cell(_message.Message):
     NAMESPACES_FIELD_NUMBER: _builtins.int
     SERVED_HERE_FIELD_NUMBER: _builtins.int
     REACHABLE_FIELD_NUMBER: _builtins.int
+    SERVING_REGION_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    CLAIM_TIME_FIELD_NUMBER: _builtins.int
+    EXECUTORS_FIELD_NUMBER: _builtins.int
+    STANDING_BY_FIELD_NUMBER: _builtins.int
     cell: _builtins.str
     """Its name: what the ids begin with that its servers make."""
     home_region: _builtins.str
@@ -470,9 +483,21 @@ class Cell(_message.Message):
     """Whether the server that was asked serves it."""
     reachable: _builtins.bool
     """Whether one of its servers answers the one that was asked, at this moment."""
+    serving_region: _builtins.str
+    """The region whose executors take its runs. This and what follows only of the cell that the asked server serves."""
+    epoch: _builtins.int
+    """How often it has got another serving region, from 1."""
+    executors: _builtins.int
+    """How many living executors take its runs."""
+    standing_by: _builtins.int
+    """How many living executors stand by for it."""
     @_builtins.property
     def namespaces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The namespaces whose home it is."""
+
+    @_builtins.property
+    def claim_time(self) -> _timestamp_pb2.Timestamp:
+        """When it got the serving region; unset while that is its home since ever."""
 
     def __init__(
         self,
@@ -487,10 +512,15 @@ class Cell(_message.Message):
         namespaces: _abc.Iterable[_builtins.str] | None = ...,
         served_here: _builtins.bool = ...,
         reachable: _builtins.bool = ...,
+        serving_region: _builtins.str = ...,
+        epoch: _builtins.int = ...,
+        claim_time: _timestamp_pb2.Timestamp | None = ...,
+        executors: _builtins.int = ...,
+        standing_by: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["claim_time", b"claim_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cell", b"cell", "database", b"database", "home_region", b"home_region", "namespaces", b"namespaces", "reachable", b"reachable", "secondary_region", b"secondary_region", "served_here", b"served_here", "standby_address", b"standby_address", "survival_goal", b"survival_goal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "cell", b"cell", "claim_time", b"claim_time", "database", b"database", "epoch", b"epoch", "executors", b"executors", "home_region", b"home_region", "namespaces", b"namespaces", "reachable", b"reachable", "secondary_region", b"secondary_region", "served_here", b"served_here", "serving_region", b"serving_region", "standby_address", b"standby_address", "standing_by", b"standing_by", "survival_goal", b"survival_goal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -549,3 +579,95 @@ class ListCellsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ListCellsResponse: _TypeAlias = ListCellsResponse  # noqa: Y015
+
+@_typing.final
+class EvacuateCellRequest(_message.Message):
+    """Evacuates a cell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELL_FIELD_NUMBER: _builtins.int
+    cell: _builtins.str
+    """The cell."""
+    def __init__(
+        self,
+        *,
+        cell: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvacuateCellRequest: _TypeAlias = EvacuateCellRequest  # noqa: Y015
+
+@_typing.final
+class EvacuateCellResponse(_message.Message):
+    """The evacuated cell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cell(self) -> Global___Cell:
+        """The cell as it is now."""
+
+    def __init__(
+        self,
+        *,
+        cell: Global___Cell | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvacuateCellResponse: _TypeAlias = EvacuateCellResponse  # noqa: Y015
+
+@_typing.final
+class ReturnCellRequest(_message.Message):
+    """Returns a cell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELL_FIELD_NUMBER: _builtins.int
+    cell: _builtins.str
+    """The cell."""
+    def __init__(
+        self,
+        *,
+        cell: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnCellRequest: _TypeAlias = ReturnCellRequest  # noqa: Y015
+
+@_typing.final
+class ReturnCellResponse(_message.Message):
+    """The returned cell."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CELL_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cell(self) -> Global___Cell:
+        """The cell as it is now."""
+
+    def __init__(
+        self,
+        *,
+        cell: Global___Cell | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cell", b"cell"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReturnCellResponse: _TypeAlias = ReturnCellResponse  # noqa: Y015

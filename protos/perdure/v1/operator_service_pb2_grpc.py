@@ -55,6 +55,16 @@ class OperatorServiceStub:
                 request_serializer=perdure_dot_v1_dot_operator__service__pb2.ListCellsRequest.SerializeToString,
                 response_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListCellsResponse.FromString,
                 _registered_method=True)
+        self.EvacuateCell = channel.unary_unary(
+                '/perdure.v1.OperatorService/EvacuateCell',
+                request_serializer=perdure_dot_v1_dot_operator__service__pb2.EvacuateCellRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_operator__service__pb2.EvacuateCellResponse.FromString,
+                _registered_method=True)
+        self.ReturnCell = channel.unary_unary(
+                '/perdure.v1.OperatorService/ReturnCell',
+                request_serializer=perdure_dot_v1_dot_operator__service__pb2.ReturnCellRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_operator__service__pb2.ReturnCellResponse.FromString,
+                _registered_method=True)
 
 
 class OperatorServiceServicer:
@@ -89,6 +99,22 @@ class OperatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def EvacuateCell(self, request, context):
+        """Gives the runs of a cell to the executors that stand by in its secondary region, e.g. before its home is worked on.
+        A step body that is in progress at home may end there; nothing is repeated. Does nothing when they have them.
+        Ask a server of the cell. FAILED_PRECONDITION (NOBODY_STANDS_BY) when nobody stands by there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReturnCell(self, request, context):
+        """Gives the runs of a cell back to the executors that stand by in its home region; otherwise as EvacuateCell.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_OperatorServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +137,16 @@ def add_OperatorServiceServicer_to_server(servicer, server):
                     servicer.ListCells,
                     request_deserializer=perdure_dot_v1_dot_operator__service__pb2.ListCellsRequest.FromString,
                     response_serializer=perdure_dot_v1_dot_operator__service__pb2.ListCellsResponse.SerializeToString,
+            ),
+            'EvacuateCell': grpc.unary_unary_rpc_method_handler(
+                    servicer.EvacuateCell,
+                    request_deserializer=perdure_dot_v1_dot_operator__service__pb2.EvacuateCellRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_operator__service__pb2.EvacuateCellResponse.SerializeToString,
+            ),
+            'ReturnCell': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReturnCell,
+                    request_deserializer=perdure_dot_v1_dot_operator__service__pb2.ReturnCellRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_operator__service__pb2.ReturnCellResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -222,6 +258,60 @@ class OperatorService:
             '/perdure.v1.OperatorService/ListCells',
             perdure_dot_v1_dot_operator__service__pb2.ListCellsRequest.SerializeToString,
             perdure_dot_v1_dot_operator__service__pb2.ListCellsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvacuateCell(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.OperatorService/EvacuateCell',
+            perdure_dot_v1_dot_operator__service__pb2.EvacuateCellRequest.SerializeToString,
+            perdure_dot_v1_dot_operator__service__pb2.EvacuateCellResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReturnCell(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perdure.v1.OperatorService/ReturnCell',
+            perdure_dot_v1_dot_operator__service__pb2.ReturnCellRequest.SerializeToString,
+            perdure_dot_v1_dot_operator__service__pb2.ReturnCellResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -24,6 +24,13 @@ class OperatorServiceStub:
     """Lists runs that no living executor can continue: of a version, or of an agent, that none of them has."""
     ListCells: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ListCellsRequest, _operator_service_pb2.ListCellsResponse]
     """Lists the cells of the regions file, and whether their servers answer this one. Empty without regions."""
+    EvacuateCell: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.EvacuateCellRequest, _operator_service_pb2.EvacuateCellResponse]
+    """Gives the runs of a cell to the executors that stand by in its secondary region, e.g. before its home is worked on.
+    A step body that is in progress at home may end there; nothing is repeated. Does nothing when they have them.
+    Ask a server of the cell. FAILED_PRECONDITION (NOBODY_STANDS_BY) when nobody stands by there.
+    """
+    ReturnCell: _aio.UnaryUnaryMultiCallable[_operator_service_pb2.ReturnCellRequest, _operator_service_pb2.ReturnCellResponse]
+    """Gives the runs of a cell back to the executors that stand by in its home region; otherwise as EvacuateCell."""
 
 class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """What operators look at. Served on the admin port only."""
@@ -59,5 +66,24 @@ class OperatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_operator_service_pb2.ListCellsRequest, _abc.Awaitable[_operator_service_pb2.ListCellsResponse]],
     ) -> _abc.Awaitable[_operator_service_pb2.ListCellsResponse]:
         """Lists the cells of the regions file, and whether their servers answer this one. Empty without regions."""
+
+    @_abc_1.abstractmethod
+    def EvacuateCell(
+        self,
+        request: _operator_service_pb2.EvacuateCellRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.EvacuateCellRequest, _abc.Awaitable[_operator_service_pb2.EvacuateCellResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.EvacuateCellResponse]:
+        """Gives the runs of a cell to the executors that stand by in its secondary region, e.g. before its home is worked on.
+        A step body that is in progress at home may end there; nothing is repeated. Does nothing when they have them.
+        Ask a server of the cell. FAILED_PRECONDITION (NOBODY_STANDS_BY) when nobody stands by there.
+        """
+
+    @_abc_1.abstractmethod
+    def ReturnCell(
+        self,
+        request: _operator_service_pb2.ReturnCellRequest,
+        context: _aio.ServicerContext[_operator_service_pb2.ReturnCellRequest, _abc.Awaitable[_operator_service_pb2.ReturnCellResponse]],
+    ) -> _abc.Awaitable[_operator_service_pb2.ReturnCellResponse]:
+        """Gives the runs of a cell back to the executors that stand by in its home region; otherwise as EvacuateCell."""
 
 def add_OperatorServiceServicer_to_server(servicer: OperatorServiceServicer, server: _aio.Server) -> None: ...

@@ -11,6 +11,7 @@ class ExecutorState(StrEnum):
     """Whether an executor is alive; names as in the API without their prefix."""
 
     ALIVE = "ALIVE"
+    STANDING_BY = "STANDING_BY"
     DRAINING = "DRAINING"
     EXPIRED = "EXPIRED"
     GONE = "GONE"
@@ -24,6 +25,7 @@ class Executor:
         executor_id: Its id, new at every start.
         address: Where it listens, for people.
         application_version: Of its runs.
+        region: Where it is; empty without regions.
         state: Whether its lease holds.
         running: Runs that it executes now.
         max_running: How many it executes at most.
@@ -34,6 +36,7 @@ class Executor:
     executor_id: str
     address: str
     application_version: str
+    region: str
     state: ExecutorState
     running: int
     max_running: int

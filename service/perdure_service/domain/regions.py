@@ -135,10 +135,12 @@ class Place:
     Attributes:
         regions: All there is.
         cell: The cell that it serves.
+        region: The region that it is in: the cell's home, or its secondary one.
     """
 
     regions: Regions
     cell: Cell
+    region: str
 
 
 def place_in(regions: Regions, region: str | None, cell: str | None) -> Place:
@@ -171,18 +173,24 @@ def place_in(regions: Regions, region: str | None, cell: str | None) -> Place:
                 + (f" and whose secondary region is {found.secondary}" if found.secondary else "")
                 + f"; a server in {region} cannot serve it"
             )
-        return Place(regions, found)
+        if region != found.region and found.survive is not SurvivalGoal.REGION:
+            raise ConfigurationError(
+                f"a server in {region} cannot stand by for the cell {cell}, which says `survive: zone`: its database "
+                f"is lost with {found.region}"
+            )
+        return Place(regions, found, region)
     if len(here) != 1:
         which = "no cell" if not here else f"the cells {', '.join(one.name for one in here)}"
         raise ConfigurationError(f"the region {region} has {which}; say in PERDURE_CELL which one this server serves")
-    return Place(regions, here[0])
+    return Place(regions, here[0], region)
 
 
 def describe(place: Place | None) -> Iterator[str]:
     """Yields what a server's operator should see of its place, a line each; nothing without regions."""
     if place is None:
         return
-    yield f"regions: this server serves the cell {place.cell.name} of {place.cell.region}"
+    stands_by = "" if place.region == place.cell.region else f", and is in {place.region}: it stands by"
+    yield f"regions: this server serves the cell {place.cell.name} of {place.cell.region}{stands_by}"
     for cell in place.regions.cells.values():
         secondary = f", then {cell.secondary}" if cell.secondary else ""
         standby = f", standby at {cell.standby_address}" if cell.standby_address else ""

@@ -58,12 +58,31 @@ class Drain:
         self._executions = executions
         self._ledger = ledger
         self._hint = hint
+        self._begun = False
         self._left: dict[str, str | None] = {}
         """What has stopped here and is not given back yet, by workflow id: the token it was executed under."""
 
+    def begin(self) -> None:
+        """Lets nothing new begin; call `step` from time to time, until `end`."""
+        if not self._begun:
+            self._begun = True
+            self._executions.retire_all()
+
+    def end(self) -> None:
+        """Lets what comes from now on be executed here; `step` goes on with what was to be handed over."""
+        if self._begun:
+            self._begun = False
+            self._executions.retire_no_more()
+
+    def step(self) -> bool:
+        """Hands over what has come to a rest; returns whether something is left that has not. Blocks."""
+        if self._left or (retired := self._executions.retired):
+            self._hand_over([one for one in retired if _rests(one)])
+        return bool(self._left or self._executions.retired)
+
     def run(self, deadline: float) -> None:
         """Hands over everything by a time on the monotonic clock. Blocks."""
-        self._executions.retire_all()
+        self.begin()
         while (self._left or len(self._executions)) and time.monotonic() < deadline:
             if not self._hand_over([one for one in self._executions if _rests(one)]):
                 time.sleep(POLL_S)

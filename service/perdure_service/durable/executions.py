@@ -510,7 +510,7 @@ class Executions:
         self._of_agent: Counter[AgentKey] = Counter()
         self._lock = threading.Lock()
         self._wake_writer = wake_writer
-        self._retiring = False
+        self._retiring = 0
         self.wake_waits: Callable[[str], None] = lambda _workflow_id: None
         """Wakes what waits in a run, so that it finds itself dead; set by the system database, which knows them."""
         self.left: Callable[[Execution], None] = lambda _execution: None
@@ -525,7 +525,7 @@ class Executions:
                 is not the newest before `stands`.
         """
         execution._wake_writer = self._wake_writer
-        execution.retiring = execution.retiring or self._retiring
+        execution.retiring = execution.retiring or self._retiring > 0
         with self._lock:
             older = (
                 []
@@ -670,9 +670,20 @@ class Executions:
 
     def retire_all(self) -> None:
         """Lets every execution finish the step bodies it is in, and begin nothing more; also those that come yet."""
-        self._retiring = True
+        with self._lock:
+            self._retiring += 1
         for execution in list(self):
             execution.retiring = True
+
+    def retire_no_more(self) -> None:
+        """Undoes one `retire_all` for those that come yet; who was retired then stays so."""
+        with self._lock:
+            self._retiring -= 1
+
+    @property
+    def retired(self) -> list[Execution]:
+        """Those that are to be handed over."""
+        return [one for one in self if one.retiring]
 
     def kill_all(self, reason: str) -> None:
         """Marks every execution dead: this executor is over."""

@@ -69,6 +69,8 @@ class Lease:
         executions: Executions,
         lost: Callable[[], None],
         agents: Callable[[], Sequence[str]] = tuple,
+        region: str = "",
+        standing_by: Callable[[], bool] = lambda: False,
     ) -> None:
         """Creates the lease; `start` takes it.
 
@@ -82,6 +84,8 @@ class Lease:
             executions: What it runs.
             lost: Called once when this executor was declared gone; it must end the process.
             agents: Returns the names of the workflows that it has, asked at its start.
+            region: Where it is; empty without regions.
+            standing_by: Returns whether it takes no runs, asked at its start.
         """
         self._engine = engine
         self._executor_id = executor_id
@@ -92,6 +96,8 @@ class Lease:
         self._executions = executions
         self._lost = lost
         self._agents = agents
+        self._region = region
+        self._standing_by = standing_by
         self._valid_until = 0.0
         self._alive_since = 0.0
         self._stop = threading.Event()
@@ -109,6 +115,8 @@ class Lease:
                 max_running=self._max_running,
                 ttl=self._ttl,
                 agents=self._agents(),
+                region=self._region,
+                standing_by=self._standing_by(),
             )
 
         before = time.monotonic()

@@ -128,6 +128,8 @@ class Placement:
         """Makes this process look into a queue now; set by `queue_threads`."""
         self.announce: Callable[[str], None] = lambda _queue: None
         """Tells the other executors to look into a queue; set by the runtime."""
+        self.standing_by = False
+        """Whether this executor takes nothing, as another region executes the runs of its cell."""
         executions.left = self._left
 
     def saw(self, limits: QueueLimits) -> None:
@@ -167,7 +169,7 @@ class Placement:
 
     def _may_begin(self, queue: str, agent: AgentKey, *, child: bool) -> bool:
         limits = self._queues.get(queue)
-        if limits is not None and limits.shared:
+        if self.standing_by or (limits is not None and limits.shared):
             return False
         if limits is not None and limits.worker_concurrency and self._queue_left(limits) <= 0:
             return False
@@ -185,7 +187,7 @@ class Placement:
         self._reserved.agents[agent] += count
 
     def _slots_left(self) -> int:
-        return self._max_running - len(self._executions) - self._reserved.total
+        return 0 if self.standing_by else self._max_running - len(self._executions) - self._reserved.total
 
     def _queue_left(self, limits: QueueLimits) -> int:
         running = self._executions.of_queue(limits.name)

@@ -29,9 +29,11 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
 from perdure_service.domain.queues import QueueLimits, Queues
+from perdure_service.domain.regions import Place
 from perdure_service.domain.runs import LOCAL_CELL, Run, RunStart, derive_state, epoch_ms
 from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
+from perdure_service.durable.cell_claim import CellClaim
 from perdure_service.durable.checkpoints import Checkpoints, Presented
 from perdure_service.durable.drain import Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
@@ -141,7 +143,8 @@ class Runtime:
         payload_threshold_bytes: int = 2**16,
         objects: Objects | None = None,
         checkpoint_timeout: timedelta | None = None,
-        cell: str = LOCAL_CELL,
+        place: Place | None = None,
+        claim_ttl: timedelta = timedelta(seconds=12),
     ) -> None:
         """Creates the runtime; `launch` starts it.
 
@@ -150,7 +153,7 @@ class Runtime:
         """
         self.engine = engine
         self.executor_id = executor_id
-        self.cell = cell
+        self.cell = LOCAL_CELL if place is None else place.cell.name
         self.application_version = application_version
         self._max_running = max_running
         self._max_threads = max_threads
@@ -182,6 +185,8 @@ class Runtime:
             executions=self.executions,
             lost=lost,
             agents=_registered_names,
+            region="" if place is None else place.region,
+            standing_by=lambda: self.placement.standing_by,
         )
         self._reaper = Reaper(
             engine,
@@ -194,6 +199,21 @@ class Runtime:
             owns_database=owns_database,
         )
         self._drain = Drain(engine, self.executions, self.ledger, self.hints.given_back)
+        self._cell_claim = (
+            None
+            if place is None
+            else CellClaim(
+                engine,
+                executor_id,
+                place,
+                ttl=claim_ttl,
+                lease_ttl=lease_ttl,
+                lease=self.lease,
+                placement=self.placement,
+                drain=Drain(engine, self.executions, self.ledger, self.hints.given_back),
+                look_for_runs=self.poke,
+            )
+        )
         self._suspicion = Suspicion(
             engine,
             executor_id,
@@ -255,6 +275,8 @@ class Runtime:
         with suppress(RuntimeError):
             asyncio.get_running_loop()
             raise AssertionError("launch in a thread without an event loop")
+        if self._cell_claim is not None:
+            self._cell_claim.begin()
         self.lease.start()
         taken_back = self._reaper.start()
         self._writer.start()
@@ -304,6 +326,8 @@ class Runtime:
         self.hints.start()
         if self._suspects:
             self._suspicion.start()
+        if self._cell_claim is not None:
+            self._cell_claim.start()
         return taken_back
 
     def poke(self) -> None:
@@ -344,6 +368,8 @@ class Runtime:
         returns within `timeout` and a few seconds, whatever a step or the database does.
         """
         self.database.stopping = True
+        if self._cell_claim is not None:
+            self._cell_claim.stop()
         deadline = time.monotonic() + max(timeout - STOP_RESERVE, timeout / 2).total_seconds()
         self.lease.drain()
         self._drain.run(deadline)

@@ -61,6 +61,7 @@ from perdure_service.errors import (
     AgentNotFound,
     ApprovalNotFound,
     InvalidArgument,
+    NobodyStandsBy,
     OffsetOutOfRange,
     Overloaded,
     QuotaExceeded,
@@ -71,11 +72,12 @@ from perdure_service.errors import (
 )
 from perdure_service.store import agents as agent_store
 from perdure_service.store import approvals as approval_store
-from perdure_service.store import event_log, executors, queues, runs, stranded
+from perdure_service.store import cells, event_log, executors, queues, runs, stranded
+from perdure_service.store.cells import CellStatus
 from perdure_service.store.engine import waits_for_a_connection
 from perdure_service.store.run_reader import RunReader
 from perdure_service.store.runs import MAX_PAGE_CHARS
-from perdure_service.store.sqlstates import reading
+from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, derive_trace_id, parse_traceparent
 from perdure_service.telemetry import metrics as m
@@ -607,6 +609,24 @@ class RunService:
             "stranded.list", lambda conn: stranded.list_page(conn, page_size=page_size, page_token=page_token)
         )
         return Page(found, token)
+
+    async def cell_status(self) -> CellStatus | None:
+        """Returns who serves the cell of this server's database; None without regions."""
+        return await self._read("cell.status", cells.status)
+
+    async def move_cell(self, region: str) -> None:
+        """Gives the runs of this server's cell to the executors that stand by in a region; nothing if they have them.
+
+        Raises:
+            NobodyStandsBy: There are none.
+        """
+
+        def move(conn: sa.Connection) -> bool:
+            row = cells.read(conn)
+            return row is not None and (row.region == region or cells.give(conn, row, region))
+
+        if not await self._call(retrying, self._engine, "cell.move", move):
+            raise NobodyStandsBy(f"no server stands by in {region}: start one there that serves this cell, and repeat")
 
 
 def _not_created(start: RunStart) -> Run:

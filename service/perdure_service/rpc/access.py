@@ -58,6 +58,8 @@ ACCESS: Mapping[str, Access] = MappingProxyType(
         _OPERATORS + "ListQueues": Access(Role.ADMIN),
         _OPERATORS + "ListStrandedRuns": Access(Role.ADMIN),
         _OPERATORS + "ListCells": Access(Role.ADMIN),
+        _OPERATORS + "EvacuateCell": Access(Role.ADMIN, changes=True),
+        _OPERATORS + "ReturnCell": Access(Role.ADMIN, changes=True),
     }
 )
 """By method. One without an entry is refused to everybody; a test walks the schema and finds it."""

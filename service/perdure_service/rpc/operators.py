@@ -12,11 +12,13 @@ from perdure_service.domain.queues import Queue
 from perdure_service.domain.regions import Cell, Place, SurvivalGoal
 from perdure_service.domain.stranded import StrandedReason, StrandedRun
 from perdure_service.durable.service import RunService
+from perdure_service.errors import InvalidArgument
 from perdure_service.rpc import fields
 from perdure_service.rpc.enums import RUN_STATES
 from perdure_service.rpc.forwarding import Router
 from perdure_service.rpc.interceptors import RpcContext
 from perdure_service.rpc.validation import Violations
+from perdure_service.store.cells import CellStatus
 
 STATES = {state: getattr(pb, f"EXECUTOR_STATE_{state}") for state in ExecutorState}
 
@@ -72,13 +74,62 @@ class Operators(OperatorServiceServicer):
         found.raise_any()
         if self._router is None:
             return pb.ListCellsResponse()
-        place, reachable = self._router.place, await self._router.reachable()
+        place, reachable, status = self._router.place, await self._router.reachable(), await self._service.cell_status()
         return pb.ListCellsResponse(
-            cells=[_cell(one, place, reachable[one.name]) for one in place.regions.cells.values()]
+            cells=[_cell(one, place, reachable[one.name], status) for one in place.regions.cells.values()]
         )
 
+    async def EvacuateCell(self, request: pb.EvacuateCellRequest, context: RpcContext) -> pb.EvacuateCellResponse:
+        """Gives the runs of this server's cell to those that stand by in its secondary region."""
+        place = self._place_of(request.cell)
+        if not place.cell.secondary:
+            raise InvalidArgument("cell", f"has no secondary region; give {place.cell.region} a neighbour")
+        return pb.EvacuateCellResponse(cell=await self._move(place, place.cell.secondary))
 
-def _cell(value: Cell, place: Place, reachable: bool) -> pb.Cell:
+    async def ReturnCell(self, request: pb.ReturnCellRequest, context: RpcContext) -> pb.ReturnCellResponse:
+        """Gives the runs of this server's cell to those that stand by at its home."""
+        place = self._place_of(request.cell)
+        return pb.ReturnCellResponse(cell=await self._move(place, place.cell.region))
+
+    async def _move(self, place: Place, region: str) -> pb.Cell:
+        await self._service.move_cell(region)
+        return _cell(place.cell, place, True, await self._service.cell_status())
+
+    def _place_of(self, name: str) -> Place:
+        """Returns where this server is.
+
+        Raises:
+            InvalidArgument: It does not serve the cell of this name.
+        """
+        if self._router is None:
+            raise InvalidArgument("cell", "is no cell: this service has no regions")
+        place = self._router.place
+        if name not in place.regions.cells:
+            raise InvalidArgument("cell", f"must be one of {', '.join(place.regions.cells)}")
+        if name != place.cell.name:
+            other = place.regions.cells[name]
+            raise InvalidArgument(
+                "cell",
+                f"is served by others: call the admin address of one of its servers, in {other.region}"
+                + (f" or {other.secondary}" if other.secondary else "")
+                + f"; this one serves {place.cell.name}",
+            )
+        return place
+
+
+def _cell(value: Cell, place: Place, reachable: bool, status: CellStatus | None) -> pb.Cell:
+    cell = _described(value, place, reachable)
+    if status is not None and value.name == place.cell.name:
+        cell.serving_region = fields.text(status.row.region)
+        cell.epoch = fields.int64(status.row.epoch)
+        if (claimed_at := fields.timestamp(status.row.claimed_at)) is not None:
+            cell.claim_time.CopyFrom(claimed_at)
+        cell.executors = fields.int32(status.executors)
+        cell.standing_by = fields.int32(status.standing_by)
+    return cell
+
+
+def _described(value: Cell, place: Place, reachable: bool) -> pb.Cell:
     return pb.Cell(
         cell=value.name,
         home_region=value.region,
@@ -112,6 +163,7 @@ def _executor(value: Executor) -> pb.Executor:
         executor_id=fields.text(value.executor_id),
         address=fields.text(value.address),
         application_version=fields.text(value.application_version),
+        region=fields.text(value.region),
         state=STATES[value.state],
         running=fields.int32(value.running),
         max_running=fields.int32(value.max_running),

@@ -2,8 +2,8 @@
 
 **Who may write it?** `perdure-server migrate`, which is alone (`migrations.sole_migrator`), inserts it and never
 changes it. **What if it dies on the next line, or the reply to COMMIT is lost?** The insert does nothing the second
-time, and what is there is compared. Servers only read it, before they take a lease: whatever they are pointed at,
-nothing has been written then.
+time, and what is there is compared. Servers read it before they take a lease: whatever they are pointed at, nothing has
+been written then. Which region serves the cell they change by compare-and-set of the epoch: see `durable.cell_claim`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import sqlalchemy as sa
 
@@ -23,7 +24,24 @@ from perdure_service.store.migrations import Change
 MAX_CLOCK_SKEW_S = 5.0
 """Leases and deadlines go by the database's clock, sleeps and delays of the engine by the host's."""
 
-_READ = "SELECT cell, home_region, region, epoch FROM perdure.cell WHERE id = 1"
+_READ = "SELECT cell, home_region, region, epoch, claimed_at FROM perdure.cell WHERE id = 1"
+# An executor of a version that knew no regions is at home.
+_HOLDS = "NOT e.standing_by AND coalesce(nullif(e.region, ''), c.home_region) = c.region"
+_LIVES = "e.tombstoned_at IS NULL AND e.expires_at > now()"
+_MOVE = "UPDATE perdure.cell AS c SET region = :region, epoch = epoch + 1, claimed_at = now()"
+_TAKE_OVER = f"""
+    {_MOVE} WHERE c.id = 1 AND c.epoch = :epoch
+        AND (c.claimed_at IS NULL OR c.claimed_at <= now() - CAST(:ttl_s AS FLOAT8) * INTERVAL '1 second')
+        AND (c.claimed_at IS NOT NULL OR EXISTS (SELECT 1 FROM perdure.executor AS e WHERE {_HOLDS}))
+        AND NOT EXISTS (SELECT 1 FROM perdure.executor AS e
+                        WHERE {_HOLDS} AND e.renewed_at > now() - CAST(:ttl_s AS FLOAT8) * INTERVAL '1 second')"""
+_GIVE = f"""
+    {_MOVE} WHERE c.id = 1 AND c.epoch = :epoch
+        AND EXISTS (SELECT 1 FROM perdure.executor AS e
+                    WHERE {_LIVES} AND e.standing_by AND NOT e.draining AND e.region = :region)"""
+_COUNTS = f"""
+    SELECT count(*) FILTER (WHERE NOT e.standing_by), count(*) FILTER (WHERE e.standing_by)
+    FROM perdure.executor AS e WHERE {_LIVES} AND NOT e.draining"""
 _CLOCK = "SELECT CAST(extract(epoch FROM clock_timestamp()) AS FLOAT8)"
 
 
@@ -36,18 +54,62 @@ class CellRow:
         home_region: Its home region.
         region: The region that serves it now.
         epoch: How often another region has begun to serve it, from 1.
+        claimed_at: When its region has begun to; None for the home since ever.
     """
 
     cell: str
     home_region: str
     region: str
     epoch: int
+    claimed_at: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CellStatus:
+    """Who serves a cell, and who could.
+
+    Attributes:
+        row: Which region has the claim.
+        executors: How many executors take its runs.
+        standing_by: How many stand by.
+    """
+
+    row: CellRow
+    executors: int
+    standing_by: int
 
 
 def read(connection: sa.Connection) -> CellRow | None:
     """Returns whose home the database is; None when it is that of a service without regions."""
     row = connection.execute(sa.text(_READ)).first()
     return None if row is None else CellRow(*row)
+
+
+def take_over(connection: sa.Connection, seen: CellRow, region: str, ttl: timedelta) -> bool:
+    """Gives the claim of a cell to a region if its holder is gone; returns whether it did.
+
+    Gone is a region that has had the claim for `ttl`, and no executor of which has renewed its lease since so long. A
+    home where none has ever been is not gone: it has not come yet.
+
+    Args:
+        connection: A transaction.
+        seen: The row as it was read.
+        region: Where the executor is that takes it over.
+        ttl: How long.
+    """
+    values = {"region": region, "epoch": seen.epoch, "ttl_s": ttl.total_seconds()}
+    return connection.execute(sa.text(_TAKE_OVER), values).rowcount == 1
+
+
+def give(connection: sa.Connection, seen: CellRow, region: str) -> bool:
+    """Gives the claim of a cell to a region in which an executor of it stands by; returns whether it did."""
+    return connection.execute(sa.text(_GIVE), {"region": region, "epoch": seen.epoch}).rowcount == 1
+
+
+def status(connection: sa.Connection) -> CellStatus | None:
+    """Returns who serves the cell of the database; None when it is that of a service without regions."""
+    row = read(connection)
+    return None if row is None else CellStatus(row, *connection.execute(sa.text(_COUNTS)).one())
 
 
 def record(cell: Cell) -> Change:

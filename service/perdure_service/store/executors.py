@@ -32,6 +32,8 @@ def register(
     max_running: int,
     ttl: timedelta,
     agents: Sequence[str] = (),
+    region: str = "",
+    standing_by: bool = False,
 ) -> None:
     """Inserts the lease of a new executor. Done before DBOS is launched, so that its runs never look orphaned.
 
@@ -43,11 +45,14 @@ def register(
         max_running: How many runs it takes at most.
         ttl: How long it is alive after a renewal.
         agents: The names of the workflows that it has; none when it does not say.
+        region: Where it is; empty without regions.
+        standing_by: Whether it takes no runs, as another region has the claim of its cell.
     """
     conn.execute(
         sa.text("""
-            INSERT INTO perdure.executor (executor_id, application_version, address, max_running, agents, expires_at)
-            VALUES (:executor_id, :application_version, :address, :max_running, :agents,
+            INSERT INTO perdure.executor (executor_id, application_version, address, max_running, agents, region,
+                                          standing_by, expires_at)
+            VALUES (:executor_id, :application_version, :address, :max_running, :agents, :region, :standing_by,
                     now() + CAST(:ttl_s AS FLOAT8) * INTERVAL '1 second')
             ON CONFLICT (executor_id) DO NOTHING
         """),
@@ -57,6 +62,8 @@ def register(
             "address": address,
             "max_running": max_running,
             "agents": json.dumps(sorted(agents)),
+            "region": region,
+            "standing_by": standing_by,
             "ttl_s": ttl.total_seconds(),
         },
     )
@@ -80,6 +87,14 @@ def drain(conn: sa.Connection, executor_id: str) -> None:
     conn.execute(
         sa.text("UPDATE perdure.executor SET draining = true WHERE executor_id = :executor_id"),
         {"executor_id": executor_id},
+    )
+
+
+def stand_by(conn: sa.Connection, executor_id: str, standing_by: bool) -> None:
+    """Tells whether an executor leaves the runs of its cell to another region."""
+    conn.execute(
+        sa.text("UPDATE perdure.executor SET standing_by = :standing_by WHERE executor_id = :executor_id"),
+        {"executor_id": executor_id, "standing_by": standing_by},
     )
 
 
@@ -268,13 +283,19 @@ def _give_back(
     return [Requeued(workflow_id, executor_id or "") for workflow_id, executor_id, _, _ in found]
 
 
-_STATE_ORDER = (ExecutorState.ALIVE, ExecutorState.DRAINING, ExecutorState.EXPIRED, ExecutorState.GONE)
+_STATE_ORDER = (
+    ExecutorState.ALIVE,
+    ExecutorState.STANDING_BY,
+    ExecutorState.DRAINING,
+    ExecutorState.EXPIRED,
+    ExecutorState.GONE,
+)
 _LIST = f"""
-    SELECT executor_id, address, application_version, max_running, started_at, expires_at, place, running
+    SELECT executor_id, address, application_version, region, max_running, started_at, expires_at, place, running
     FROM (
-        SELECT e.executor_id, e.address, e.application_version, e.max_running, e.started_at, e.expires_at,
-            CASE WHEN e.tombstoned_at IS NOT NULL THEN 3 WHEN e.expires_at <= now() THEN 2
-                WHEN e.draining THEN 1 ELSE 0 END AS place,
+        SELECT e.executor_id, e.address, e.application_version, e.region, e.max_running, e.started_at, e.expires_at,
+            CASE WHEN e.tombstoned_at IS NOT NULL THEN 4 WHEN e.expires_at <= now() THEN 3
+                WHEN e.draining THEN 2 WHEN e.standing_by THEN 1 ELSE 0 END AS place,
             coalesce(c.running, 0) AS running
         FROM perdure.executor AS e LEFT JOIN (
             SELECT s.executor_id, count(*) AS running FROM {STATUS} AS s
@@ -320,6 +341,7 @@ def _executor(row: Any) -> Executor:
         executor_id=row.executor_id,
         address=row.address,
         application_version=row.application_version,
+        region=row.region,
         state=_STATE_ORDER[row.place],
         running=row.running,
         max_running=row.max_running,

@@ -249,4 +249,22 @@ MIGRATIONS: tuple[Migration, ...] = (
                )""",
         ),
     ),
+    # Where an executor is, empty without regions; and whether it leaves the runs to the region that has the claim.
+    Migration(
+        _AFTER_DOCUMENTS + 19,
+        "executor_region",
+        ("ALTER TABLE perdure.executor ADD COLUMN IF NOT EXISTS region TEXT NOT NULL DEFAULT ''",),
+    ),
+    Migration(
+        _AFTER_DOCUMENTS + 20,
+        "executor_standing_by",
+        ("ALTER TABLE perdure.executor ADD COLUMN IF NOT EXISTS standing_by BOOL NOT NULL DEFAULT false",),
+    ),
+    # When the region got its claim; NULL while the home has it since ever. The claim holds while its executors live.
+    Migration(
+        _AFTER_DOCUMENTS + 21,
+        "cell_claimed_at",
+        ("ALTER TABLE perdure.cell ADD COLUMN IF NOT EXISTS claimed_at TIMESTAMPTZ",),
+    ),
+    Migration(_AFTER_DOCUMENTS + 22, "cell_expires_at", ("ALTER TABLE perdure.cell DROP COLUMN IF EXISTS expires_at",)),
 )

@@ -25,7 +25,7 @@ _HAS = "(l.agents = CAST('[]' AS JSONB) OR l.agents @> jsonb_build_array(g.workf
 _GROUPS = f"""
     WITH living AS (
         SELECT e.executor_id, e.application_version, CAST(e.agents AS JSONB) AS agents FROM perdure.executor AS e
-        WHERE e.tombstoned_at IS NULL AND e.expires_at > now()
+        WHERE e.tombstoned_at IS NULL AND e.expires_at > now() AND NOT e.standing_by
     ), latest AS (
         SELECT v.version_name FROM {VERSIONS} AS v
         WHERE v.application_name = :application OR v.application_name IS NULL

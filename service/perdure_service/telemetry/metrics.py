@@ -26,6 +26,9 @@ POOL_STATE = "db.client.connection.state"
 """`used` or `idle`."""
 POOL_NAME = "db.client.connection.pool.name"
 
+CELL = "perdure.cell"
+"""The cell that a server serves."""
+
 SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 """Buckets of what should be quick."""
 LONG_S = (0.005, 0.025, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 14400.0, 86400.0)
@@ -64,6 +67,10 @@ QUEUE_AGE = Metric(
 EXECUTIONS = Metric(
     "perdure.executions", "gauge", "{run}", (), "Runs that this server executes, those that wait included"
 )
+CELL_AWAY = Metric(
+    "perdure.cell.away", "gauge", "{cell}", (CELL,),
+    "1 while another region than its home executes the runs of this server's cell, else 0; nothing without regions",
+)  # fmt: skip
 START_LATENCY = Metric(
     "perdure.run.start.latency", "histogram", "s", (AGENT,),
     "From a run's creation, or the time it was scheduled for, until it began to run",
@@ -118,8 +125,8 @@ RPC_DURATION = Metric(
 )  # fmt: skip
 
 METRICS = (
-    RUNS, QUEUE_AGE, EXECUTIONS, START_LATENCY, RUN_DURATION, STEP_DURATION, STEP_ATTEMPTS, WATCHERS, EVENT_LAG,
-    DB_RETRIES, POOL, POOL_MAX, RETENTION_RUNS, RETENTION_LOGS, RPC_DURATION,
+    RUNS, QUEUE_AGE, EXECUTIONS, CELL_AWAY, START_LATENCY, RUN_DURATION, STEP_DURATION, STEP_ATTEMPTS, WATCHERS,
+    EVENT_LAG, DB_RETRIES, POOL, POOL_MAX, RETENTION_RUNS, RETENTION_LOGS, RPC_DURATION,
 )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from perdure_client import Client, RunState
 from perdure_client._transport import (
     CANCEL_RUN,
     DECIDE_APPROVAL,
+    EVACUATE_CELL,
     GET_AGENT,
     GET_APPROVAL,
     GET_RUN,
@@ -38,6 +39,7 @@ from perdure_client._transport import (
     LIST_RUNS,
     LIST_STEPS,
     LIST_STRANDED_RUNS,
+    RETURN_CELL,
     SIGNAL_RUN,
     START_AGENT,
     WAIT_RUN,
@@ -646,6 +648,7 @@ async def test_cells_are_listed_with_who_answers(server: ScriptedServer, perdure
     north = operators.Cell(
         cell="nn1", home_region="north", secondary_region="south", survival_goal=operators.SURVIVAL_GOAL_REGION,
         database="perdure_nn1", address="north:1", namespaces=["default", "lab"], served_here=True, reachable=True,
+        serving_region="south", epoch=2, executors=3, standing_by=1,
     )  # fmt: skip
     south = operators.Cell(cell="ss1", home_region="south", survival_goal=operators.SURVIVAL_GOAL_ZONE)
     answer = operators.ListCellsResponse(cells=[north, south])
@@ -654,10 +657,29 @@ async def test_cells_are_listed_with_who_answers(server: ScriptedServer, perdure
     assert (first["cell"], first["survival_goal"], first["namespaces"]) == ("nn1", "REGION", ["default", "lab"])
     assert (second["survival_goal"], second["reachable"]) == ("ZONE", False)
     result = await perdure("cells", "-o", "table", "--admin-address", server.address)
-    assert re.search(r"nn1 +north +south +region +this one +perdure_nn1", result.stdout), result.output
+    assert re.search(r"nn1 +north +south +region +south: 3\+1 +this one +perdure_nn1", result.stdout), result.output
     assert re.search(r"ss1 +south +zone +no answer", result.stdout), result.output
     result = await perdure("cells", "-o", "table", "--admin-address", server.address)
     assert "no regions" in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "method", "answer"),
+    [
+        ("evacuate", EVACUATE_CELL, operators.EvacuateCellResponse),
+        ("return", RETURN_CELL, operators.ReturnCellResponse),
+    ],
+)
+async def test_a_cell_is_moved_and_its_new_region_told(
+    server: ScriptedServer, perdure: Invoke, command: str, method: Any, answer: Any
+) -> None:
+    cell = operators.Cell(cell="nn1", home_region="north", serving_region="south", epoch=2, standing_by=1)
+    server.script(method, answer(cell=cell), answer(cell=cell))
+    result = await perdure(command, "nn1", "-o", "table", "--admin-address", server.address)
+    assert "nn1 is served by south (epoch 2)" in result.output
+    (shown,) = objects(await perdure(command, "nn1", "-o", "json", "--admin-address", server.address))
+    assert (shown["cell"], shown["serving_region"], shown["standing_by"]) == ("nn1", "south", 1)
+    assert [request.cell for request in server.asked(method)] == ["nn1", "nn1"]
 
 
 async def test_stranded_runs_are_listed_with_what_can_be_done(server: ScriptedServer, perdure: Invoke) -> None:

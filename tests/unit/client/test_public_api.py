@@ -25,16 +25,16 @@ ProtocolViolation Published QueueInfo QuotaExceeded Recovered ResourceExhausted 
 RunEvent RunFailed RunFinished RunForked RunInputMismatch RunNotFound RunState RunTrace ServerUnavailable SignalReceived
 SpanKind SpanLink SpanStatus StartResult StartedRun StateChanged Step StepFailed StepRetrying StepStarted StepState
 StepSucceeded StoreUnavailable StrandedReason StrandedRun
-CellInfo CellNotServed IncompleteListing NamespacePaused RegionUnavailable SurvivalGoal
+CellInfo CellNotServed IncompleteListing NamespacePaused NobodyStandsBy RegionUnavailable SurvivalGoal
 TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
 Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching
 __version__
 """
 
 METHOD_NAMES = """
-address agents approvals approve artifact cancel cells close decide delete_runs events executors fork get get_agent
-get_approval list namespace queues read_artifact reject run signal start start_many steps stranded trace
-wait watch watch_approvals
+address agents approvals approve artifact cancel cells close decide delete_runs evacuate_cell events executors fork get
+get_agent get_approval list namespace queues read_artifact reject return_cell run signal start start_many steps
+stranded trace wait watch watch_approvals
 """
 
 

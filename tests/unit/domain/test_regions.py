@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from perdure_service.domain.regions import Place, Regions, SurvivalGoal, describe, parse_regions, place_in
+from perdure_service.domain.regions import Regions, SurvivalGoal, describe, parse_regions, place_in
 from perdure_service.domain.runs import new_run_id
 from perdure_service.errors import ConfigurationError, InvalidArgument
 from perdure_service.settings import load_settings
@@ -124,8 +124,9 @@ def test_a_region_with_two_cells_needs_to_be_told_which() -> None:
 
 
 def test_a_place_is_described_line_by_line() -> None:
-    lines = list(describe(Place(regions(), regions().cells["use1"])))
+    lines = list(describe(place_in(regions(), "us-east1", None)))
     assert lines[0] == "regions: this server serves the cell use1 of us-east1"
+    assert next(describe(place_in(regions(), "us-west1", "use1"))).endswith("and is in us-west1: it stands by")
     assert (
         "cell use1: home us-east1, then us-west1; survives the loss of a region; database perdure_use1; servers at "
         "perdure.us-east1.example:50051"

@@ -52,6 +52,8 @@ def test_a_namespace_is_a_field_of_the_request_itself_where_there_is_one():
                 "ListQueues",
                 "ListStrandedRuns",
                 "ListCells",
+                "EvacuateCell",
+                "ReturnCell",
             }
 
 
@@ -101,4 +103,12 @@ def test_the_roles_are_those_of_the_documentation():
         by_role.setdefault(needed.role.value, set()).add(name.partition("/")[2])
     assert by_role["operator"] == {"StartAgent", "StartAgents", "SignalRun", "CancelRun", "ForkRun"}
     assert by_role["approver"] == {"DecideApproval"}
-    assert by_role["admin"] == {"DeleteRuns", "ListExecutors", "ListQueues", "ListStrandedRuns", "ListCells"}
+    assert by_role["admin"] == {
+        "DeleteRuns",
+        "ListExecutors",
+        "ListQueues",
+        "ListStrandedRuns",
+        "ListCells",
+        "EvacuateCell",
+        "ReturnCell",
+    }

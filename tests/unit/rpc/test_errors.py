@@ -45,6 +45,7 @@ TABLE: list[tuple[errors.PerdureError, str, str, float | None]] = [
     (errors.Contention("again"), "ABORTED", "CONTENTION", 0.2),
     (errors.CursorOutOfRange("old", earliest_sequence="7"), "OUT_OF_RANGE", "EVENTS_TRUNCATED", None),
     (errors.ViewTooLarge("many", limit="1000"), "FAILED_PRECONDITION", "VIEW_TOO_LARGE", None),
+    (errors.NobodyStandsBy("nobody"), "FAILED_PRECONDITION", "NOBODY_STANDS_BY", None),
     (errors.StoreUnavailable("gone"), "UNAVAILABLE", "STORE_UNAVAILABLE", 1.0),
     (errors.KeysUnavailable("no keys"), "UNAVAILABLE", "KEYS_UNAVAILABLE", 2.0),
     (errors.RegionUnavailable("lost", region="west"), "UNAVAILABLE", "REGION_UNAVAILABLE", 2.0),

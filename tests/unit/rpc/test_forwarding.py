@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import grpc
@@ -34,6 +34,7 @@ from perdure_service.rpc import gathering, peers
 from perdure_service.rpc.gathering import merged
 from perdure_service.rpc.peers import FORWARDED_KEY, Forward, Peers
 from perdure_service.rpc.routes import ROUTES
+from perdure_service.store.cells import CellRow, CellStatus
 
 from tests.helpers.regions import regions_yaml
 from tests.helpers.security import IdentityProvider, SigningKey, certified
@@ -103,11 +104,13 @@ async def two(
     north, there = ScriptedService(), ScriptedService()
     async with (
         serving(
-            north, place=Place(regions, regions.cells["nn1"]), **shared | {"address": f"127.0.0.1:{ports['nn1']}"}
+            north,
+            place=Place(regions, regions.cells["nn1"], "north"),
+            **shared | {"address": f"127.0.0.1:{ports['nn1']}"},
         ) as at_north,
         serving(
             there,
-            place=Place(regions, regions.cells["ww1" if standby else "ss1"]),
+            place=Place(regions, regions.cells["ww1" if standby else "ss1"], "south"),
             **shared | {"address": f"127.0.0.1:{ports['ss1']}"} | (south or {}),
         ) as at_south,
     ):
@@ -289,7 +292,7 @@ async def test_a_stream_that_broke_is_not_begun_anew_at_the_standby() -> None:
     regions = parse_regions(
         regions_yaml(DATABASES, addresses={"ss1": home}, standbys={"ss1": standby}, homes=HOMES), "regions.yaml"
     )
-    calling = Peers(settings_of(), Place(regions, regions.cells["nn1"]))
+    calling = Peers(settings_of(), Place(regions, regions.cells["nn1"], "north"))
     path = "/perdure.v1.AgentRunService/WatchRun"
     request = pb.WatchRunRequest(run_id="foo")
     answers = calling.stream(regions.cells["ss1"], path, request, pb.WatchRunResponse, Forward((), 10))
@@ -669,7 +672,16 @@ async def test_the_inbox_is_of_all_cells_and_a_region_that_is_lost_is_named_unti
 async def test_operators_see_which_cells_answer() -> None:
     async with two(admin_address="127.0.0.1:0") as cells, channel_to(cells.at_south.admin_port or 0) as channel:
         stub = OperatorServiceStub(channel)
+        claimed_at = datetime(2026, 1, 2, tzinfo=UTC)
+        row = CellRow("ss1", "south", "west", 2, claimed_at)
+        cells.south.script["cell_status"] = lambda: CellStatus(row, 3, 1)
         found = (await stub.ListCells(operator_pb.ListCellsRequest())).cells
+        assert [(one.serving_region, one.epoch, one.executors, one.standing_by) for one in found] == [
+            ("", 0, 0, 0),
+            ("west", 2, 3, 1),
+            ("", 0, 0, 0),
+        ]
+        assert found[1].claim_time.ToDatetime(UTC) == claimed_at
         assert [(one.cell, one.served_here, one.reachable) for one in found] == [
             ("nn1", False, True),
             ("ss1", True, True),
@@ -772,7 +784,7 @@ async def test_servers_speak_tls_with_each_other_and_show_their_own_certificates
 def test_tokens_are_not_sent_to_other_machines_in_plaintext() -> None:
     def peers_of(address: str, **settings: Any) -> Peers:
         regions = parse_regions(regions_yaml(DATABASES, addresses={"ss1": address}, homes=HOMES), "regions.yaml")
-        return Peers(settings_of(**settings), Place(regions, regions.cells["nn1"]))
+        return Peers(settings_of(**settings), Place(regions, regions.cells["nn1"], "north"))
 
     auth = {"tokens_file": "tokens.yaml"}
     with pytest.raises(ConfigurationError, match=r"cell ss1 would be sent to south\.example:1 .* in plaintext"):

@@ -252,7 +252,7 @@ async def test_what_was_tried_without_a_right_is_in_the_audit_log_too(service, p
 
 # ---- the admin port --------------------------------------------------------------------------------------------------
 
-EXECUTOR = Executor("host-1", "host:50051", "1", ExecutorState.EXPIRED, 3, 10, NOON, NOON)
+EXECUTOR = Executor("host-1", "host:50051", "1", "north", ExecutorState.EXPIRED, 3, 10, NOON, NOON)
 
 
 async def test_executors_are_listed_at_the_admin_port_and_nowhere_else(service, provider):

@@ -11,6 +11,7 @@ from typing import Annotated, TypeVar
 import typer
 from rich.text import Text
 
+from perdure_client._client import Client
 from perdure_client._config import DEFAULT_ADMIN_ADDRESS, is_loopback
 from perdure_client._errors import ServerUnavailable
 from perdure_client._types import CellInfo, ExecutorInfo, ExecutorState, QueueInfo, StrandedRun
@@ -20,7 +21,12 @@ from perdure_client.cli._text import RUN_STYLES, age, clean, jsonable, local_tim
 
 T = TypeVar("T")
 
-_STYLES = {ExecutorState.ALIVE: "green", ExecutorState.EXPIRED: "red", ExecutorState.GONE: "dim"}
+_STYLES = {
+    ExecutorState.ALIVE: "green",
+    ExecutorState.STANDING_BY: "cyan",
+    ExecutorState.EXPIRED: "red",
+    ExecutorState.GONE: "dim",
+}
 
 
 AdminAddressOption = Annotated[
@@ -80,7 +86,9 @@ def queues(
 def cells(
     context: typer.Context, admin_address: AdminAddressOption = DEFAULT_ADMIN_ADDRESS, output: OutputOption = None
 ) -> None:
-    """Lists the cells: where runs live, and whether their servers answer the one that is asked. Needs the role admin.
+    """Lists the cells: where runs live, who executes them, and whether their servers answer. Needs the role admin.
+
+    Who executes them is known of the cell of the server that is asked: the region, and how many servers; "+1" stand by.
 
     Examples:
       perdure cells
@@ -94,10 +102,61 @@ def cells(
             for cell in found:
                 write_json_line(jsonable(cell))
         elif not write_rows(
-            ("CELL", "HOME", "SECONDARY", "SURVIVES", "SERVERS", "DATABASE", "ADDRESS", "NAMESPACES"),
+            ("CELL", "HOME", "SECONDARY", "SURVIVES", "SERVED BY", "SERVERS", "DATABASE", "ADDRESS", "NAMESPACES"),
             (_cell_row(item) for item in found),
         ):
             say("No cells: this service has no regions.")
+
+
+CellArgument = Annotated[str, typer.Argument(metavar="CELL", help="The cell, e.g. use1; see `perdure cells`.")]
+
+
+def evacuate(
+    context: typer.Context,
+    cell: CellArgument,
+    admin_address: AdminAddressOption = DEFAULT_ADMIN_ADDRESS,
+    output: OutputOption = None,
+) -> None:
+    """Gives the runs of a cell to the servers that stand by in its secondary region. Needs the role admin.
+
+    For work on its home region. Steps in progress may end at home; nothing is repeated. Ask a server of the cell.
+
+    Examples:
+      perdure evacuate use1 --admin-address perdure.us-east1.example:50053
+    """
+    _move(context, admin_address, output, lambda client: client.evacuate_cell(cell))
+
+
+def return_(
+    context: typer.Context,
+    cell: CellArgument,
+    admin_address: AdminAddressOption = DEFAULT_ADMIN_ADDRESS,
+    output: OutputOption = None,
+) -> None:
+    """Gives the runs of a cell back to the servers of its home region, which stand by. Needs the role admin.
+
+    After `evacuate`, or when a lost region is back. Steps in progress may end where they are; nothing is repeated.
+
+    Examples:
+      perdure return use1 --admin-address perdure.us-east1.example:50053
+    """
+    _move(context, admin_address, output, lambda client: client.return_cell(cell))
+
+
+def _move(
+    context: typer.Context, admin_address: str, output: Output | None, move: Callable[[Client], CellInfo]
+) -> None:
+    form = chosen(output)
+    with closing(replace(session_of(context), address=admin_address)) as session:
+        client = session.client
+        (cell,) = _listed(lambda: [move(client)])
+        if form is Output.JSON:
+            write_json_line(jsonable(cell))
+        else:
+            say(
+                f"{cell.cell} is served by {cell.serving_region} (epoch {cell.epoch}). Its servers take over within "
+                "seconds; `perdure executors` shows them."
+            )
 
 
 def stranded(
@@ -172,6 +231,13 @@ def _row(executor: ExecutorInfo) -> tuple[str | Text, ...]:
     )
 
 
+def _served_by(item: CellInfo) -> str | Text:
+    if not item.serving_region:
+        return ""
+    text = f"{clean(item.serving_region)}: {item.executors}" + (f"+{item.standing_by}" if item.standing_by else "")
+    return text if item.serving_region == item.home_region and item.executors else Text(text, "yellow")
+
+
 def _cell_row(item: CellInfo) -> tuple[str | Text, ...]:
     servers = "this one" if item.served_here else Text("answer", "green")
     return (
@@ -179,6 +245,7 @@ def _cell_row(item: CellInfo) -> tuple[str | Text, ...]:
         clean(item.home_region),
         clean(item.secondary_region),
         item.survival_goal.lower(),
+        _served_by(item),
         servers if item.reachable else Text("no answer", "red"),
         clean(item.database),
         clean(item.address),
