@@ -1,6 +1,6 @@
 # Each recipe is one line that also works when typed. Variables given to make (`make demo YES=1`) reach the program.
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-crash test test-s3 test-sql test-k8s chaos bench lint style types layers api generated format protos clean
+.PHONY: help install demo demo-crash demo-regions test test-s3 test-sql test-k8s chaos bench lint style types layers api generated format protos clean
 
 # The first of these that is Python 3.11 or newer; or choose: make PYTHON=/path/to/python3.12 …
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.14 python; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -11,7 +11,7 @@ BASE ?= origin/main
 PROTOC = PATH=".venv/bin:$$PATH" .venv/bin/python -m grpc_tools.protoc -I protos -I protos/third_party
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
 
 # Made once, and again when one of the two files changes; with no network everything else works on.
 .venv/installed: pyproject.toml constraints.txt
@@ -24,6 +24,9 @@ demo: .venv/installed  ## Run the research agent on documents, live (YES=1 asks 
 
 demo-crash: .venv/installed  ## Kill a server in the middle of a run, and watch another one finish it
 	.venv/bin/python -m perdure_client.demo_crash
+
+demo-regions: .venv/installed  ## Lose a region: kill its servers, watch another region go on, and give it back
+	.venv/bin/python -m perdure_client.demo_regions
 
 test: .venv/installed  ## Run all tests on a real database (embedded, or PERDURE_TEST_DATABASE_URL)
 	.venv/bin/python -m pytest $(WORKERS) tests/unit tests/integration tests/chaos tests/e2e

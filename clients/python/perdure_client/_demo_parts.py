@@ -7,11 +7,13 @@ import queue
 import re
 import shutil
 import signal
+import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any, Protocol, cast
@@ -35,6 +37,7 @@ START_TIMEOUT_S = 180.0
 """For the first start, which makes a database."""
 STOP_TIMEOUT_S = 60.0
 LOG_LINES = 20
+DATABASE_READY = "the database is at "
 REFRESHES_PER_SECOND = 8
 
 
@@ -89,6 +92,39 @@ def begin(arguments: list[str], log: Path, **environment: str) -> subprocess.Pop
         )
 
 
+@contextmanager
+def database(folder: Path) -> Generator[str]:
+    """Runs a PostgreSQL with its data in a folder; yields its URL."""
+    data = folder / "data"
+    data.mkdir()
+    process = begin(["database", "--data-dir", str(data)], folder / "database.log")
+    try:
+        url = wait_until_ready(process, folder / "database.log", DATABASE_READY, show=False)
+        write_line("  PostgreSQL runs, with a database of its own that outlives the servers")
+        yield url
+    finally:
+        stop(process)
+
+
+def migrate(folder: Path, environment: dict[str, str]) -> None:
+    """Makes what servers need in the database of an environment.
+
+    Raises:
+        DemoFailed: It cannot.
+    """
+    process = begin(["migrate"], folder / "migrate.log", **environment)
+    process.communicate()
+    if process.returncode:
+        raise DemoFailed(f"the database could not be migrated\n{last_lines(folder / 'migrate.log')}")
+
+
+def free_port() -> int:
+    """Returns a port on which nobody listens yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def server_environment() -> dict[str, str]:
     """Returns the environment of a server: this one, without what is for its clients."""
     ours = ("PERDURE_NAMESPACE", "PERDURE_ADDRESS", "PERDURE_TOKEN")
@@ -138,6 +174,34 @@ def stop(process: subprocess.Popen[str]) -> None:
         process.wait()
     if process.stdout is not None:
         process.stdout.close()
+
+
+# ---- the bank of the example `payroll` -------------------------------------------------------------------------------
+
+
+class Bank:
+    """What the bank knows: whom it was asked to pay, and whom it has paid, by the keys that it was given."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def payments(self, run_id: str = "") -> list[str]:
+        """Returns the keys that it has paid for, of one run or of all."""
+        keys = [str(row[0]) for row in self._read("SELECT key FROM payment")]
+        return [key for key in keys if f".{run_id}." in key] if run_id else keys
+
+    def requests(self) -> int:
+        """Returns how often it was asked."""
+        return int((self._read("SELECT count(*) FROM request") or [(0,)])[0][0])
+
+    def _read(self, statement: str) -> list[tuple[Any, ...]]:
+        if not self.file.exists():
+            return []
+        try:
+            with closing(sqlite3.connect(f"file:{self.file}?mode=ro", uri=True)) as connection:
+                return connection.execute(statement).fetchall()
+        except sqlite3.OperationalError:  # it is being made, or written
+            return []
 
 
 # ---- a run -----------------------------------------------------------------------------------------------------------

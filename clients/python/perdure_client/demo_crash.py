@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -19,10 +17,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Generator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 try:
     from rich.console import Console
@@ -32,11 +30,14 @@ except ImportError:
 
 from perdure_client._client import Client
 from perdure_client._demo_parts import (
+    Bank,
     DemoFailed,
     Show,
     begin,
+    database,
+    free_port,
     heading,
-    last_lines,
+    migrate,
     object_of,
     repository,
     show_on,
@@ -60,7 +61,6 @@ KILL_AFTER_STEPS = 2
 """Steps that are committed before the kill, at least."""
 BANK_PATIENCE_S = 30.0
 POLL_S = 0.01
-DATABASE_READY = "the database is at "
 
 
 @dataclass(slots=True)
@@ -107,21 +107,22 @@ def _demonstrate(screen: Console, folder: Path) -> bool:
     root = repository()
     if root is None:
         raise DemoFailed("it needs the repository, whose example it runs; see `make demo-crash` there")
+    bank = Bank(folder / "bank.sqlite")
     heading(screen, "A database, and server A")
     with ExitStack() as stack:
         environment = {
-            "PERDURE_DATABASE_URL": os.environ.get("PERDURE_DATABASE_URL") or stack.enter_context(_database(folder)),
+            "PERDURE_DATABASE_URL": os.environ.get("PERDURE_DATABASE_URL") or stack.enter_context(database(folder)),
             "PERDURE_LEASE_TTL": f"{LEASE_TTL_S:g}",
             "PERDURE_APPLICATION_VERSION": f"demo-crash-{os.getpid()}",  # nobody else's server takes the run
             "PERDURE_LOG_FORMAT": "json",
             "PYTHONPATH": str(root / "service" / "docs" / "examples" / "refunds"),
-            "BANK_FILE": str(folder / "bank.sqlite"),
+            "BANK_FILE": str(bank.file),
         }
-        _migrate(folder, environment)
+        migrate(folder, environment)
         began = time.monotonic()
         a = stack.enter_context(_server("A", folder, environment, show=True))
         took_s = time.monotonic() - began
-        other = f"127.0.0.1:{_free_port()}"
+        other = f"127.0.0.1:{free_port()}"
         client = stack.enter_context(
             Client(
                 f"ipv4:{a.address},{other}", token="", namespace="default", tls=False
@@ -134,38 +135,17 @@ def _demonstrate(screen: Console, folder: Path) -> bool:
         b = _Later(stack, folder, environment, other)
         show = show_on(screen, started.run_id)
         try:
-            seen = _follow(client, started, show, a, b, folder / "bank.sqlite")
+            seen = _follow(client, started, show, a, b, bank)
         finally:
             show.close()
             b.join()
         run = client.get(started)
         show.end(run)
         heading(screen, "Is everything whole?")
-        return _judge(client, run, seen, people, folder / "bank.sqlite", screen)
+        return _judge(client, run, seen, people, bank, screen)
 
 
 # ---- the servers -----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _database(folder: Path) -> Generator[str]:
-    """Runs a PostgreSQL; yields its URL."""
-    data = folder / "data"
-    data.mkdir()
-    process = begin(["database", "--data-dir", str(data)], folder / "database.log")
-    try:
-        url = wait_until_ready(process, folder / "database.log", DATABASE_READY, show=False)
-        write_line("  PostgreSQL runs, with a database of its own that outlives the servers")
-        yield url
-    finally:
-        stop(process)
-
-
-def _migrate(folder: Path, environment: dict[str, str]) -> None:
-    process = begin(["migrate"], folder / "migrate.log", **environment)
-    process.communicate()
-    if process.returncode:
-        raise DemoFailed(f"the database could not be migrated\n{last_lines(folder / 'migrate.log')}")
 
 
 @contextmanager
@@ -216,16 +196,10 @@ class _Later:
         self._thread.join()
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # ---- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _follow(client: Client, started: Run, show: Show, a: _Server, b: _Later, bank: Path) -> _Seen:
+def _follow(client: Client, started: Run, show: Show, a: _Server, b: _Later, bank: Bank) -> _Seen:
     """Follows the run to its end, and kills server A in the middle of a step."""
     seen = _Seen()
 
@@ -260,14 +234,14 @@ def _take(event: RunEvent, seen: _Seen, show: Show) -> None:
         seen.gap_s = time.monotonic() - seen.killed_at_s
 
 
-def _kill_perhaps(event: RunEvent, seen: _Seen, show: Show, a: _Server, b: _Later, bank: Path) -> None:
+def _kill_perhaps(event: RunEvent, seen: _Seen, show: Show, a: _Server, b: _Later, bank: Bank) -> None:
     """Kills server A in the body of the step that an event begins, if server B is there and enough is committed."""
     other = b.get()
     done = sum(isinstance(one.data, StepSucceeded) for one in seen.events)
     if other is None or done < KILL_AFTER_STEPS or event.step_name != STEP:
         return
     deadline = time.monotonic() + BANK_PATIENCE_S
-    while len(_payments(bank)) <= done:
+    while len(bank.payments()) <= done:
         if time.monotonic() > deadline:
             raise DemoFailed("the bank was not asked to pay")
         time.sleep(POLL_S)
@@ -285,7 +259,7 @@ def _kill_perhaps(event: RunEvent, seen: _Seen, show: Show, a: _Server, b: _Late
 # ---- the verdict -----------------------------------------------------------------------------------------------------
 
 
-def _judge(client: Client, run: Run, seen: _Seen, people: int, bank: Path, screen: Console) -> bool:
+def _judge(client: Client, run: Run, seen: _Seen, people: int, bank: Bank, screen: Console) -> bool:
     """Says what was promised and whether it is so; returns whether all of it is."""
     findings = [
         *_about_the_watch(seen, run, list(client.events(run))),
@@ -334,32 +308,13 @@ def _about_the_steps(seen: _Seen, run: Run, people: int, all_succeeded: bool) ->
     ]
 
 
-def _about_the_bank(bank: Path, people: int) -> _Finding:
-    payments, requests = _payments(bank), _requests(bank)
+def _about_the_bank(bank: Bank, people: int) -> _Finding:
+    payments, requests = bank.payments(), bank.requests()
     return (
         len(payments) == len(set(payments)) == people and requests == people + 1,
         f"The bank was asked {requests} times and has paid {len(payments)} times: it knew the step that was cut off "
         "by its idempotency key",
     )
-
-
-def _payments(bank: Path) -> list[str]:
-    """Returns the keys that the bank has paid for."""
-    return [str(row[0]) for row in _bank(bank, "SELECT key FROM payment")]
-
-
-def _requests(bank: Path) -> int:
-    return int(_bank(bank, "SELECT count(*) FROM request")[0][0])
-
-
-def _bank(bank: Path, statement: str) -> list[tuple[Any, ...]]:
-    if not bank.exists():
-        return []
-    try:
-        with closing(sqlite3.connect(f"file:{bank}?mode=ro", uri=True)) as connection:
-            return connection.execute(statement).fetchall()
-    except sqlite3.OperationalError:  # it is being made, or written
-        return []
 
 
 if __name__ == "__main__":

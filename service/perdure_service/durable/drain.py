@@ -32,6 +32,7 @@ BUDGET = timedelta(seconds=2)
 """How long one hand-over is tried again: a database that is away must not hold up the end."""
 
 REASON = "handed over: its server stops"
+CELL_MOVED = "handed over: another region has its cell"
 
 log = structlog.get_logger()
 
@@ -45,6 +46,7 @@ class Drain:
         executions: Executions,
         ledger: Ledger,
         hint: Callable[[Sequence[str]], None],
+        reason: str = REASON,
     ) -> None:
         """Creates it.
 
@@ -53,11 +55,13 @@ class Drain:
             executions: What is executed here.
             ledger: Adopts what foreign clients made.
             hint: Told of runs that have news.
+            reason: What the logs of the runs tell, for people.
         """
         self._engine = engine
         self._executions = executions
         self._ledger = ledger
         self._hint = hint
+        self._reason = reason
         self._begun = False
         self._left: dict[str, str | None] = {}
         """What has stopped here and is not given back yet, by workflow id: the token it was executed under."""
@@ -102,7 +106,7 @@ class Drain:
         batch = dict(sorted(self._left.items())[: executors.BATCH])
 
         def hand_over(conn: sa.Connection) -> tuple[list[executors.Requeued], set[str]]:
-            given_back = executors.give_back_own(conn, batch, QUEUE, now_ms(), self._ledger.adopt, REASON)
+            given_back = executors.give_back_own(conn, batch, QUEUE, now_ms(), self._ledger.adopt, self._reason)
             return given_back, executors.still_own(conn, batch)
 
         try:

@@ -35,7 +35,7 @@ from perdure_service.domain.trace import TracedRun
 from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
 from perdure_service.durable.cell_claim import CellClaim
 from perdure_service.durable.checkpoints import Checkpoints, Presented
-from perdure_service.durable.drain import Drain
+from perdure_service.durable.drain import CELL_MOVED, Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
 from perdure_service.durable.hints import Hints, feed_of
 from perdure_service.durable.leases import Lease, lease_statement_timeout, renewal_interval_s
@@ -210,7 +210,7 @@ class Runtime:
                 lease_ttl=lease_ttl,
                 lease=self.lease,
                 placement=self.placement,
-                drain=Drain(engine, self.executions, self.ledger, self.hints.given_back),
+                drain=Drain(engine, self.executions, self.ledger, self.hints.given_back, CELL_MOVED),
                 look_for_runs=self.poke,
             )
         )
