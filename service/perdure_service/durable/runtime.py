@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,6 +27,7 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
+from perdure_service.domain.ids import random_hex
 from perdure_service.domain.queues import QueueLimits, Queues
 from perdure_service.domain.runs import LOCAL_CELL, Run, RunStart, derive_state, epoch_ms
 from perdure_service.domain.trace import TracedRun
@@ -494,7 +494,7 @@ class Runtime:
         if start.start_at is not None:
             status["delay_until_epoch_ms"] = epoch_ms(start.start_at)
         unique = start.request_id if server_made_id and start.request_id else None
-        return PreparedStart(agent, start, status, str(uuid.uuid4()), unique)
+        return PreparedStart(agent, start, status, random_hex(), unique)
 
     def _template(self, agent: RegisteredAgent) -> Mapping[str, Any]:
         """Returns DBOS's row of an agent's run but for what is the run's own; a contract test says that this is all."""
