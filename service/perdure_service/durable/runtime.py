@@ -31,7 +31,7 @@ from perdure_service.domain.ids import random_hex
 from perdure_service.domain.queues import QueueLimits, Queues
 from perdure_service.domain.runs import LOCAL_CELL, Run, RunStart, derive_state, epoch_ms
 from perdure_service.domain.trace import TracedRun
-from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
+from perdure_service.durable import hops, metering, parking, plain_runs, replay, retries, steps, system_database
 from perdure_service.durable.checkpoints import Checkpoints, Presented
 from perdure_service.durable.drain import Drain
 from perdure_service.durable.executions import Execution, Executions, Parked
@@ -574,7 +574,9 @@ class Runtime:
     def _execute(self, status: Any, owner_xid: str) -> None:
         try:
             with self.database.unbounded():
-                _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)
+                dbos = _dbos_instance()
+                if not plain_runs.begin(dbos, status, owner_xid):
+                    _core.execute_dequeued_workflow(dbos, status, owner_xid)
         except Exception as error:  # noqa: BLE001 - logged
             # The run's own failures are recorded by DBOS; what comes here has left it PENDING under a live lease.
             workflow_id = status["workflow_uuid"]
@@ -638,6 +640,8 @@ def _observe_workflows(executions: Executions) -> None:
             execution.task, execution.loop = asyncio.current_task(), asyncio.get_running_loop()
             _stands_alone(execution)
         try:
+            if plain_runs.is_plain(status, func):
+                return await plain_runs.run(dbos, status, func, ctx, args, kwargs)
             return await _plain_execute_async(dbos, status, func, ctx, args, kwargs)
         except Parked as parked:
             raise DBOSWorkflowCancelledError(str(parked)) from None  # whoever waits for this task turns to the row

@@ -232,10 +232,15 @@ def test_what_is_told_before_an_error_still_wakes_the_loop() -> None:
     got: list[str] = []
 
     async def main() -> None:
-        loop = asyncio.get_running_loop()
-        with pytest.raises(ValueError, match="after"), hops.waking_once():
-            hops.calls_into(loop).post(lambda: got.append("before"))
+        calls = hops.calls_into(asyncio.get_running_loop())
+
+        @hops.waking_once()
+        def tell() -> None:
+            calls.post(lambda: got.append("before"))
             raise ValueError("after")
+
+        with pytest.raises(ValueError, match="after"):
+            tell()
         await asyncio.sleep(0)
         await asyncio.sleep(0)
 
