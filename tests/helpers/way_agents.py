@@ -1,4 +1,4 @@
-"""Agents whose steps and ends are all that the plain ways must do as DBOS does; on request everything goes DBOS's way."""
+"""Agents with all that the plain ways must do as DBOS does; on request everything goes DBOS's way."""
 
 from __future__ import annotations
 

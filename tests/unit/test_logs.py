@@ -1,6 +1,5 @@
 import asyncio
 import gc
-import asyncio
 import io
 import json
 import logging

@@ -1,10 +1,10 @@
 """The beginning and the end of an asynchronous agent's run, done by us as DBOS does them: without its stages between.
 
-DBOS finds a workflow's code and input by its row, makes a context, and runs the code as stages (`dbos._outcome`) each of
-which is a coroutine around the next one. Of a row as the service writes it (`_is_plain_row`), and of code that declares
-nothing unusual to DBOS (`_is_plain_code`), nearly nothing of that has anything to do. `run` runs such code; what comes
-after it, the outcome's serialization, its record, and who adopts another one's outcome, stays DBOS's own stage. `begin`
-makes its task. All other workflows go DBOS's way. Contract tests compare with what DBOS does.
+DBOS finds a workflow's code and input by its row, makes a context, and runs the code as stages (`dbos._outcome`), each
+of which is a coroutine around the next one. Of a row as the service writes it (`_is_plain_row`), and of code that
+declares nothing unusual to DBOS (`_is_plain_code`), nearly nothing of that has anything to do. `run` runs such code;
+what comes after it, the outcome's serialization, its record, and who adopts another one's outcome, stays DBOS's own
+stage. `begin` makes its task. All other workflows go DBOS's way. Contract tests compare with what DBOS does.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def begin(dbos: Any, status: Mapping[str, Any], owner_xid: str) -> bool:
     code, args, kwargs = workflow.__orig_func, inputs["args"], inputs["kwargs"]
 
     def create_task() -> None:
-        task = loop.create_task(_core._execute_workflow_async(dbos, status, code, context, args, kwargs))
+        task = loop.create_task(
+            _core._execute_workflow_async(dbos, status, code, context, args, kwargs)  # type: ignore[arg-type]
+        )
         dbos._workflow_tasks.add(task)
         task.add_done_callback(dbos._workflow_tasks.discard)
         task.add_done_callback(retrieve_future_exception)
@@ -109,13 +111,15 @@ async def _ended(
     except BaseException as error:  # noqa: BLE001 - raised by the stage
         failed = error
 
-    def fail() -> Any:
-        raise failed
-
     try:
-        return await hops.answer(persist, fail)
+        # By itself, not by this frame: the stage may run again when nobody waits for it any more.
+        return await hops.answer(persist, functools.partial(_fail, failed))
     finally:
         del failed  # or its traceback would keep it, and this frame, until the collector comes
+
+
+def _fail(error: BaseException) -> Any:
+    raise error
 
 
 async def _without_checkpoints(dbos: Any, context: DBOSContext, call: Callable[[], Any]) -> Any:

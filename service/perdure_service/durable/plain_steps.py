@@ -1,9 +1,10 @@
 """An asynchronous step with none of DBOS's options, run by us as DBOS runs it: the same rows, numbers, errors, replays.
 
-DBOS composes a step of stages, each of which is a coroutine around the next one and a hop to a thread (`dbos._outcome`).
-For a step that is not repeated, not preempted and has no timeout they come to three things: look whether it is recorded,
-run the body, record what it did. `run` does these one after the other, on the loop as long as nothing blocks (`hops`).
-All other steps go DBOS's way. What DBOS does with an error is kept as it is, and contract tests compare:
+DBOS composes a step of stages, each of which is a coroutine around the next one and a hop to a thread
+(`dbos._outcome`). For a step that is not repeated, not preempted and has no timeout they come to three things: look
+whether it is recorded, run the body, record what it did. `run` does these one after the other, on the loop as long as
+nothing blocks (`hops`). All other steps go DBOS's way. What DBOS does with an error is kept as it is, and contract
+tests compare:
 
 * What the body raises is recorded as the step's failure, if it is an Exception; a cancellation says nothing about it.
 * So is what recording raises: an output that cannot be serialized, or is too large, is the step's failure. That the
@@ -93,7 +94,7 @@ def _again(dbos: Any, recorded: RecordedResult) -> Any:
         raise deserialize_exception(error, serialization, dbos._serializer)
     if output is not None:
         return deserialize_value(output, serialization, dbos._serializer)
-    raise Exception("Output and error are both None")  # noqa: TRY002 - DBOS's words
+    raise Exception("Output and error are both None")  # DBOS's words
 
 
 def _record(dbos: Any, context: DBOSContext, name: str, began_ms: int, output: Any, error: BaseException | None) -> Any:

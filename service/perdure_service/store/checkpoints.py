@@ -346,7 +346,7 @@ def write_all(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, W
 
 
 def commit_all(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
-    """Writes rows of any kinds and commits them; returns what was written, by workflow id, with what the statement says.
+    """Writes rows of any kinds and commits them; returns what the statements say of those written, by workflow id.
 
     Args:
         conn: A connection that commits each statement by itself.
