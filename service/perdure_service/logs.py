@@ -9,13 +9,14 @@ Fields bound with `structlog.contextvars` (run_id, step_name, attempt, executor_
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import sys
 import traceback
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
@@ -114,7 +115,8 @@ def configure_logs(log_format: str = "auto", level: str = "info", stream: TextIO
     for name in QUIET_LIBRARIES:
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     logging.getLogger(AUDIT_LOGGER).setLevel(logging.INFO)
-    _audit.configured = _straight_audit_log(stream) if as_json else None
+    _audit.lines = GatheredLines(stream) if as_json else None
+    _audit.configured = None if _audit.lines is None else _straight_audit_log(_audit.lines)
     _take_over_dbos(handler, root.level)
     logging.captureWarnings(True)
 
@@ -123,9 +125,75 @@ class _Audit:
     """The audit log of this process, once it is configured and not for a person."""
 
     configured: structlog.typing.FilteringBoundLogger | None = None
+    lines: GatheredLines | None = None
 
 
 _audit = _Audit()
+
+
+class GatheredLines:
+    """Lines of one loop, written together: each write lets go of the interpreter's lock, and stands in line for it.
+
+    What is said while the loop answers other calls, too, goes out by one write at the end of that round; whoever must
+    not go on before waits for `written`. Without a loop a line is written at once.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._text: list[str] = []
+        self._waiting: list[asyncio.Future[None]] = []
+
+    def write(self, text: str) -> None:
+        """Takes a line."""
+        self._text.append(text)
+
+    def flush(self) -> None:
+        """Writes what was taken, or has the running loop do so."""
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._write_all()
+            return
+        if len(self._text) == 1:
+            loop.call_soon(self._write_all)
+
+    async def written(self) -> None:
+        """Returns when everything that was taken is written.
+
+        Raises:
+            OSError: It could not be.
+        """
+        if self._text:
+            done = asyncio.get_running_loop().create_future()
+            self._waiting.append(done)
+            await done
+
+    def _write_all(self) -> None:
+        text, self._text = self._text, []
+        waiting, self._waiting = self._waiting, []
+        failed: Exception | None = None
+        try:
+            self._stream.write("".join(text))
+            self._stream.flush()
+        except Exception as error:  # noqa: BLE001 - raised to those whose lines they were
+            failed = error
+        for one in waiting:
+            if one.done():
+                continue
+            if failed is None:
+                one.set_result(None)
+            else:
+                one.set_exception(failed)
+
+
+async def audit_written() -> None:
+    """Returns when the audit lines so far are written: who is answered is in the log.
+
+    Raises:
+        OSError: They could not be.
+    """
+    if _audit.lines is not None:
+        await _audit.lines.written()
 
 
 def audit_log() -> Any:
@@ -136,13 +204,13 @@ def audit_log() -> Any:
     return _audit.configured or structlog.get_logger(AUDIT_LOGGER)
 
 
-def _straight_audit_log(stream: TextIO) -> Any:
+def _straight_audit_log(lines: GatheredLines) -> Any:
     def name(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
         event["logger"] = AUDIT_LOGGER
         return event
 
     return structlog.wrap_logger(
-        structlog.WriteLogger(stream),
+        structlog.WriteLogger(cast(TextIO, lines)),
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,

@@ -47,3 +47,14 @@ async def hop_gather(width: int = 5) -> int:
 async def hop_failing() -> int:
     """Fails with its only step."""
     return await square(-1)
+
+
+@DBOS.step(name="square-again", retries_allowed=True, max_attempts=2)
+async def square_again(number: int) -> int:
+    return number * number
+
+
+@agent(name="hop-retries")
+async def hop_retries() -> int:
+    """Makes a step that would be tried again."""
+    return await square_again(3)

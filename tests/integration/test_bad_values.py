@@ -155,7 +155,7 @@ def test_text_that_is_not_utf_8_is_refused_in_every_field_of_every_request(rpc: 
     tried = 0
     for one in RPCS:
         for path, data in with_bad_text(one.request.DESCRIPTOR):
-            if one.both_ways:  # each item has its own answer
+            if one.path.endswith("/StartAgents"):  # each item has its own answer
                 (answer,) = rpc.channel.stream_stream(one.path)(iter([data]))
                 error = pb.StartAgentsResponse.FromString(answer).error
                 info = error_details_pb2.ErrorInfo()
@@ -163,10 +163,14 @@ def test_text_that_is_not_utf_8_is_refused_in_every_field_of_every_request(rpc: 
                 assert (error.code, info.reason) == (code_pb2.INVALID_ARGUMENT, "INVALID_FIELD"), (one.path, path)
                 tried += 1
                 continue
-            call = rpc.channel.unary_stream(one.path) if one.streaming else rpc.channel.unary_unary(one.path)
-            refusal = refusal_of(
-                lambda call=call, data=data, one=one: list(call(data)) if one.streaming else call(data)
-            )
+            if one.both_ways:
+                both_ways = rpc.channel.stream_stream(one.path)
+                refusal = refusal_of(lambda call=both_ways, data=data: list(call(iter([data]))))
+            else:
+                call = rpc.channel.unary_stream(one.path) if one.streaming else rpc.channel.unary_unary(one.path)
+                refusal = refusal_of(
+                    lambda call=call, data=data, one=one: list(call(data)) if one.streaming else call(data)
+                )
             assert refusal is not None, (one.path, path)
             if refusal.code is grpc.StatusCode.UNIMPLEMENTED:
                 continue  # a service of another port

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import dbos
@@ -375,6 +377,25 @@ def test_a_task_is_begun_by_a_coroutine_that_waits_for_nothing() -> None:
     assert "dbos._background_event_loop.submit_coroutine(start_workflow_task())" in _calls_of(
         _core, "dbos._background_event_loop.submit_coroutine"
     )
+
+
+OWN_WAYS = {
+    steps._dbos_invoke_step: "f60e7b0bb683cf4f",
+    _outcome.Pending._wrap: "ed2dee2ae3a28d04",
+    _outcome.Pending._intercept: "68d426af693b07de",
+    _outcome.Pending._also: "5138edc7c3c08f0c",
+    runtime._plain_execute_async: "ab534cdce293e4b2",
+    _core.execute_dequeued_workflow: "2434b435322ba8bb",
+    _core._dropping_datasource_checkpoints: "bf450628129d9758",
+    _workflow_commands.delete_completed_datasource_checkpoints_async: "b8b8cc92a0bd9e30",
+}
+"""What `plain_steps` and `plain_runs` do in DBOS's place, by what they do it instead of. When one of these changes,
+compare it with ours, and then note it here."""
+
+
+@pytest.mark.parametrize("function", OWN_WAYS, ids=lambda function: function.__qualname__)
+def test_what_we_do_in_dboss_place_has_not_changed_there(function: Callable[..., object]) -> None:
+    assert hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16] == OWN_WAYS[function]
 
 
 def test_operations_are_recorded_by_their_owner_only() -> None:

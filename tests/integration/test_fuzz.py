@@ -9,6 +9,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 
 import grpc
 import grpc.aio
@@ -138,6 +139,13 @@ async def answer_to(channel: grpc.aio.Channel, one: Rpc, data: bytes) -> tuple[s
     Of a stream in both directions it is the answer to its one item.
     """
     try:
+        if one.path.endswith("/WaitRuns"):
+            waits = channel.stream_stream(one.path)(iter([data]), timeout=scaled(30))
+            with suppress(TimeoutError):  # a run of it has not ended
+                async with asyncio.timeout(WAIT_S):
+                    await waits.read()
+            waits.cancel()
+            return "OK", ""
         if one.both_ways:
             answer = await channel.stream_stream(one.path)(iter([data]), timeout=scaled(30)).read()
             error = pb.StartAgentsResponse.FromString(answer).error

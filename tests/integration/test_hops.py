@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 from perdure_service.domain.runs import RunKey, RunState
-from perdure_service.durable import hops, replay
+from perdure_service.durable import hops, plain_steps, replay, runtime, steps
 from perdure_service.durable.requests import ForkCommand
 from perdure_service.durable.service import RunService
 from perdure_service.durable.system_database import PerdureSystemDatabase
@@ -27,7 +27,7 @@ WIDTH = 5
 TOTAL = WIDTH**2 + sum(number**2 for number in range(WIDTH)) + 1 + 100**2
 STEPS = 1 + WIDTH + 2
 
-COMMITS = {"record_step_result", "observed"}
+COMMITS = {"_record", "record_step_result", "observed"}
 """The stages that commit something: they need a thread when no batch takes it."""
 
 
@@ -43,7 +43,7 @@ def harness(database_server: DatabaseServer) -> Iterator[BlockingHarness]:
 def in_threads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The stages of DBOS's that are run in a thread."""
     names: list[str] = []
-    known = {*hops.stages(), replay.stage()}
+    known = {*hops.stages(), replay.stage(), plain_steps._record.__code__}
     plain = asyncio.to_thread
 
     async def to_thread(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -73,6 +73,24 @@ def bodies_of(run: BlockingRun) -> dict[str, int]:
     """Returns how often each body of a run ran."""
     prefix = f"{run.run.key.workflow_id} "
     return {key.removeprefix(prefix): n for key, n in hop_agents.bodies.items() if key.startswith(prefix)}
+
+
+def test_a_plain_run_of_plain_steps_takes_nothing_of_dboss_way_and_another_one_does(
+    harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    for module, name in ((steps, "_dbos_invoke_step"), (runtime, "_plain_execute_async")):
+        plain = getattr(module, name)
+
+        def noted(*arguments: Any, plain: Any = plain, name: str = name, **rest: Any) -> Any:
+            taken.append(name)
+            return plain(*arguments, **rest)
+
+        monkeypatch.setattr(module, name, noted)
+    assert harness.start("hop-pair").result() is not None
+    assert taken == []
+    harness.start("hop-retries").result()
+    assert taken == ["_dbos_invoke_step"]
 
 
 def test_a_run_that_begins_here_reads_nothing_and_checks_nothing_in_a_thread(

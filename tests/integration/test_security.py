@@ -175,7 +175,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """How to ask each method that has a namespace; ids are added by the name of their field."""
 WITHOUT_NAMESPACE = {
-    "StartAgents", "ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns", "ListCells",
+    "StartAgents", "WaitRuns", "ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns", "ListCells",
     "EvacuateCell", "ReturnCell",
 }  # fmt: skip
 ID_FIELDS = ("run_id", "run_ids", "parent_run_id", "approval_id")

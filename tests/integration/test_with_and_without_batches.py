@@ -1,4 +1,4 @@
-"""The checkpoint writer changes when rows are committed, never which: both ways leave the same ones."""
+"""The checkpoint writer, and the plain ways beside DBOS's, change when rows are committed, never which."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def _plain(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value is not None if CHANGES.search(name) else value for name, value in row.items()}
 
 
-def _of_each(address: str, url: str) -> dict[str, Any]:
+def _of_each(address: str, url: str, runs: Mapping[str, tuple[str, dict[str, Any]]] = RUNS) -> dict[str, Any]:
     found = {}
     with Rpc(address) as rpc:
-        for name, (agent, given) in RUNS.items():
+        for name, (agent, given) in runs.items():
             run_id = new_id()
             rpc.start(agent, given, run_id=run_id, labels={"of": name})
             rpc.end_of(run_id)
@@ -85,6 +85,29 @@ def test_the_rows_are_the_same_with_and_without_batches(own_database_url: str) -
         assert left["true"][name]["events"]
         for table, rows in left["true"][name].items():
             assert rows == left["false"][name][table], f"{name}: {table}"
+
+
+STEPS = {
+    name: (name, {})
+    for name in (
+        "values", "caught", "uncaught", "unserializable", "large-output", "large-end", "together", "in-steps",
+        "cancelled-by-a-step",
+    )
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("batches", ["true", "false"])
+def test_the_rows_are_the_same_when_steps_and_ends_go_dboss_way(own_database_url: str, batches: str) -> None:
+    left = {}
+    settings = {"PERDURE_BATCH_CHECKPOINTS": batches, "PERDURE_MAX_OUTPUT_BYTES": "65536"}
+    modules = ("tests.helpers.agents", "tests.helpers.way_agents")
+    for dboss in ("", "1"):
+        with ServerProcess(own_database_url, *modules, PERDURE_TEST_DBOS_WAY=dboss, **settings) as server:
+            left[dboss] = _of_each(server.address, own_database_url, {**RUNS, **STEPS})
+    for name in (*RUNS, *STEPS):
+        assert left[""][name]["events"]
+        for table, rows in left[""][name].items():
+            assert rows == left["1"][name][table], f"{name}: {table}"
 
 
 @pytest.mark.parametrize("batches", ["true", "false"])

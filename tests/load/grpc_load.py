@@ -1,4 +1,4 @@
-"""Load on a server through gRPC: `StartAgent` and `WaitRun`, or the bulk stream `StartAgents` and `WaitRun`.
+"""Load on a server through gRPC: `StartAgent` and `WaitRun`, or the bulk streams `StartAgents` and `WaitRuns`.
 
 One process with one event loop and one channel, so that on two cores it takes little from the server; its own CPU is
 counted. Generators of single calls do not fit: each client waits for the end of the run that it has just started.
@@ -85,15 +85,35 @@ class Load:
                 begun[request.run_id] = clock()
                 yield pb.StartAgentsRequest(start=request)
 
-        async def wait(run_id: str) -> None:
-            await self.end_of(run_id)
-            latencies_s.append(clock() - begun.pop(run_id))
-            room.release()
+        started: list[str] = []
+        more, all_started = asyncio.Event(), False
+
+        async def waits() -> AsyncIterator[Any]:
+            """Names all runs that were started since it was last asked."""
+            while started or not all_started:
+                if started:
+                    named, started[:] = started[:], []
+                    yield pb.WaitRunsRequest(run_ids=named)
+                else:
+                    more.clear()
+                    await more.wait()
+
+        async def ends() -> None:
+            async for response in self.stub.WaitRuns(waits(), timeout=TIMEOUT_S + seconds):
+                for waited in response.runs:
+                    assert waited.run.state == run_pb.AGENT_RUN_STATE_SUCCEEDED, waited
+                    latencies_s.append(clock() - begun.pop(waited.run_id))
+                    room.release()
 
         async with asyncio.TaskGroup() as group:
+            group.create_task(ends())
             async for response in self.stub.StartAgents(requests(), timeout=TIMEOUT_S + seconds):
                 assert response.WhichOneof("result") == "started", response
-                group.create_task(wait(response.started.run.run_id))
+                started.append(response.started.run.run_id)
+                more.set()
+            all_started = True
+            more.set()
+        assert not begun
         return answer(latencies_s, clock() - began)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import structlog
 from perdure_service.errors import ConfigurationError
-from perdure_service.logs import AUDIT_LOGGER, audit_log, censor_text, configure_logs
+from perdure_service.logs import AUDIT_LOGGER, audit_log, audit_written, censor_text, configure_logs
 
 
 @pytest.fixture
@@ -76,6 +76,63 @@ def test_the_audit_is_never_left_out(stream: io.StringIO) -> None:
         ("audit", AUDIT_LOGGER, "ann")
     ] * 2
     assert "secret" not in stream.getvalue()
+
+
+class Writes(io.StringIO):
+    """A stream that counts writes, and can refuse them."""
+
+    def __init__(self, *, refuses: bool = False) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+        self._refuses = refuses
+
+    def write(self, text: str) -> int:
+        if self._refuses:
+            raise OSError("the disk is full")
+        self.writes.append(text)
+        return super().write(text)
+
+
+async def test_the_audit_lines_of_one_round_are_one_write_and_nobody_goes_on_before_it() -> None:
+    stream = Writes()
+    configure_logs("json", "error", stream)
+    written_before: list[int] = []
+
+    async def call(number: int) -> None:
+        audit_log().info("audit", caller=f"c{number}")
+        await audit_written()
+        written_before.append(len(lines(stream)))
+
+    await asyncio.gather(*(call(number) for number in range(5)))
+    assert len(stream.writes) == 1
+    assert [line["caller"] for line in lines(stream)] == [f"c{number}" for number in range(5)]
+    assert written_before == [5] * 5
+    await call(5)
+    assert written_before[-1] == 6
+    await asyncio.wait_for(audit_written(), 1)  # nothing is left to wait for
+
+
+async def test_an_audit_line_is_written_although_its_call_does_not_wait() -> None:
+    stream = Writes()
+    configure_logs("json", "error", stream)
+
+    async def cancelled() -> None:
+        audit_log().info("audit", caller="gone")
+        await audit_written()
+
+    task = asyncio.create_task(cancelled())
+    await asyncio.sleep(0)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert [line["caller"] for line in lines(stream)] == ["gone"]
+
+
+async def test_whoever_waits_for_an_audit_line_that_cannot_be_written_is_told() -> None:
+    configure_logs("json", "error", Writes(refuses=True))
+    audit_log().info("audit", caller="ann")
+    with pytest.raises(OSError, match="full"):
+        await audit_written()
 
 
 def test_dbos_does_not_log_twice_after_it_set_up_its_own_logging(stream: io.StringIO) -> None:

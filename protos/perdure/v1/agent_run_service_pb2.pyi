@@ -703,6 +703,98 @@ class WaitRunResponse(_message.Message):
 Global___WaitRunResponse: _TypeAlias = WaitRunResponse  # noqa: Y015
 
 @_typing.final
+class WaitRunsRequest(_message.Message):
+    """Names runs to be waited for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    RUN_IDS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace; empty means `default`."""
+    @_builtins.property
+    def run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The runs, 1,000 at most."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        run_ids: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "run_ids", b"run_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitRunsRequest: _TypeAlias = WaitRunsRequest  # noqa: Y015
+
+@_typing.final
+class WaitRunsResponse(_message.Message):
+    """Runs that have ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___WaitedRun]:
+        """One for each run."""
+
+    def __init__(
+        self,
+        *,
+        runs: _abc.Iterable[Global___WaitedRun] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitRunsResponse: _TypeAlias = WaitRunsResponse  # noqa: Y015
+
+@_typing.final
+class WaitedRun(_message.Message):
+    """The end of a run that was waited for."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """The namespace, as it was asked for; `default` if it was empty."""
+    run_id: _builtins.str
+    """The run, as it was asked for."""
+    @_builtins.property
+    def run(self) -> _agent_run_pb2.AgentRun:
+        """It has ended: the run without input and output."""
+
+    @_builtins.property
+    def error(self) -> _status_pb2.Status:
+        """There is no such run, or none to be seen, as WaitRun would have said: code, text and details."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        run_id: _builtins.str = ...,
+        run: _agent_run_pb2.AgentRun | None = ...,
+        error: _status_pb2.Status | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "result", b"result", "run", b"run"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "namespace", b"namespace", "result", b"result", "run", b"run", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["run", "error"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___WaitedRun: _TypeAlias = WaitedRun  # noqa: Y015
+
+@_typing.final
 class ListRunEventsRequest(_message.Message):
     """Asks for a page of a run's log."""
 

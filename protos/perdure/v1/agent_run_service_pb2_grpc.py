@@ -65,6 +65,11 @@ class AgentRunServiceStub:
                 request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.WaitRunRequest.SerializeToString,
                 response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.WaitRunResponse.FromString,
                 _registered_method=True)
+        self.WaitRuns = channel.stream_stream(
+                '/perdure.v1.AgentRunService/WaitRuns',
+                request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.WaitRunsRequest.SerializeToString,
+                response_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.WaitRunsResponse.FromString,
+                _registered_method=True)
         self.ListRunEvents = channel.unary_unary(
                 '/perdure.v1.AgentRunService/ListRunEvents',
                 request_serializer=perdure_dot_v1_dot_agent__run__service__pb2.ListRunEventsRequest.SerializeToString,
@@ -183,6 +188,23 @@ class AgentRunServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WaitRuns(self, request_iterator, context):
+        """Waits until many runs have ended, over one stream: those of a bulk start, say.
+
+        1. A request names runs, and more may follow at any time. Each of its runs is answered once: when it ends, or at
+        once if it has ended or there is none. Naming one again that has not been answered asks nothing.
+        2. Answers come in the order of the ends. One message has all that have come since the last one was sent.
+        3. A run that cannot be waited for is answered with the error that WaitRun would have, and the others go on; only
+        what concerns the stream as a whole (no valid token, not the role, too many streams) ends it.
+        4. The server waits for a bounded number of a stream's runs, and reads on when some have ended.
+        5. Drain, old age and an expired token: the stream ends with an error and RetryInfo (an expired token: get a new
+        one). Open it again and name the runs that were not answered.
+        6. The client ends the stream by half-closing it; the server ends it with OK after its last answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRunEvents(self, request, context):
         """Returns pages of the same log that WatchRun streams. The first page begins at the earliest event that is kept; its
         sequence says whether there were others. A page token older than what is kept is refused as WatchRun does.
@@ -274,6 +296,11 @@ def add_AgentRunServiceServicer_to_server(servicer, server):
                     servicer.WaitRun,
                     request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.WaitRunRequest.FromString,
                     response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.WaitRunResponse.SerializeToString,
+            ),
+            'WaitRuns': grpc.stream_stream_rpc_method_handler(
+                    servicer.WaitRuns,
+                    request_deserializer=perdure_dot_v1_dot_agent__run__service__pb2.WaitRunsRequest.FromString,
+                    response_serializer=perdure_dot_v1_dot_agent__run__service__pb2.WaitRunsResponse.SerializeToString,
             ),
             'ListRunEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRunEvents,
@@ -479,6 +506,33 @@ class AgentRunService:
             '/perdure.v1.AgentRunService/WaitRun',
             perdure_dot_v1_dot_agent__run__service__pb2.WaitRunRequest.SerializeToString,
             perdure_dot_v1_dot_agent__run__service__pb2.WaitRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WaitRuns(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/perdure.v1.AgentRunService/WaitRuns',
+            perdure_dot_v1_dot_agent__run__service__pb2.WaitRunsRequest.SerializeToString,
+            perdure_dot_v1_dot_agent__run__service__pb2.WaitRunsResponse.FromString,
             options,
             channel_credentials,
             insecure,

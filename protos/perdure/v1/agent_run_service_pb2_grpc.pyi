@@ -61,6 +61,19 @@ class AgentRunServiceStub:
     """
     WaitRun: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.WaitRunRequest, _agent_run_service_pb2.WaitRunResponse]
     """Waits until a run ends, at most 60 s or 90% of the caller's deadline, whichever is first."""
+    WaitRuns: _aio.StreamStreamMultiCallable[_agent_run_service_pb2.WaitRunsRequest, _agent_run_service_pb2.WaitRunsResponse]
+    """Waits until many runs have ended, over one stream: those of a bulk start, say.
+
+    1. A request names runs, and more may follow at any time. Each of its runs is answered once: when it ends, or at
+       once if it has ended or there is none. Naming one again that has not been answered asks nothing.
+    2. Answers come in the order of the ends. One message has all that have come since the last one was sent.
+    3. A run that cannot be waited for is answered with the error that WaitRun would have, and the others go on; only
+       what concerns the stream as a whole (no valid token, not the role, too many streams) ends it.
+    4. The server waits for a bounded number of a stream's runs, and reads on when some have ended.
+    5. Drain, old age and an expired token: the stream ends with an error and RetryInfo (an expired token: get a new
+       one). Open it again and name the runs that were not answered.
+    6. The client ends the stream by half-closing it; the server ends it with OK after its last answer.
+    """
     ListRunEvents: _aio.UnaryUnaryMultiCallable[_agent_run_service_pb2.ListRunEventsRequest, _agent_run_service_pb2.ListRunEventsResponse]
     """Returns pages of the same log that WatchRun streams. The first page begins at the earliest event that is kept; its
     sequence says whether there were others. A page token older than what is kept is refused as WatchRun does.
@@ -167,6 +180,25 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_agent_run_service_pb2.WaitRunRequest, _abc.Awaitable[_agent_run_service_pb2.WaitRunResponse]],
     ) -> _abc.Awaitable[_agent_run_service_pb2.WaitRunResponse]:
         """Waits until a run ends, at most 60 s or 90% of the caller's deadline, whichever is first."""
+
+    @_abc_1.abstractmethod
+    def WaitRuns(
+        self,
+        request_iterator: _abc.AsyncIterator[_agent_run_service_pb2.WaitRunsRequest],
+        context: _aio.ServicerContext[_abc.AsyncIterator[_agent_run_service_pb2.WaitRunsRequest], _abc.AsyncIterator[_agent_run_service_pb2.WaitRunsResponse]],
+    ) -> _abc.AsyncIterator[_agent_run_service_pb2.WaitRunsResponse]:
+        """Waits until many runs have ended, over one stream: those of a bulk start, say.
+
+        1. A request names runs, and more may follow at any time. Each of its runs is answered once: when it ends, or at
+           once if it has ended or there is none. Naming one again that has not been answered asks nothing.
+        2. Answers come in the order of the ends. One message has all that have come since the last one was sent.
+        3. A run that cannot be waited for is answered with the error that WaitRun would have, and the others go on; only
+           what concerns the stream as a whole (no valid token, not the role, too many streams) ends it.
+        4. The server waits for a bounded number of a stream's runs, and reads on when some have ended.
+        5. Drain, old age and an expired token: the stream ends with an error and RetryInfo (an expired token: get a new
+           one). Open it again and name the runs that were not answered.
+        6. The client ends the stream by half-closing it; the server ends it with OK after its last answer.
+        """
 
     @_abc_1.abstractmethod
     def ListRunEvents(

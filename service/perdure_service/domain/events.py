@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from perdure_service.domain.ids import random_hex
 from perdure_service.domain.runs import TERMINAL_STATES, RunState
 
 
@@ -75,7 +75,7 @@ class Pack:
 
     workflow_id: str
     events: list[Event] = field(default_factory=list)
-    pack_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    pack_id: str = field(default_factory=random_hex)
     first_sequence: int | None = None
 
 

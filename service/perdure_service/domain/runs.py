@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import time
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
+from perdure_service.domain.ids import random_hex
 from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.errors import InvalidArgument
 
@@ -174,7 +174,7 @@ def cell_of(run_id: str) -> str | None:
 
 def uuid7() -> str:
     """Returns a version 7 UUID (RFC 9562 section 5.7) as text."""
-    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10))
+    value = (time.time_ns() // 1_000_000) << 80 | int(random_hex()[:20], 16)
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     text = f"{value:032x}"

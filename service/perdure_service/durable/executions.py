@@ -413,18 +413,21 @@ class Execution:
         quiet_s = SETTLE_S if all(wait.at_once for wait in self.waits) else max(park_after_s, SETTLE_S)
         return max(0.0, self.touched + quiet_s - now)
 
-    @contextmanager
-    def body(self) -> Iterator[None]:
-        """Counts a step body in progress; blocking steps of one run may be in several threads."""
+    def begin_body(self) -> None:
+        """Counts a step body in progress; blocking steps of one run may be in several threads.
+
+        Raises:
+            Parked: The run was parked.
+        """
         with self._lock:
             if self.parked:
                 raise Parked(self)
             self.bodies += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self.bodies -= 1
+
+    def end_body(self) -> None:
+        """Is called when the body is over."""
+        with self._lock:
+            self.bodies -= 1
 
     def take(self) -> list[Event]:
         """Takes the buffered events, for a commit."""

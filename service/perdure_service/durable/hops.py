@@ -25,9 +25,9 @@ import contextvars
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -84,6 +84,8 @@ class _Here(threading.local):
 
     refuses = False
     deferral: Deferral | None = None
+    to_wake: list[LoopCalls] | None = None
+    """The loops that `waking_once` wakes at its end."""
 
 
 _here = _Here()
@@ -123,7 +125,10 @@ class refusing:
 
 
 class LoopCalls:
-    """Calls from other threads into a loop; all that come before the loop wakes share one wake-up."""
+    """Calls from other threads into a loop; all that come before the loop wakes share one wake-up.
+
+    Within `waking_once` a thread's posts wait for its end: each wake-up lets go of the interpreter's lock.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -140,7 +145,14 @@ class LoopCalls:
         self._calls.append(call)
         if not self._woken:
             self._woken = True
-            self._loop.call_soon_threadsafe(self._empty)
+            if _here.to_wake is None:
+                self.wake()
+            else:
+                _here.to_wake.append(self)
+
+    def wake(self) -> None:
+        """Wakes the loop for what was posted."""
+        self._loop.call_soon_threadsafe(self._empty)
 
     def _empty(self) -> None:
         self._woken = False
@@ -149,6 +161,19 @@ class LoopCalls:
                 self._calls.popleft()()
             except Exception as error:  # noqa: BLE001 - one call must not take the others with it
                 self._loop.call_exception_handler({"message": "a call from another thread failed", "exception": error})
+
+
+@contextmanager
+def waking_once() -> Iterator[None]:
+    """Surrounds what posts calls to loops, and waits for nothing: each loop is woken once, at the end."""
+    outer, _here.to_wake = _here.to_wake, []
+    try:
+        yield
+    finally:
+        woken, _here.to_wake = _here.to_wake, outer
+        for calls in woken:
+            with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
+                calls.wake()
 
 
 _loop_calls: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopCalls] = WeakKeyDictionary()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -28,11 +27,12 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, s
 
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
+from perdure_service.domain.ids import random_hex
 from perdure_service.domain.queues import QueueLimits, Queues
 from perdure_service.domain.regions import Place
 from perdure_service.domain.runs import LOCAL_CELL, Run, RunStart, derive_state, epoch_ms
 from perdure_service.domain.trace import TracedRun
-from perdure_service.durable import hops, metering, parking, replay, retries, steps, system_database
+from perdure_service.durable import hops, metering, parking, plain_runs, replay, retries, steps, system_database
 from perdure_service.durable.cell_claim import CellClaim
 from perdure_service.durable.checkpoints import Checkpoints, Presented
 from perdure_service.durable.drain import CELL_MOVED, Drain
@@ -520,7 +520,7 @@ class Runtime:
         if start.start_at is not None:
             status["delay_until_epoch_ms"] = epoch_ms(start.start_at)
         unique = start.request_id if server_made_id and start.request_id else None
-        return PreparedStart(agent, start, status, str(uuid.uuid4()), unique)
+        return PreparedStart(agent, start, status, random_hex(), unique)
 
     def _template(self, agent: RegisteredAgent) -> Mapping[str, Any]:
         """Returns DBOS's row of an agent's run but for what is the run's own; a contract test says that this is all."""
@@ -600,7 +600,9 @@ class Runtime:
     def _execute(self, status: Any, owner_xid: str) -> None:
         try:
             with self.database.unbounded():
-                _core.execute_dequeued_workflow(_dbos_instance(), status, owner_xid)
+                dbos = _dbos_instance()
+                if not plain_runs.begin(dbos, status, owner_xid):
+                    _core.execute_dequeued_workflow(dbos, status, owner_xid)
         except Exception as error:  # noqa: BLE001 - logged
             # The run's own failures are recorded by DBOS; what comes here has left it PENDING under a live lease.
             workflow_id = status["workflow_uuid"]
@@ -664,6 +666,8 @@ def _observe_workflows(executions: Executions) -> None:
             execution.task, execution.loop = asyncio.current_task(), asyncio.get_running_loop()
             _stands_alone(execution)
         try:
+            if plain_runs.is_plain(status, func):
+                return await plain_runs.run(dbos, status, func, ctx, args, kwargs)
             return await _plain_execute_async(dbos, status, func, ctx, args, kwargs)
         except Parked as parked:
             raise DBOSWorkflowCancelledError(str(parked)) from None  # whoever waits for this task turns to the row

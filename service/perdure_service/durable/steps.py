@@ -19,10 +19,10 @@ The order of locks and rows does not matter, as nothing is read from the databas
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import structlog
@@ -32,12 +32,13 @@ from dbos._error import DBOSWorkflowConflictIDError
 from perdure_service.domain.budgets import BudgetExceeded
 from perdure_service.domain.events import Event, EventKind
 from perdure_service.domain.trace_fold import next_attempt_ms
-from perdure_service.durable import values
+from perdure_service.durable import plain_steps, values
 from perdure_service.durable.executions import Execution, Executions, Parked, StepProgress, now_ms
 from perdure_service.durable.leases import Lease
 from perdure_service.durable.parking import while_working
 from perdure_service.durable.spans import Spans
 from perdure_service.durable.substitutes import substitute
+from perdure_service.telemetry import RunSpan
 
 MAX_RETRY_DELAY_S = 3600.0
 """DBOS's bound of the delay between two attempts (dbos/_core.py, invoke_step)."""
@@ -57,6 +58,33 @@ class CurrentStep:
 
 
 current_step: ContextVar[CurrentStep | None] = ContextVar("perdure_current_step", default=None)
+
+
+class Attempt:
+    """See `StepObserver.attempt`. No generator: each step has one."""
+
+    __slots__ = ("_observer", "here", "logged", "span", "step", "token")
+
+    step: StepProgress
+    here: CurrentStep
+    token: Token[CurrentStep | None]
+    logged: Mapping[str, Token[Any]]
+    span: RunSpan
+
+    def __init__(self, observer: StepObserver) -> None:
+        self._observer = observer
+
+    def __enter__(self) -> StepProgress:
+        return self._observer.begin(self)
+
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        self.here.execution.end_body()
+        if error is not None:
+            self.step.error = error
+        self.span.leave()
+        self.here.closed.append(True)
+        structlog.contextvars.reset_contextvars(**self.logged)
+        current_step.reset(self.token)
 
 
 class StepObserver:
@@ -84,9 +112,12 @@ class StepObserver:
         self._interval_s = interval_s
         self._backoff = backoff
 
-    @contextmanager
-    def attempt(self) -> Iterator[StepProgress]:
+    def attempt(self) -> Attempt:
         """Surrounds a body: refuses to begin in a dead execution or beyond the budget, and tells of the beginning."""
+        return Attempt(self)
+
+    def begin(self, attempt: Attempt) -> StepProgress:
+        """Begins an attempt."""
         execution, step_id = self._execution, self._step_id
         if execution.parked:
             raise Parked(execution)
@@ -105,21 +136,12 @@ class StepObserver:
         elif step.wrote_output:
             step.wrote_output = False
             execution.note(self._event(EventKind.ATTEMPT_RESET, {}, step.attempt))
-        here = CurrentStep(execution, step_id, step.attempt, [])
-        token = current_step.set(here)
-        context = structlog.contextvars.bind_contextvars(step_name=self._name, attempt=step.attempt)
-        span = self._spans.attempt(execution, step_id, step, start_ms)
-        try:
-            with execution.body():
-                yield step
-        except BaseException as error:
-            step.error = error
-            raise
-        finally:
-            span.leave()
-            here.closed.append(True)
-            structlog.contextvars.reset_contextvars(**context)
-            current_step.reset(token)
+        execution.begin_body()
+        attempt.step, attempt.here = step, CurrentStep(execution, step_id, step.attempt, [])
+        attempt.token = current_step.set(attempt.here)
+        attempt.logged = structlog.contextvars.bind_contextvars(step_name=self._name, attempt=step.attempt)
+        attempt.span = self._spans.attempt(execution, step_id, step, start_ms)
+        return step
 
     def verdict(self, error: BaseException, repeat: bool) -> bool:
         """Tells of a failed attempt that will be repeated; returns `repeat`."""
@@ -141,7 +163,8 @@ def _observed_body(func: Callable[..., Any], observer: StepObserver) -> Callable
     if inspect.iscoroutinefunction(func):
 
         async def async_body(*args: Any, **kwargs: Any) -> Any:
-            await observer.lease.gate_async()
+            if not observer.lease.open:
+                await observer.lease.gate_async()
             with observer.attempt() as step:
                 result = await func(*args, **kwargs)
                 step.preview = values.preview(result)
@@ -211,6 +234,9 @@ def install(executions: Executions, spans: Spans, lease: Lease) -> None:
         if retries:
             options["should_retry"] = _observed_verdict(func, options.get("should_retry"), observer)
         body = _observed_body(func, observer)
+        if plain_steps.is_plain(func, options):
+            called = partial(body, *args, **kwargs)
+            return plain_steps.run(dbos, step_ctx, execution, options["step_name"], called, now_ms())
         # From before its check until after its checkpoint: in between its run is not parked.
         return while_working(execution, lambda: _dbos_invoke_step(dbos, step_ctx, body, args, kwargs, **options))
 

@@ -39,6 +39,7 @@ ACCESS: Mapping[str, Access] = MappingProxyType(
         _RUNS + "ListRuns": Access(Role.VIEWER),
         _RUNS + "WatchRun": Access(Role.VIEWER),
         _RUNS + "WaitRun": Access(Role.VIEWER),
+        _RUNS + "WaitRuns": Access(Role.VIEWER),
         _RUNS + "ListRunEvents": Access(Role.VIEWER),
         _RUNS + "ListSteps": Access(Role.VIEWER),
         _RUNS + "SignalRun": Access(Role.OPERATOR, changes=True),

@@ -16,9 +16,11 @@ from perdure_service.durable.service import ForkCommand, RunService, StartComman
 from perdure_service.errors import InvalidArgument
 from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
 from perdure_service.rpc.bulk_starts import BulkStarts, Item
+from perdure_service.rpc.bulk_waits import BulkWaits
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.forwarding import Router
 from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.request_streams import Requests
 from perdure_service.rpc.streams import RESPONSE_BYTES, Streams, closing
 from perdure_service.settings import Settings
 
@@ -138,6 +140,22 @@ class AgentRuns(AgentRunServiceServicer):
                 which.namespace, which.run_id, full=which.full, timeout_s=timeout_s
             )
         return pb.WaitRunResponse(run=convert.agent_run(run, full=which.full), timed_out=timed_out)
+
+    async def WaitRuns(
+        self, request_iterator: AsyncIterator[pb.WaitRunsRequest], context: RpcContext
+    ) -> AsyncIterator[pb.WaitRunsResponse]:
+        """Waits for the ends of many runs, and answers in their order."""
+        assert isinstance(request_iterator, Requests), "the interceptor reads the stream"
+        wait = self._wait if self._router is None else partial(self._router.wait, self._wait, context)
+        waits = BulkWaits(wait, self._settings.namespaces, self._response_bytes)
+        async with closing(waits.answers(request_iterator)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _wait(self, request: pb.WaitRunRequest, context: RpcContext | None = None) -> pb.WaitRunResponse:
+        which = requests.get_run(request)
+        run, timed_out = await self._service.wait(which.namespace, which.run_id, full=False, timeout_s=MAX_WAIT_S)
+        return pb.WaitRunResponse(run=convert.agent_run(run, full=False), timed_out=timed_out)
 
     async def ListRunEvents(self, request: pb.ListRunEventsRequest, context: RpcContext) -> pb.ListRunEventsResponse:
         """Returns a page of a run's log."""

@@ -12,6 +12,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service import telemetry
 from perdure_service.domain.callers import Caller
 from perdure_service.errors import InvalidArgument, QuotaExceeded
+from perdure_service.logs import audit_written
 from perdure_service.rpc import access
 from perdure_service.rpc.audit import audit
 from perdure_service.rpc.calls import Call, current_call
@@ -64,10 +65,12 @@ class BulkStarts:
                 raise
             failure, reason = described(error, call, time.monotonic() - began)
             audit(call, request, None, failure.code.name, reason)
+            await audit_written()
             _ended(call, failure.code.name, began)
             status = status_pb2.Status.FromString(failure.details)
             return pb.StartAgentsResponse(request_id=request_id, error=status)
         audit(call, request, started, "OK")
+        await audit_written()
         _ended(call, "OK", began)
         return pb.StartAgentsResponse(request_id=request_id, started=started)
 

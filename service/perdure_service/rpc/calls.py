@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 from perdure_service.domain.callers import Caller
+from perdure_service.domain.ids import random_hex
 from perdure_service.telemetry import TraceParent, parse_traceparent
 
 ANONYMOUS = "anonymous"
@@ -66,7 +66,7 @@ def enter_call(method: str, metadata: Iterable[tuple[str, Any]]) -> Call:
         elif key == TRACE_PARENT_KEY and isinstance(value, str):
             trace_parent = value
     if not call_id or len(call_id) > MAX_REQUEST_ID or not call_id.isprintable():
-        call_id = secrets.token_hex(8)
+        call_id = random_hex()[:16]
     parent = parse_traceparent(trace_parent) if trace_parent else None
     call = Call(method, call_id, "", trace_parent if parent else "", parent)
     _current.set(call)

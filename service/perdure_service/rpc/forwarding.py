@@ -47,6 +47,7 @@ from perdure_service.rpc.streams import Streams, closing
 Start = Callable[[pb.StartAgentRequest, str], Awaitable[pb.StartAgentResponse]]
 """Starts one run here, in the trace of a `traceparent`."""
 _START = "/perdure.v1.AgentRunService/StartAgent"
+_WAIT = "/perdure.v1.AgentRunService/WaitRun"
 _HEALTH = "/grpc.health.v1.Health/Check"
 _HEALTH_S = 3.0
 _MISSING = frozenset({RunNotFound.reason, ApprovalNotFound.reason})
@@ -168,6 +169,19 @@ class Router:
             return self._stamped(await serve(request, trace_parent))
         forward = Forward.of(context).in_trace(trace_parent)
         return await self._peers.unary(cell, _START, request, pb.StartAgentResponse, forward)
+
+    async def wait(
+        self, serve: Callable[[Any, RpcContext], Any], context: RpcContext, request: pb.WaitRunRequest
+    ) -> Any:
+        """Returns the answer to one of many waits of a stream, which is sent on alone.
+
+        Args:
+            serve: Waits for a run of this server's cell.
+            context: The stream's.
+            request: The wait.
+        """
+        method = Method(_WAIT, pb.WaitRunResponse, serve)
+        return await self._first(method, self._cells_of(Route.RUN, request), request, context)
 
     async def reachable(self) -> Mapping[str, bool]:
         """Returns, by cell, whether one of its servers answers this one."""

@@ -19,6 +19,7 @@ import structlog
 
 from perdure_service import telemetry
 from perdure_service.errors import Draining, InvalidArgument, TokenExpired
+from perdure_service.logs import audit_written
 from perdure_service.rpc import access
 from perdure_service.rpc.audit import audit
 from perdure_service.rpc.authentication import Authentication
@@ -168,6 +169,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         structlog.contextvars.bind_contextvars(call_id=call.call_id, rpc=call.method)
         span = self._open_span(path, call)
         request: Any = None
+        audited = False
         try:
             if not path.startswith(OUR_METHODS):
                 result = await serve(_decoded(handler, data or b""), context)
@@ -180,6 +182,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 result = await serve(request, context)
                 if data is not None:
                     audit(call, request, result, "OK")
+                    audited = True
+                    await audit_written()
         except BaseException as error:
             if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
                 # The generated servicer's own answer: the schema has the method, this server does not.
@@ -190,14 +194,17 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 _ended(span, path, call, "CANCELLED", began)
                 span.end()
                 # Whether it was done is not known; it may have been.
-                audit(call, request, None, "CANCELLED")
+                if not audited:
+                    audit(call, request, None, "CANCELLED")
                 if gone:
                     # A write failed, as the client went away and gRPC has not cancelled this task yet: nobody listens.
                     raise asyncio.CancelledError from None
                 raise
             try:
                 failure, reason = described(error, call, time.monotonic() - began)
-                audit(call, request, None, failure.code.name, reason)
+                if not audited:
+                    audit(call, request, None, failure.code.name, reason)
+                    await audit_written()
             except Exception:  # noqa: BLE001 - an error that cannot even be described or logged is still answered
                 failure, reason = internal_error(call.call_id), "INTERNAL"
             _ended(span, path, call, failure.code.name, began)

@@ -32,13 +32,25 @@ class Requests(AsyncIterator[Any]):
         self._read = read
         self._decode = decode
         self._stopped = False
+        self._stops: list[Callable[[], object]] = []
         self._reader: asyncio.Task[Any] | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was the server that ended them."""
+        return self._stopped
 
     def stop(self) -> None:
         """Ends the requests, also under a read."""
         self._stopped = True
         if self._reader is not None:
             self._reader.cancel()
+        for call in self._stops:
+            call()
+
+    def on_stop(self, call: Callable[[], object]) -> None:
+        """Has something called when the server ends them."""
+        self._stops.append(call)
 
     async def __anext__(self) -> Any:
         """Returns the next request, or an InvalidArgument in its place."""

@@ -24,7 +24,8 @@ class Route(Enum):
     DELETION = auto()
     """All cells are asked; see `gathering`."""
     HERE = auto()
-    """Whoever is asked answers; the starts of a stream go their ways one by one (`Router.start`)."""
+    """Whoever is asked answers; the starts and waits of a stream go their ways one by one
+    (`Router.start`, `Router.wait`)."""
 
 
 _RUNS = "perdure.v1.AgentRunService."
@@ -38,6 +39,7 @@ ROUTES: Mapping[str, Route] = MappingProxyType(
         _RUNS + "ListRuns": Route.RUNS,
         _RUNS + "WatchRun": Route.RUN,
         _RUNS + "WaitRun": Route.RUN,
+        _RUNS + "WaitRuns": Route.HERE,
         _RUNS + "ListRunEvents": Route.RUN,
         _RUNS + "ListSteps": Route.RUN,
         _RUNS + "SignalRun": Route.RUN,

@@ -30,7 +30,7 @@ from contextlib import suppress
 import sqlalchemy as sa
 import structlog
 
-from perdure_service.store.checkpoints import CheckpointRow, EventsRow, Written, write_all
+from perdure_service.store.checkpoints import CheckpointRow, EventsRow, Written, commit_all
 from perdure_service.store.engine import is_cockroach
 from perdure_service.store.sqlstates import (
     CONFLICTS,
@@ -213,12 +213,7 @@ class CheckpointWriter:
 
     def commit(self, conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
         """Writes rows and commits them: of one kind in an implicit transaction, of several in an explicit one."""
-        if len({type(row) for row in rows}) == 1:
-            return write_all(conn, rows)
-        conn.exec_driver_sql("BEGIN")
-        written = write_all(conn, rows)
-        conn.exec_driver_sql("COMMIT")
-        return written
+        return commit_all(conn, rows)
 
 
 class _Session:

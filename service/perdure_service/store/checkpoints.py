@@ -24,7 +24,7 @@ table twice, and PostgreSQL gives both changes the same snapshot.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -33,6 +33,7 @@ import sqlalchemy as sa
 
 from perdure_service.domain.events import Pack, encode_events
 from perdure_service.domain.runs import RunStart
+from perdure_service.store import hot_statements
 from perdure_service.store.dbos_tables import APPLICATION, INPUT, OUTPUT, OUTPUTS, STATUS
 from perdure_service.store.engine import is_cockroach
 from perdure_service.store.runs import RUN_COLUMNS, RunChanges
@@ -340,28 +341,36 @@ _GETTERS = {kind: {column: _getter(kind, column) for column in kind.columns} for
 
 
 def write_all(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
-    """Writes rows of any kinds, a statement each; see `write`."""
-    written: dict[str, Written] = {}
-    for kind in KINDS:
-        if of_kind := [row for row in rows if type(row) is kind]:
-            written.update(write(conn, kind, of_kind))
-    return written
+    """Writes rows of any kinds, a statement each, in the transaction of a connection; see `commit_all`."""
+    return _by_workflow(hot_statements.run(conn, statement) for statement in _statements(conn, rows))
 
 
-def write(conn: sa.Connection, kind: type[CheckpointRow], rows: Sequence[CheckpointRow]) -> dict[str, Written]:
-    """Writes rows of one kind by one statement; returns what it says of those that it has written, by workflow id.
+def commit_all(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
+    """Writes rows of any kinds and commits them; returns what the statements say of those written, by workflow id.
 
     Args:
-        conn: A connection that commits each statement by itself, or a transaction.
-        kind: The rows' type.
+        conn: A connection that commits each statement by itself.
         rows: No two with a key in common.
     """
-    getters = _GETTERS[kind].items()
-    if is_cockroach(conn.engine):
-        values: dict[str, Any] = {name: [get(row) for row in rows] for name, get in getters}
-        result = conn.exec_driver_sql(kind.statement.arrays, values)
-    else:
-        values = {"rows": _encode([{name: get(row) for name, get in getters} for row in rows])}
-        result = conn.exec_driver_sql(kind.statement.json, values)
-    names = list(result.keys())
-    return {row[0]: dict(zip(names, row, strict=True)) for row in result.fetchall()}
+    return _by_workflow(hot_statements.commit(conn, _statements(conn, rows)))
+
+
+def _by_workflow(found: Iterable[hot_statements.Rows]) -> dict[str, Written]:
+    return {next(iter(row.values())): row for rows in found for row in rows}
+
+
+def _statements(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> list[hot_statements.Statement]:
+    """Returns the statements that write rows, one for each kind that is among them."""
+    found: list[hot_statements.Statement] = []
+    arrays = is_cockroach(conn.engine)
+    for kind in KINDS:
+        of_kind = [row for row in rows if type(row) is kind]
+        if not of_kind:
+            continue
+        getters = _GETTERS[kind].items()
+        if arrays:
+            found.append((kind.statement.arrays, {name: [get(row) for row in of_kind] for name, get in getters}))
+        else:
+            values = _encode([{name: get(row) for name, get in getters} for row in of_kind])
+            found.append((kind.statement.json, {"rows": values}))
+    return found

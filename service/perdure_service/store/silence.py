@@ -16,9 +16,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sqlalchemy as sa
 import structlog
@@ -53,18 +54,28 @@ class SilenceWatch:
 
         @functools.wraps(wait)
         def watched(subject: Any, *arguments: Any, **rest: Any) -> Any:
-            connection = _driver_connection(subject)
-            key = threading.get_ident()
-            with self._lock:
-                self._waiting[key] = time.monotonic() + limit_s, connection
-                self._begin_to_look()
-            try:
+            with self.waiting(_driver_connection(subject), limit_s):
                 return wait(subject, *arguments, **rest)
-            finally:
-                with self._lock:
-                    self._waiting.pop(key, None)
 
         return watched
+
+    @contextmanager
+    def waiting(self, connection: Any, limit_s: float) -> Iterator[None]:
+        """Surrounds this thread's wait for an answer; one at a time.
+
+        Args:
+            connection: The driver's.
+            limit_s: As of `watched`.
+        """
+        key = threading.get_ident()
+        with self._lock:
+            self._waiting[key] = time.monotonic() + limit_s, connection
+            self._begin_to_look()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._waiting.pop(key, None)
 
     @staticmethod
     def end(connection: Any) -> None:
@@ -137,5 +148,20 @@ def watch_for_silence(engine: sa.Engine, statement_timeout_s: float, watch: Sile
         watch: Who looks: the process's own, but for tests.
     """
     limit_s = statement_timeout_s + min(statement_timeout_s, MAX_GRACE_S)
+    _limits[engine] = watch, limit_s
     for name in WAITS:
         setattr(engine.dialect, name, watch.watched(getattr(engine.dialect, name), limit_s))
+
+
+_limits: WeakKeyDictionary[sa.Engine, tuple[SilenceWatch, float]] = WeakKeyDictionary()
+
+
+def waiting(engine: sa.Engine, connection: Any) -> AbstractContextManager[None]:
+    """Surrounds a wait on an engine's connection that goes to the driver past its dialect; watched as the dialect's.
+
+    Args:
+        engine: Whose connection it is.
+        connection: The driver's.
+    """
+    found = _limits.get(engine)
+    return nullcontext() if found is None else found[0].waiting(connection, found[1])

@@ -202,6 +202,52 @@ def test_calls_from_other_threads_come_in_order_and_share_wake_ups() -> None:
     assert got == list(range(100))
 
 
+def test_a_thread_that_tells_many_things_wakes_the_loop_once_and_when_it_has_told_them() -> None:
+    got: list[int] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        calls = hops.calls_into(loop)
+        told, woken_before = threading.Event(), []
+
+        def tell() -> None:
+            with hops.waking_once():
+                for number in range(10):
+                    calls.post(functools.partial(got.append, number))
+                    with hops.waking_once():
+                        calls.post(functools.partial(got.append, -number))
+                told.set()
+                loop.call_soon_threadsafe(woken_before.append, len(got))  # the loop runs, and was not woken for these
+                eventually(lambda: bool(woken_before), 5)
+
+        await asyncio.to_thread(tell)
+        await asyncio.sleep(0)
+        assert woken_before == [0]
+
+    asyncio.run(main())
+    assert got == [value for number in range(10) for value in (number, -number)]
+
+
+def test_what_is_told_before_an_error_still_wakes_the_loop() -> None:
+    got: list[str] = []
+
+    async def main() -> None:
+        calls = hops.calls_into(asyncio.get_running_loop())
+
+        @hops.waking_once()
+        def tell() -> None:
+            calls.post(lambda: got.append("before"))
+            raise ValueError("after")
+
+        with pytest.raises(ValueError, match="after"):
+            tell()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+    assert got == ["before"]
+
+
 def test_a_call_that_fails_does_not_take_the_others_with_it() -> None:
     got: list[str] = []
     told: list[str] = []

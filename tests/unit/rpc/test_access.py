@@ -23,7 +23,7 @@ def test_every_method_of_the_schema_has_its_role_and_there_is_no_other():
 
 def test_a_stream_of_requests_has_an_answer_for_each_as_each_is_checked_where_it_is_answered():
     streams = [name for name, method in METHODS.items() if method.client_streaming]
-    assert streams == ["perdure.v1.AgentRunService/StartAgents"]
+    assert streams == ["perdure.v1.AgentRunService/StartAgents", "perdure.v1.AgentRunService/WaitRuns"]
     assert all(METHODS[name].server_streaming for name in streams)
 
 

@@ -462,6 +462,20 @@ async def test_the_starts_of_a_stream_go_their_ways_one_by_one_each_in_its_own_t
         assert {command.request_id for _, (command,), _ in cells.north.calls} == {"r-1", "r-4"}
 
 
+async def test_the_waits_of_a_stream_go_their_ways_one_by_one() -> None:
+    here, there = new_run_id("nn1"), new_run_id("ss1")
+
+    def wait(namespace: str, run_id: str, **_: Any) -> Any:
+        return a_run_of(namespace, run_id), False
+
+    async with two() as cells:
+        cells.north.script["wait"] = cells.south.script["wait"] = wait
+        stream = cells.at_south.runs.WaitRuns(iter([pb.WaitRunsRequest(run_ids=[here, there])]))
+        found = {one.run_id: one.run.home_region async for answer in stream for one in answer.runs}
+        assert found == {here: "north", there: "south"}
+        assert [name for name, _, _ in cells.north.calls] == ["wait"]
+
+
 async def test_a_service_without_regions_has_no_home_region(service: ScriptedService) -> None:
     async with serving(service) as served:
         request = pb.StartAgentRequest(agent="research", home_region="south")

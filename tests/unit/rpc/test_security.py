@@ -27,7 +27,7 @@ from perdure_service.domain.runs import RunKey, RunState
 from perdure_service.domain.stranded import StrandedReason, StrandedRun
 from perdure_service.durable.requests import Page
 from perdure_service.errors import ConfigurationError, RunNotFound
-from perdure_service.rpc import audit, security
+from perdure_service.rpc import audit, interceptors, security
 from perdure_service.rpc.addresses import check_addresses
 from perdure_service.rpc.tls import load_certificates
 from perdure_service.settings import TlsSettings
@@ -229,6 +229,40 @@ async def test_what_changes_something_is_in_the_audit_log_with_who_and_what_and_
     ]  # fmt: skip
     assert audited[0]["call_id"] == "call-7"
     assert {line["event"] for line in audited} == {"audit"}
+
+
+async def test_nobody_is_answered_before_the_line_is_written_and_a_call_has_one_line(service, audited, monkeypatch):
+    written = asyncio.Event()
+
+    async def waits() -> None:
+        await written.wait()
+
+    monkeypatch.setattr(interceptors, "audit_written", waits)
+    service.script["signal"] = lambda *_, **__: True
+    request = pb.SignalRunRequest(run_id="foo", name="more", payload_json="1", request_id="r")
+    async with serving(service, caller="dev") as served:
+        call, gone = served.runs.SignalRun(request), served.runs.SignalRun(request)
+        await eventually_async(lambda: len(audited) == 2)
+        gone.cancel()  # between the line and the answer
+        done, _ = await asyncio.wait([asyncio.ensure_future(call.code())], timeout=0.2)
+        assert not done
+        written.set()
+        assert (await call).created
+    assert [line["outcome"] for line in audited] == ["OK", "OK"]
+
+
+async def test_a_line_that_cannot_be_written_is_an_error_of_the_server(service, audited, monkeypatch):
+    async def fails() -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(interceptors, "audit_written", fails)
+    service.script["signal"] = lambda *_, **__: True
+    async with serving(service, caller="dev") as served:
+        request = pb.SignalRunRequest(run_id="foo", name="more", payload_json="1", request_id="r")
+        failure = await failing(served.runs.SignalRun(request))
+    assert failure.code.name == "INTERNAL"
+    assert "disk" not in failure.raw
+    assert len(audited) == 1
 
 
 async def test_what_stands_in_the_place_of_an_id_and_is_none_is_not_in_the_audit_log(service, audited):
