@@ -14,7 +14,9 @@ from perdure_client import (
     InputSchemaViolation,
     InvalidArgument,
     RunInputMismatch,
+    RunNotFound,
     StartResult,
+    WaitResult,
 )
 
 from tests.helpers.rpc import Rpc, new_id
@@ -101,3 +103,34 @@ def test_a_server_that_is_killed_in_mid_stream_costs_no_start_and_makes_none_twi
     with Rpc(own_server.address) as rpc:
         rpc.end_of(f"bulk-{BULK - 1}")
     assert effects(own_database_url, f"bulk-{BULK - 1}") == ["count 0"]
+
+
+@pytest.mark.parametrize("blocking", [False, True])
+def test_the_ends_of_many_runs_are_told_once_each_through_a_kill(own_server: ServerProcess, blocking: bool) -> None:
+    own_server.start()
+    runs = {f"end-{n}": 0.2 if n < KILLED_AFTER else 1.5 for n in range(2 * KILLED_AFTER)}
+    starts = [AgentStart("sleeper", {"seconds": seconds}, run_id=run_id) for run_id, seconds in runs.items()]
+    restarted = threading.Thread(target=lambda: (own_server.kill(), own_server.start()))
+    results: list[WaitResult] = []
+
+    def take(result: WaitResult) -> None:
+        results.append(result)
+        if len(results) == KILLED_AFTER // 2:
+            restarted.start()
+
+    async def take_all() -> None:
+        async with AsyncClient(own_server.address) as client:
+            async for result in client.wait_many([*runs, "nowhere"]):
+                take(result)
+
+    with Client(own_server.address) as client:
+        assert all(result.run for result in client.start_many(starts))
+        if blocking:
+            for result in client.wait_many([*runs, "nowhere"]):
+                take(result)
+    if not blocking:
+        asyncio.run(take_all())
+    restarted.join()
+    assert isinstance(results[0].error, RunNotFound), "it is told at once"
+    assert sorted(result.run_id for result in results) == sorted([*runs, "nowhere"])
+    assert all(result.run and result.run.succeeded for result in results[1:])

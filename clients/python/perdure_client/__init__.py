@@ -11,6 +11,7 @@
 from perdure_client._async_client import AsyncClient
 from perdure_client._async_iterators import AsyncWatch, AsyncWatching
 from perdure_client._bulk import AgentStart, StartResult
+from perdure_client._bulk_waits import WaitResult
 from perdure_client._client import Client
 from perdure_client._config import VERSION as __version__
 from perdure_client._errors import (
@@ -224,6 +225,7 @@ __all__ = [
     "VersionUnavailable",
     "ViewTooLarge",
     "Violation",
+    "WaitResult",
     "WaitTimeout",
     "Watch",
     "WatchUpdate",

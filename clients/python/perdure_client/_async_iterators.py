@@ -8,6 +8,7 @@ from typing import Generic, Self, TypeAlias, TypeVar
 
 from perdure_client._artifacts import ArtifactReader
 from perdure_client._bulk import AgentStart, BulkStarter, StartResult
+from perdure_client._bulk_waits import BulkWaiter, WaitResult
 from perdure_client._core import Pages
 from perdure_client._events import RunEvent, WatchUpdate
 from perdure_client._watch import Watcher
@@ -68,6 +69,15 @@ async def iterate_bytes(reader: ArtifactReader) -> AsyncIterator[bytes]:
             yield data
     finally:
         reader.close()
+
+
+async def iterate_ends(waiter: BulkWaiter) -> AsyncIterator[WaitResult]:
+    """Iterates over the ends of many runs."""
+    try:
+        while (result := await waiter.read()) is not None:
+            yield result
+    finally:
+        waiter.close()
 
 
 async def iterate_starts(starter: BulkStarter) -> AsyncIterator[StartResult]:

@@ -15,6 +15,7 @@ from perdure.v1 import agent_run_pb2, agent_run_service_pb2, approval_service_pb
 from perdure_client import _convert, _requests, _transport
 from perdure_client._artifacts import ArtifactReader, read_all
 from perdure_client._bulk import AgentStart, BulkStarter
+from perdure_client._bulk_waits import BulkWaiter
 from perdure_client._config import Config
 from perdure_client._errors import DeadlineExceeded, RunFailed, WaitTimeout
 from perdure_client._events import EventKind, RunEvent
@@ -127,6 +128,10 @@ class Core:
     def start_many(self, starts: AsyncIterable[AgentStart] | Iterable[AgentStart]) -> BulkStarter:
         """Starts many agents; nothing is sent before the first read."""
         return BulkStarter(self.transport, self.config, starts)
+
+    def wait_many(self, runs: Iterable[Run | str]) -> BulkWaiter:
+        """Waits for the ends of many runs; nothing is sent before the first read."""
+        return BulkWaiter(self.transport, self.config, runs)
 
     async def get(self, run: Run | str, *, full: bool) -> Run:
         """Returns a run."""

@@ -8,6 +8,7 @@ from typing import Generic, Self, TypeAlias, TypeVar
 
 from perdure_client._artifacts import ArtifactReader
 from perdure_client._bulk import AgentStart, BulkStarter, StartResult
+from perdure_client._bulk_waits import BulkWaiter, WaitResult
 from perdure_client._core import Pages
 from perdure_client._events import RunEvent, WatchUpdate
 from perdure_client._transport_sync import run_blocking
@@ -68,6 +69,15 @@ def iterate_bytes(reader: ArtifactReader) -> Iterator[bytes]:
             yield data
     finally:
         reader.close()
+
+
+def iterate_ends(waiter: BulkWaiter) -> Iterator[WaitResult]:
+    """Iterates over the ends of many runs."""
+    try:
+        while (result := run_blocking(waiter.read())) is not None:
+            yield result
+    finally:
+        waiter.close()
 
 
 def iterate_starts(starter: BulkStarter) -> Iterator[StartResult]:

@@ -36,6 +36,7 @@ def _method(service: str, request: type[_RequestT], response: type[_ResponseT]) 
 
 START_AGENT = _method("AgentRunService", runs.StartAgentRequest, runs.StartAgentResponse)
 START_AGENTS = _method("AgentRunService", runs.StartAgentsRequest, runs.StartAgentsResponse)
+WAIT_RUNS = _method("AgentRunService", runs.WaitRunsRequest, runs.WaitRunsResponse)
 GET_RUN = _method("AgentRunService", runs.GetRunRequest, runs.GetRunResponse)
 LIST_RUNS = _method("AgentRunService", runs.ListRunsRequest, runs.ListRunsResponse)
 WATCH_RUN = _method("AgentRunService", runs.WatchRunRequest, runs.WatchRunResponse)

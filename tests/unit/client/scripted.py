@@ -17,7 +17,7 @@ from perdure_client import _transport
 from perdure_client._transport import Method
 
 METHODS: tuple[Method[Any, Any], ...] = tuple(v for v in vars(_transport).values() if isinstance(v, Method))
-EXCHANGES = {_transport.START_AGENTS.path}
+EXCHANGES = {_transport.START_AGENTS.path, _transport.WAIT_RUNS.path}
 STREAMS = {_transport.WATCH_RUN.path, _transport.WATCH_APPROVALS.path, _transport.READ_ARTIFACT.path}
 
 

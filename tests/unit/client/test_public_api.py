@@ -27,14 +27,14 @@ SpanKind SpanLink SpanStatus StartResult StartedRun StateChanged Step StepFailed
 StepSucceeded StoreUnavailable StrandedReason StrandedRun
 CellInfo CellNotServed IncompleteListing NamespacePaused NobodyStandsBy RegionUnavailable SurvivalGoal
 TimeoutOutcome TokenExpired TokenMissing TooManyStreams TraceSpan Unauthenticated Unavailable
-Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitTimeout Watch WatchUpdate Watching
-__version__
+Unimplemented UnknownData Usage VersionUnavailable ViewTooLarge Violation WaitResult WaitTimeout Watch WatchUpdate
+Watching __version__
 """
 
 METHOD_NAMES = """
 address agents approvals approve artifact cancel cells close decide delete_runs evacuate_cell events executors fork get
 get_agent get_approval list namespace queues read_artifact reject return_cell run signal start start_many steps
-stranded trace wait watch watch_approvals
+stranded trace wait wait_many watch watch_approvals
 """
 
 
