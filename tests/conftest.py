@@ -66,11 +66,7 @@ def database_server() -> Iterator[DatabaseServer]:
     data_dir = Path(tempfile.mkdtemp(prefix="perdure-test-"))
     try:
         with embedded.start(data_dir) as postgres:
-            server = DatabaseServer(postgres.url("postgres"), cockroach=False)
-            # Tests kill what writes to it, never the machine; that files reach the disk is PostgreSQL's to prove.
-            server.execute("ALTER SYSTEM SET fsync = off")
-            server.execute("SELECT pg_reload_conf()")
-            yield server
+            yield DatabaseServer(postgres.url("postgres"), cockroach=False)
     finally:
         shutil.rmtree(data_dir, ignore_errors=True)
 
