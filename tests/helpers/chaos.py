@@ -162,7 +162,7 @@ if CLOCK_SKEW_S:
 
 if LOSE_CLAIMS or AMBIGUOUS:
     owners.GRACE_S = 1.0
-    owners.LOOKS_PER_SEARCH = 1
+    owners.SEARCH_S = 1.5
 
 seam.Operation.write = _broken_write  # type: ignore[method-assign]
 seam.Operations._run = _broken_run  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ PRELOADED = (
     "perdure_service.agents.notes",
     "perdure_service.agents.assistant",
     "perdure_service.agents.briefing",
+    "tests.helpers.settled",  # the last: it settles what the others have loaded
 )
 
 _context = multiprocessing.get_context("forkserver")
@@ -32,10 +34,22 @@ _running: set[ForkedServer] = set()
 
 
 class ForkedServer:
-    """A running `perdure-server`, with the part of `subprocess.Popen` that tests use."""
+    """A running `perdure-server`, with the part of `subprocess.Popen` that tests use.
 
-    def __init__(self, arguments: Sequence[str], environment: Mapping[str, str], folder: Path, log: Path) -> None:
-        self._process = _context.Process(target=_serve, args=(list(arguments), dict(environment), folder, log))
+    It prints to `log`; what it says on standard error goes there too, or to `errors`.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        folder: Path,
+        log: Path,
+        errors: Path | None = None,
+    ) -> None:
+        self._process = _context.Process(
+            target=_serve, args=(list(arguments), dict(environment), folder, log, errors or log)
+        )
         self._process.start()
         pid = self._process.pid
         assert pid is not None
@@ -81,6 +95,24 @@ class ForkedServer:
         self.send_signal(signal.SIGKILL)
 
 
+def run(
+    arguments: Sequence[str], environment: Mapping[str, str], folder: Path, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Runs `perdure-server` to its end, as `subprocess.run` does with a process that imports everything first.
+
+    Raises:
+        subprocess.TimeoutExpired: It ran for longer than `timeout` seconds, and was killed.
+    """
+    with tempfile.TemporaryDirectory(prefix="perdure-command-") as made:
+        out, errors = Path(made, "out"), Path(made, "err")
+        process = ForkedServer(arguments, environment, folder, out, errors)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(list(arguments), status, out.read_text(), errors.read_text())
+
+
 @atexit.register
 def _end_all() -> None:
     # multiprocessing would wait for them at the end of this process.
@@ -89,10 +121,10 @@ def _end_all() -> None:
         server.wait(scaled(10))
 
 
-def _serve(arguments: list[str], environment: dict[str, str], folder: Path, log: Path) -> None:
+def _serve(arguments: list[str], environment: dict[str, str], folder: Path, log: Path, errors: Path) -> None:
     """Becomes `perdure-server` with these arguments; does not return."""
-    with log.open("ab", buffering=0) as file:
-        for stream in (sys.stdout, sys.stderr):
+    for stream, path in ((sys.stdout, log), (sys.stderr, errors)):
+        with path.open("ab", buffering=0) as file:
             stream.flush()
             os.dup2(file.fileno(), stream.fileno())
     os.environ.clear()

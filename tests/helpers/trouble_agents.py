@@ -56,7 +56,7 @@ def _freezing_commit(
 
 # A claim whose reply was lost is found within seconds, as the tests wait for it.
 owners.GRACE_S = 1.0
-owners.LOOKS_PER_SEARCH = 1
+owners.SEARCH_S = 1.5
 
 if FREEZE_AT == "commit":
     seam.Operation.write = _freezing_write  # type: ignore[method-assign]

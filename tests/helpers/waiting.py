@@ -15,7 +15,8 @@ T = TypeVar("T")
 TIME_FACTOR = float(os.environ.get("PERDURE_TEST_TIME_FACTOR", "1"))
 """Larger on a slow machine or database; every wait of the tests is scaled by it."""
 FIRST_PAUSE_S = 0.01
-MAX_PAUSE_S = 0.25
+MAX_PAUSE_S = 0.05
+"""Half of it is lost in every wait: a suite has thousands."""
 
 
 def scaled(seconds: float) -> float:

@@ -49,9 +49,10 @@ def test_a_scrape_tells_what_the_server_did(server: ServerProcess, metrics_addre
         client.start("flaky", {"failures": 2}, run_id="metered")
         assert client.wait("metered").succeeded
         waiting = [client.start("listener", {}, run_id=f"waits-{n}") for n in range(2)]
-        client.start("counter", {"steps": 1}, run_id="queued")
         for run in waiting:
             eventually(lambda run=run: client.get(run).state is RunState.AWAITING_INPUT)
+        # Only now: while the slot of the first run is given back, whoever comes next may find it free.
+        client.start("counter", {"steps": 1}, run_id="queued")
         with client.watch("waits-0") as updates:
             next(iter(updates))
             first = scrape(metrics_address)

@@ -20,6 +20,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_client import Client
 from perdure_service.store.engine import parse_url
 
+from tests.helpers import forked
 from tests.helpers.databases import DatabaseServer, not_in_another_form, url_in_form
 from tests.helpers.pdfs import pdf
 from tests.helpers.proxy import DatabaseProxy
@@ -31,17 +32,29 @@ NOBODY_LISTENS = "postgresql://user:secret-password@127.0.0.1:1/nothing"
 
 
 def perdure_server(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command to its end, with nothing in its environment but what is given."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PERDURE_", "OTEL_", "PG"))}
+    """Runs the command to its end, with nothing in its environment but what is given.
+
+    Forked, as an import of everything takes a second of a core; `new_perdure_server` is for what that may hide.
+    """
+    return forked.run(arguments, _nothing_but(environment), cwd, scaled(40))
+
+
+def new_perdure_server(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """As `perdure_server`, by a Python that has imported nothing yet."""
     return subprocess.run(
         [sys.executable, "-m", "perdure_service", *arguments],
         cwd=cwd,
-        env={**kept, "PYTHONPATH": _path(), "GRPC_VERBOSITY": "ERROR", **environment},
+        env=_nothing_but({"PYTHONPATH": _path(), **environment}),
         capture_output=True,
         text=True,
         timeout=scaled(40),
         check=False,
     )
+
+
+def _nothing_but(environment: dict[str, str]) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PERDURE_", "OTEL_", "PG"))}
+    return {**kept, "GRPC_VERBOSITY": "ERROR", **environment}
 
 
 def _path(*more: Path) -> str:
@@ -209,7 +222,7 @@ def test_a_module_of_agents_that_does_not_exist_is_named(database_url: str, modu
 
 def test_a_module_of_agents_that_cannot_be_imported_is_named_with_the_reason(database_url: str, tmp_path: Path) -> None:
     (tmp_path / "broken_agents.py").write_text("1 / 0\n")
-    result = perdure_server(
+    result = new_perdure_server(
         "serve", "--address", f"127.0.0.1:{free_port()}", "--agents", "broken_agents",
         PERDURE_DATABASE_URL=database_url, PYTHONPATH=_path(tmp_path),
     )  # fmt: skip
@@ -239,7 +252,7 @@ def test_wrong_usage_has_its_own_exit_status(arguments: tuple[str, ...]) -> None
 
 def test_help_and_version_need_nothing(tmp_path: Path) -> None:
     for option in ("--help", "--version"):
-        result = perdure_server(option, cwd=tmp_path)
+        result = new_perdure_server(option, cwd=tmp_path)
         assert (result.returncode, result.stderr) == (0, "")
         assert "perdure-server" in result.stdout
 
@@ -330,7 +343,7 @@ def test_each_command_says_what_it_does(command: list[str]) -> None:
 
 def test_migrate_makes_an_empty_database_ready_and_a_second_one_changes_nothing(empty_database_url: str) -> None:
     for _ in range(2):
-        result = perdure_server("migrate", PERDURE_DATABASE_URL=empty_database_url)
+        result = new_perdure_server("migrate", PERDURE_DATABASE_URL=empty_database_url)
         assert result.returncode == 0, result.stderr
         assert result.stdout.splitlines()[-1] == "the schema is up to date"
     assert perdure_server("check", PERDURE_DATABASE_URL=empty_database_url).returncode == 0
