@@ -22,6 +22,8 @@ from cryptography.x509.oid import NameOID
 
 ISSUER = "https://issuer.test"
 AUDIENCE = "perdure-test"
+DAY_S = 86_400
+"""Longer than any run of the tests: tokens are made when they are collected."""
 
 
 # ---- certificates ----------------------------------------------------------------------------------------------------
@@ -173,8 +175,8 @@ def bad_tokens(key: SigningKey) -> dict[str, tuple[str, str]]:
         "empty subject": key.token(sub=""),
         "subject with a line break": key.token(sub="ann\nadmin"),
         "long subject": key.token(sub="a" * 257),
-        "not yet valid": key.token(nbf=now + 600),
-        "from the future": key.token(iat=now + 600),
+        "not yet valid": key.token(nbf=now + DAY_S),
+        "from the future": key.token(iat=now + DAY_S),
         "expiry that is no number": key.token(exp="tomorrow"),
         "infinite expiry": raw_token({**header, "alg": key.algorithm}, b'{"exp": 1e999}', b"x"),
         "unknown key": SigningKey("nobodys", key.private, key.algorithm).token(),

@@ -68,6 +68,7 @@ def test_a_run_that_does_not_end_well_says_why(harness: BlockingHarness) -> None
 
 def test_a_run_that_waits_too_long_says_what_for(harness: BlockingHarness) -> None:
     run = harness.start("everything")
+    run.until("AWAITING_INPUT")
     with pytest.raises(TimeoutError, match=r"AWAITING_INPUT \(waits for signal word\) after"):
         run.result(timeout_s=scaled(0.5))
     harness.cancel(run)

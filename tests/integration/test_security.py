@@ -156,8 +156,13 @@ def outcome(channel: grpc.Channel, method: str, request: Any, token: str) -> tup
     except grpc.RpcError as error:
         details = dict(error.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
         return error.code().name, (error.details() or "").encode(), bytes(details)
+    if method.endswith("/WaitRuns") and answer.runs[0].HasField("error"):  # its items have errors of their own
+        error = answer.runs[0].error
+        return CODES[error.code], error.message.encode(), error.SerializeToString(deterministic=True)
     return "OK", without_times(answer).SerializeToString(deterministic=True), b""
 
+
+CODES = {code.value[0]: code.name for code in grpc.StatusCode}
 
 # ---- two tenants -----------------------------------------------------------------------------------------------------
 
@@ -169,13 +174,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DeleteRuns": {"validate_only": True},
     "DecideApproval": {"decision": approval_service_pb2.DECISION_APPROVE},
     "WatchRun": {"include_children": True},
-    "ListRuns": {}, "GetRun": {}, "WaitRun": {}, "ListRunEvents": {}, "ListSteps": {},
+    "ListRuns": {}, "GetRun": {}, "WaitRun": {}, "WaitRuns": {}, "ListRunEvents": {}, "ListSteps": {},
     "GetRunTrace": {}, "ListApprovals": {}, "GetApproval": {}, "WatchApprovals": {},
     "ReadArtifact": {"input": True},
 }  # fmt: skip
 """How to ask each method that has a namespace; ids are added by the name of their field."""
 WITHOUT_NAMESPACE = {
-    "StartAgents", "WaitRuns", "ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns", "ListCells",
+    "StartAgents", "ListAgents", "GetAgent", "ListExecutors", "ListQueues", "ListStrandedRuns", "ListCells",
     "EvacuateCell", "ReturnCell",
 }  # fmt: skip
 ID_FIELDS = ("run_id", "run_ids", "parent_run_id", "approval_id")
@@ -359,7 +364,7 @@ def test_the_other_tenant_saw_nothing_of_all_this_and_can_do_it_all_itself(
         kinds = [event.kind for run_id in (theirs.listener, theirs.asker) for event in client.events(run_id)]
         assert "signal_received" not in kinds
         assert client.get_approval(theirs.approval).state is ApprovalState.PENDING
-        last = {"DecideApproval": 1, "CancelRun": 2}
+        last = {"DecideApproval": 1, "CancelRun": 2, "WaitRuns": 3}
         token = locked.token([THEIRS], ALL_ROLES, "bob")
         for method in sorted(NAMESPACED, key=lambda method: last.get(method.partition("/")[2], 0)):
             before = len(locked.statements())

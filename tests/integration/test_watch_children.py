@@ -230,6 +230,13 @@ def test_from_now_the_view_has_what_comes_of_every_run_that_has_not_ended(rpc: R
     rpc.signal(children[0])
     rpc.end_of(children[0])
     rpc.until(children[1], "AWAITING_INPUT")
+    last_child = _steps_of_children(rpc, run_id, 2)[-1]
+
+    def has_result() -> bool:
+        steps = rpc.runs.ListSteps(_steps_request(run_id), timeout=scaled(10)).steps
+        return any(step.step_id > last_child for step in steps)
+
+    eventually(has_result, what="the parent has the result of the first child")
     known = {one: rpc.get(one).last_sequence for one in (run_id, children[1])}
     reading = Reading(rpc.watch(run_id, include_children=True, from_now=True))
     eventually(lambda: reading.responses)

@@ -70,7 +70,7 @@ class World:
         screen = io.StringIO()
         good = demo._judge(
             self,  # type: ignore[arg-type]
-            self.run, self.seen, PEOPLE, self.bank, Console(file=screen, width=200),
+            self.run, self.seen, PEOPLE, demo.Bank(self.bank), Console(file=screen, width=200),
         )  # fmt: skip
         return good, screen.getvalue()
 
