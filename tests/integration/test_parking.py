@@ -75,8 +75,10 @@ def test_a_run_that_is_parked_is_nobodys_and_nothing_of_it_stays_in_memory(harne
     assert done(run) == ["before 0", "after"], "what is recorded is not run again"
     log = judge.assert_consistent(harness.harness._url, workflow_id)
     moves = [(e.data.get("from"), e.data["to"]) for e in log if e.kind is EventKind.STATE_CHANGED]
-    assert moves == [
-        (None, "RUNNING"),
+    begun = moves.index(("RUNNING", "AWAITING_INPUT"))
+    # A start that comes while the slots, two here, are held by a look into the queue is queued, and claimed after it.
+    assert moves[:begun] in ([(None, "RUNNING")], [(None, "QUEUED"), ("QUEUED", "RUNNING")])
+    assert moves[begun:] == [
         ("RUNNING", "AWAITING_INPUT"),
         ("AWAITING_INPUT", "AWAITING_INPUT"),
         ("AWAITING_INPUT", "QUEUED"),
