@@ -80,7 +80,8 @@ class Drain:
 
     def step(self) -> bool:
         """Hands over what has come to a rest; returns whether something is left that has not. Blocks."""
-        if self._left or (retired := self._executions.retired):
+        retired = self._executions.retired
+        if self._left or retired:
             self._hand_over([one for one in retired if _rests(one)])
         return bool(self._left or self._executions.retired)
 
