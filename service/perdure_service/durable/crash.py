@@ -150,7 +150,7 @@ class MortalRuntime:
         self._dbos._background_event_loop._running = False
         self._dbos._executor_field = None
         DBOS.destroy(workflow_completion_timeout_sec=0)
-        self.runtime.engine.dispose()
+        dispose_for_good(self.runtime.engine)
 
     # ---- what the database's connections tell ------------------------------------------------------------------------
 
@@ -196,6 +196,20 @@ class MortalRuntime:
         kept = self._kept
         while kept is not None:
             threading.Event().wait()
+
+
+def dispose_for_good(engine: sa.Engine) -> None:
+    """Closes an engine that a blocking agent's thread may still come to: it gets no connection any more.
+
+    After a plain `dispose` it would get a new one, or give back an old one, that nobody closes.
+    """
+
+    def refuse(*_: Any) -> Any:
+        raise EngineDied
+
+    sa.event.listen(engine, "do_connect", refuse)
+    sa.event.listen(engine, "checkin", lambda connection, _record: _close(connection))
+    engine.dispose()
 
 
 def _close(connection: Any) -> None:

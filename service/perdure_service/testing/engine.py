@@ -9,7 +9,7 @@ from perdure_service.agents import context as agents_context
 from perdure_service.agents import resources
 from perdure_service.domain.queues import Queues
 from perdure_service.durable.context import current_run
-from perdure_service.durable.crash import MortalRuntime
+from perdure_service.durable.crash import MortalRuntime, dispose_for_good
 from perdure_service.durable.leases import new_executor_id
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
@@ -88,7 +88,7 @@ class Engine:
         """Stops it as a server stops; a body that is in progress is not waited for."""
         await asyncio.to_thread(self.mortal.runtime.stop, timedelta(0))
         await self._end()
-        await asyncio.to_thread(self.database.dispose)
+        await asyncio.to_thread(dispose_for_good, self.database)
 
     async def bury(self) -> None:
         """Clears away what a death has left, so that another engine can be launched."""
