@@ -28,6 +28,19 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     return {**kept, "PATH": path, "HOME": str(home), "XDG_DATA_HOME": str(home / "data"), **more}
 
 
+def demonstration(home: Path, module: str, seconds: float, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Runs a demonstration to its end, where nobody can be asked; from the repository, whose examples it takes."""
+    return subprocess.run(
+        [sys.executable, "-m", module],
+        env=environment(home, **variables),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=scaled(seconds),
+        check=False,
+    )
+
+
 def block_of_readme(first_line: str, language: str = "python") -> str:
     """Returns the code block of the README that begins with a line."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.e2e.commands import environment
+from tests.e2e.commands import demonstration
 from tests.helpers.databases import DatabaseServer
-from tests.helpers.waiting import scaled
 
 NOTES = "# Releases\n\nThe next release is on the second Tuesday of May. It will be called Periwinkle.\n"
 QUESTION = "When is the next release?"
+DEMO = "perdure_client.demo"
 DEMO_S = 90
-
-
-def demonstration(home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Runs it to its end, where nobody can be asked; from the repository, whose documents it takes."""
-    return subprocess.run(
-        [sys.executable, "-m", "perdure_client.demo"],
-        env=environment(home, **variables),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=scaled(DEMO_S),
-        check=False,
-    )
 
 
 def chapters(output: str) -> dict[str, str]:
@@ -55,7 +40,7 @@ def documents(tmp_path: Path) -> Path:
 
 
 def test_it_answers_from_the_documentation_with_sources_and_shows_the_trace(folder: Path) -> None:
-    result = demonstration(folder / "home", YES="1")
+    result = demonstration(folder / "home", DEMO, DEMO_S, YES="1")
     assert result.returncode == 0, (result.stdout[-3000:], result.stderr)
     assert result.stderr == ""
     told = chapters(result.stdout)
@@ -80,7 +65,7 @@ def test_it_answers_from_a_folder_of_ones_own(
     tmp_path: Path, documents: Path, database_server: DatabaseServer, empty_database_url: str
 ) -> None:
     result = demonstration(
-        tmp_path, YES="1", DOCS=str(documents), QUESTION=QUESTION, PERDURE_DATABASE_URL=empty_database_url
+        tmp_path, DEMO, DEMO_S, YES="1", DOCS=str(documents), QUESTION=QUESTION, PERDURE_DATABASE_URL=empty_database_url
     )
     assert result.returncode == 0, (result.stdout[-3000:], result.stderr)
     told = chapters(result.stdout)
@@ -94,7 +79,9 @@ def test_it_answers_from_a_folder_of_ones_own(
 def test_where_nobody_can_be_asked_it_says_so_and_publishes_nothing(
     tmp_path: Path, documents: Path, database_url: str
 ) -> None:
-    result = demonstration(tmp_path, DOCS=str(documents), QUESTION=QUESTION, PERDURE_DATABASE_URL=database_url)
+    result = demonstration(
+        tmp_path, DEMO, DEMO_S, DOCS=str(documents), QUESTION=QUESTION, PERDURE_DATABASE_URL=database_url
+    )
     # A refused answer is an outcome: the run succeeds, and with it the demonstration.
     assert result.returncode == 0, (result.stdout[-3000:], result.stderr)
     told = chapters(result.stdout)
@@ -114,7 +101,7 @@ def test_where_nobody_can_be_asked_it_says_so_and_publishes_nothing(
 def test_what_keeps_it_from_beginning_is_said_and_ends_it_with_1(
     tmp_path: Path, variables: dict[str, str], said: str
 ) -> None:
-    result = demonstration(tmp_path, YES="1", **variables)
+    result = demonstration(tmp_path, DEMO, DEMO_S, YES="1", **variables)
     assert result.returncode == 1
     assert f"The demonstration failed: {said}" in result.stdout
     assert "Traceback" not in result.stdout + result.stderr

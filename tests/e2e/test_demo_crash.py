@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.e2e.commands import environment
+from tests.e2e.commands import demonstration
 from tests.e2e.test_demo import chapters
-from tests.helpers.waiting import scaled
 
 DEMO_S = 120
 
 
 def test_a_kill_under_a_watcher_loses_nothing_and_doubles_nothing(folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "perdure_client.demo_crash"],
-        env=environment(folder / "home"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=scaled(DEMO_S),
-        check=False,
-    )
+    result = demonstration(folder / "home", "perdure_client.demo_crash", DEMO_S)
     assert result.returncode == 0, (result.stdout[-4000:], result.stderr)
     assert result.stderr == ""
     told = chapters(result.stdout)

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-from tests.e2e.commands import environment
+from tests.e2e.commands import demonstration
 from tests.e2e.test_demo import chapters
-from tests.helpers.waiting import scaled
 
 DEMO_S = 110
 
 
 def test_a_region_is_lost_and_its_runs_go_on_and_return(folder: Path) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "perdure_client.demo_regions"],
-        env=environment(folder / "home"),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=scaled(DEMO_S),
-        check=False,
-    )
+    result = demonstration(folder / "home", "perdure_client.demo_regions", DEMO_S)
     assert result.returncode == 0, (result.stdout[-4000:], result.stderr)
     assert result.stderr == ""
     told = chapters(result.stdout)

@@ -14,9 +14,7 @@ from perdure_client._async_iterators import (
     AsyncWatching,
     Starts,
     iterate,
-    iterate_bytes,
-    iterate_ends,
-    iterate_starts,
+    iterate_closing,
 )
 from perdure_client._bulk import StartResult
 from perdure_client._bulk_waits import WaitResult
@@ -212,7 +210,7 @@ class AsyncClient:
             PerdureError: There was no answer for too long. What came before stands; of what was given and did not come,
                 nothing is known.
         """
-        return iterate_starts(self._core.start_many(starts))
+        return iterate_closing(self._core.start_many(starts))
 
     async def run(
         self,
@@ -304,7 +302,7 @@ class AsyncClient:
         Raises:
             PerdureError: There was no answer for too long. What came before stands.
         """
-        return iterate_ends(self._core.wait_many(runs))
+        return iterate_closing(self._core.wait_many(runs))
 
     def list(
         self,
@@ -451,7 +449,7 @@ class AsyncClient:
             ArtifactNotFound: The run has none of this name; in the first step of the iteration, as everything else.
             RunNotFound: No such run in the namespace.
         """
-        return iterate_bytes(self._core.artifact(run, name))
+        return iterate_closing(self._core.artifact(run, name))
 
     async def signal(self, run: Run | str, name: str, payload: JsonValue = None) -> bool:
         """Sends a named input to a run. It is kept until the run asks for it.

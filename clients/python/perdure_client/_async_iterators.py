@@ -6,9 +6,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar
 
-from perdure_client._artifacts import ArtifactReader
-from perdure_client._bulk import AgentStart, BulkStarter, StartResult
-from perdure_client._bulk_waits import BulkWaiter, WaitResult
+from perdure_client._bulk import AgentStart
 from perdure_client._core import Pages
 from perdure_client._events import RunEvent, WatchUpdate
 from perdure_client._watch import Watcher
@@ -62,28 +60,10 @@ async def iterate(pages: Pages[_T]) -> AsyncIterator[_T]:
         yield item
 
 
-async def iterate_bytes(reader: ArtifactReader) -> AsyncIterator[bytes]:
-    """Iterates over the bytes of an artifact."""
+async def iterate_closing(reader: Watcher[_T]) -> AsyncIterator[_T]:
+    """Iterates over what is read until None, and closes it however the iteration ends."""
     try:
-        while (data := await reader.read()) is not None:
-            yield data
+        while (item := await reader.read()) is not None:
+            yield item
     finally:
         reader.close()
-
-
-async def iterate_ends(waiter: BulkWaiter) -> AsyncIterator[WaitResult]:
-    """Iterates over the ends of many runs."""
-    try:
-        while (result := await waiter.read()) is not None:
-            yield result
-    finally:
-        waiter.close()
-
-
-async def iterate_starts(starter: BulkStarter) -> AsyncIterator[StartResult]:
-    """Iterates over what came of many starts."""
-    try:
-        while (result := await starter.read()) is not None:
-            yield result
-    finally:
-        starter.close()

@@ -25,9 +25,7 @@ from perdure_client._iterators import (
     Watch,
     Watching,
     iterate,
-    iterate_bytes,
-    iterate_ends,
-    iterate_starts,
+    iterate_closing,
 )
 from perdure_client._listing import OnUnreachable
 from perdure_client._transport_sync import SyncTransport, run_blocking
@@ -214,7 +212,7 @@ class Client:
             PerdureError: There was no answer for too long. What came before stands; of what was given and did not come,
                 nothing is known.
         """
-        return iterate_starts(self._core.start_many(starts))
+        return iterate_closing(self._core.start_many(starts))
 
     def run(
         self,
@@ -306,7 +304,7 @@ class Client:
         Raises:
             PerdureError: There was no answer for too long. What came before stands.
         """
-        return iterate_ends(self._core.wait_many(runs))
+        return iterate_closing(self._core.wait_many(runs))
 
     def list(
         self,
@@ -453,7 +451,7 @@ class Client:
             ArtifactNotFound: The run has none of this name; in the first step of the iteration, as everything else.
             RunNotFound: No such run in the namespace.
         """
-        return iterate_bytes(self._core.artifact(run, name))
+        return iterate_closing(self._core.artifact(run, name))
 
     def signal(self, run: Run | str, name: str, payload: JsonValue = None) -> bool:
         """Sends a named input to a run. It is kept until the run asks for it.

@@ -11,22 +11,24 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol, TypeAlias, cast
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from perdure_client._errors import PerdureError
 from perdure_client._events import WatchUpdate
 from perdure_client._run_view import RunView
 from perdure_client._types import JsonValue, Run
 from perdure_client.cli._lines import EventLines
-from perdure_client.cli._output import write_line
+from perdure_client.cli._output import console, write_line
 from perdure_client.cli._render import RunDisplay
 from perdure_client.cli._text import clean
 
@@ -41,6 +43,10 @@ DATABASE_READY = "the database is at "
 REFRESHES_PER_SECOND = 8
 
 
+Finding: TypeAlias = tuple[bool, str]
+"""Whether something is as it is promised to be, and what it is."""
+
+
 class DemoFailed(Exception):
     """The demonstration cannot go on; the message says why."""
 
@@ -49,6 +55,38 @@ def repository() -> Path | None:
     """Returns the folder of the repository that this runs in, or was installed from; None when there is none."""
     candidates = (Path.cwd(), *Path(__file__).resolve().parents)
     return next((path for path in candidates if (path / "service" / "docs").is_dir()), None)
+
+
+def play(demonstrate: Callable[[Console, Path], bool]) -> int:
+    """Runs a demonstration in a folder of its own.
+
+    Args:
+        demonstrate: Returns whether everything is as it is promised to be.
+
+    Returns:
+        The exit status: 0 if it is, else 1; 130 after Ctrl-C.
+    """
+    screen = console()
+    try:
+        with tempfile.TemporaryDirectory(prefix="perdure-demo-") as folder:
+            whole = demonstrate(screen, Path(folder))
+    except (DemoFailed, PerdureError) as error:
+        screen.print(Text(f"The demonstration failed: {clean(str(error))}", style="red"))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0 if whole else 1
+
+
+def judge(screen: Console, findings: Sequence[Finding], figures: str) -> bool:
+    """Says what was promised and whether it is so, then the figures; returns whether all of it is so."""
+    for good, text in findings:
+        screen.print(Text("  yes  " if good else "  NO   ", style="green" if good else "red").append(clean(text)))
+    write_line(figures)
+    whole = all(good for good, _ in findings)
+    verdict = "Nothing is lost, and nothing was done twice." if whole else "This is not as it is promised to be."
+    screen.print(Text(verdict, style="bold green" if whole else "bold red"))
+    return whole
 
 
 def heading(screen: Console, text: str) -> None:

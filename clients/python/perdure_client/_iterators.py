@@ -6,9 +6,7 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Generic, Self, TypeAlias, TypeVar
 
-from perdure_client._artifacts import ArtifactReader
-from perdure_client._bulk import AgentStart, BulkStarter, StartResult
-from perdure_client._bulk_waits import BulkWaiter, WaitResult
+from perdure_client._bulk import AgentStart
 from perdure_client._core import Pages
 from perdure_client._events import RunEvent, WatchUpdate
 from perdure_client._transport_sync import run_blocking
@@ -62,28 +60,10 @@ def iterate(pages: Pages[_T]) -> Iterator[_T]:
         yield item
 
 
-def iterate_bytes(reader: ArtifactReader) -> Iterator[bytes]:
-    """Iterates over the bytes of an artifact."""
+def iterate_closing(reader: Watcher[_T]) -> Iterator[_T]:
+    """Iterates over what is read until None, and closes it however the iteration ends."""
     try:
-        while (data := run_blocking(reader.read())) is not None:
-            yield data
+        while (item := run_blocking(reader.read())) is not None:
+            yield item
     finally:
         reader.close()
-
-
-def iterate_ends(waiter: BulkWaiter) -> Iterator[WaitResult]:
-    """Iterates over the ends of many runs."""
-    try:
-        while (result := run_blocking(waiter.read())) is not None:
-            yield result
-    finally:
-        waiter.close()
-
-
-def iterate_starts(starter: BulkStarter) -> Iterator[StartResult]:
-    """Iterates over what came of many starts."""
-    try:
-        while (result := run_blocking(starter.read())) is not None:
-            yield result
-    finally:
-        starter.close()

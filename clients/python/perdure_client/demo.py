@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,16 +32,16 @@ from perdure_client._demo_parts import (
     begin,
     heading,
     object_of,
+    play,
     repository,
     show_on,
     stop,
     wait_until_ready,
 )
-from perdure_client._errors import PerdureError
 from perdure_client._events import ApprovalRequested
 from perdure_client._types import Approval, Decision, Run
 from perdure_client.cli import _trace
-from perdure_client.cli._output import console, write_line
+from perdure_client.cli._output import write_line
 from perdure_client.cli._text import RUN_STYLES, clean, one_line
 
 AGENT = "research"
@@ -51,16 +50,7 @@ QUESTION = "What happens to a run when its executor dies?"
 
 def main() -> int:
     """Runs the demonstration; returns the exit code: 0 if the run SUCCEEDED, else 1; 130 after Ctrl-C."""
-    screen = console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="perdure-demo-") as folder:
-            run = _demonstrate(screen, Path(folder))
-    except (DemoFailed, PerdureError) as error:
-        screen.print(Text(f"The demonstration failed: {clean(str(error))}", style="red"))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0 if run.succeeded else 1
+    return play(lambda screen, folder: _demonstrate(screen, folder).succeeded)
 
 
 def _demonstrate(screen: Console, folder: Path) -> Run:

@@ -12,7 +12,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -20,11 +19,9 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
 try:
     from rich.console import Console
-    from rich.text import Text
 except ImportError:
     sys.exit("The demonstration needs more packages. Install them with: pip install 'perdure[cli,service,embedded]'")
 
@@ -32,13 +29,16 @@ from perdure_client._client import Client
 from perdure_client._demo_parts import (
     Bank,
     DemoFailed,
+    Finding,
     Show,
     begin,
     database,
     free_port,
     heading,
+    judge,
     migrate,
     object_of,
+    play,
     repository,
     show_on,
     stop,
@@ -47,8 +47,8 @@ from perdure_client._demo_parts import (
 from perdure_client._errors import PerdureError
 from perdure_client._events import Recovered, RunEvent, StateChanged, StepStarted, StepSucceeded
 from perdure_client._types import Run, StepState
-from perdure_client.cli._output import console, write_line
-from perdure_client.cli._text import clean, one_line
+from perdure_client.cli._output import write_line
+from perdure_client.cli._text import one_line
 
 AGENT = "payroll"
 STEP = "payroll.pay"
@@ -91,16 +91,7 @@ class _Seen:
 
 def main() -> int:
     """Runs the demonstration; returns 0 when everything is as it is promised to be, else 1; 130 after Ctrl-C."""
-    screen = console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="perdure-demo-") as folder:
-            whole = _demonstrate(screen, Path(folder))
-    except (DemoFailed, PerdureError) as error:
-        screen.print(Text(f"The demonstration failed: {clean(str(error))}", style="red"))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0 if whole else 1
+    return play(_demonstrate)
 
 
 def _demonstrate(screen: Console, folder: Path) -> bool:
@@ -266,19 +257,14 @@ def _judge(client: Client, run: Run, seen: _Seen, people: int, bank: Bank, scree
         *_about_the_steps(seen, run, people, all(step.state is StepState.SUCCEEDED for step in client.steps(run))),
         _about_the_bank(bank, people),
     ]
-    for good, text in findings:
-        screen.print(Text("  yes  " if good else "  NO   ", style="green" if good else "red").append(clean(text)))
-    whole = all(good for good, _ in findings)
-    write_line(f"  From the kill to the next committed step: {seen.gap_s:.1f} s; the lease is {LEASE_TTL_S:g} s")
-    verdict = "Nothing is lost, and nothing was done twice." if whole else "This is not as it is promised to be."
-    screen.print(Text(verdict, style="bold green" if whole else "bold red"))
-    return whole
+    return judge(
+        screen,
+        findings,
+        f"  From the kill to the next committed step: {seen.gap_s:.1f} s; the lease is {LEASE_TTL_S:g} s",
+    )
 
 
-_Finding: TypeAlias = tuple[bool, str]
-
-
-def _about_the_watch(seen: _Seen, run: Run, log: list[RunEvent]) -> list[_Finding]:
+def _about_the_watch(seen: _Seen, run: Run, log: list[RunEvent]) -> list[Finding]:
     numbers = [event.sequence for event in seen.events]
     dense = numbers == list(range(1, run.last_sequence + 1))
     through = "a broken connection" if seen.breaks else "NO broken connection"
@@ -291,7 +277,7 @@ def _about_the_watch(seen: _Seen, run: Run, log: list[RunEvent]) -> list[_Findin
     ]
 
 
-def _about_the_steps(seen: _Seen, run: Run, people: int, all_succeeded: bool) -> list[_Finding]:
+def _about_the_steps(seen: _Seen, run: Run, people: int, all_succeeded: bool) -> list[Finding]:
     output = object_of(run.output)
     committed = Counter(event.step_id for event in seen.events if isinstance(event.data, StepSucceeded))
     begun = Counter(event.step_id for event in seen.events if isinstance(event.data, StepStarted))
@@ -308,7 +294,7 @@ def _about_the_steps(seen: _Seen, run: Run, people: int, all_succeeded: bool) ->
     ]
 
 
-def _about_the_bank(bank: Bank, people: int) -> _Finding:
+def _about_the_bank(bank: Bank, people: int) -> Finding:
     payments, requests = bank.payments(), bank.requests()
     return (
         len(payments) == len(set(payments)) == people and requests == people + 1,

@@ -13,7 +13,6 @@ import os
 import signal
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -26,7 +25,6 @@ from subprocess import Popen
 
 try:
     from rich.console import Console
-    from rich.text import Text
 except ImportError:
     sys.exit("The demonstration needs more packages. Install them with: pip install 'perdure[cli,service,embedded]'")
 
@@ -39,7 +37,9 @@ from perdure_client._demo_parts import (
     database,
     free_port,
     heading,
+    judge,
     migrate,
+    play,
     repository,
     show_on,
     stop,
@@ -48,8 +48,7 @@ from perdure_client._demo_parts import (
 from perdure_client._errors import PerdureError
 from perdure_client._events import Recovered, RunEvent, StateChanged, StepStarted, StepSucceeded
 from perdure_client._types import ExecutorState, Run
-from perdure_client.cli._output import console, write_line
-from perdure_client.cli._text import clean
+from perdure_client.cli._output import write_line
 
 AGENT = "payroll"
 STEP = "payroll.pay"
@@ -123,16 +122,7 @@ class _Watched:
 
 def main() -> int:
     """Runs the demonstration; returns 0 when everything is as it is promised to be, else 1; 130 after Ctrl-C."""
-    screen = console()
-    try:
-        with tempfile.TemporaryDirectory(prefix="perdure-demo-") as folder:
-            whole = _demonstrate(screen, Path(folder))
-    except (DemoFailed, PerdureError) as error:
-        screen.print(Text(f"The demonstration failed: {clean(str(error))}", style="red"))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0 if whole else 1
+    return play(_demonstrate)
 
 
 def _demonstrate(screen: Console, folder: Path) -> bool:
@@ -400,17 +390,13 @@ def _judge(
             f"The bank was asked {bank.requests()} times and has paid {len(payments)} times of {expected}",
         ),
     ]  # fmt: skip
-    for good, text in findings:
-        screen.print(Text("  yes  " if good else "  NO   ", style="green" if good else "red").append(clean(text)))
     gaps_s = sorted(one.gap_after_s(killed_s) for one in watched)
-    write_line(
+    return judge(
+        screen,
+        findings,
         f"  From the loss to the next committed step: {statistics.median(gaps_s):.1f} s in the middle, "
-        f"{gaps_s[-1]:.1f} s at most, {SECONDS_EACH:g} s of it the step itself; {os.cpu_count()} cores"
+        f"{gaps_s[-1]:.1f} s at most, {SECONDS_EACH:g} s of it the step itself; {os.cpu_count()} cores",
     )
-    whole = all(good for good, _ in findings)
-    verdict = "Nothing is lost, and nothing was done twice." if whole else "This is not as it is promised to be."
-    screen.print(Text(verdict, style="bold green" if whole else "bold red"))
-    return whole
 
 
 def _begun_again(watched: _Watched) -> int:
