@@ -9,13 +9,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from google.rpc import status_pb2
 from perdure.v1 import agent_run_service_pb2 as pb
 
-from perdure_service import telemetry
-from perdure_service.domain.callers import Caller
 from perdure_service.errors import InvalidArgument, QuotaExceeded
 from perdure_service.logs import audit_written
 from perdure_service.rpc import access
 from perdure_service.rpc.audit import audit
-from perdure_service.rpc.calls import Call, current_call
+from perdure_service.rpc.calls import current_call, record_duration, rights_of
 from perdure_service.rpc.failures import described, passes
 from perdure_service.rpc.request_streams import InOrder
 from perdure_service.rpc.streams import closing
@@ -55,23 +53,23 @@ class BulkStarts:
         try:
             if isinstance(item, InvalidArgument):
                 raise item
-            access.check(call.method, _rights(call), item.start, self._namespaces)
+            access.check(call.method, rights_of(call), item.start, self._namespaces)
             started = await self._start_in_time(item.start, _trace_parent(item))
         except BaseException as error:
             if passes(error):
                 # The client went away. Whether it was started is not known; it may have been.
                 audit(call, request, None, "CANCELLED")
-                _ended(call, "CANCELLED", began)
+                record_duration(call, "CANCELLED", began)
                 raise
             failure, reason = described(error, call, time.monotonic() - began)
             audit(call, request, None, failure.code.name, reason)
             await audit_written()
-            _ended(call, failure.code.name, began)
+            record_duration(call, failure.code.name, began)
             status = status_pb2.Status.FromString(failure.details)
             return pb.StartAgentsResponse(request_id=request_id, error=status)
         audit(call, request, started, "OK")
         await audit_written()
-        _ended(call, "OK", began)
+        record_duration(call, "OK", began)
         return pb.StartAgentsResponse(request_id=request_id, started=started)
 
     async def _start_in_time(self, request: pb.StartAgentRequest, trace_parent: str) -> pb.StartAgentResponse:
@@ -99,17 +97,6 @@ def _size(item: Item) -> int:
     return 0 if isinstance(item, InvalidArgument) else item.ByteSize()
 
 
-def _rights(call: Call) -> Caller:
-    if call.rights is None:
-        raise RuntimeError("the stream has no caller")
-    return call.rights
-
-
 def _trace_parent(item: pb.StartAgentsRequest) -> str:
     """Returns the item's `traceparent`; one that is malformed is ignored, as it is in metadata."""
     return item.trace_parent if parse_traceparent(item.trace_parent) else ""
-
-
-def _ended(call: Call, status: str, began: float) -> None:
-    attributes = {telemetry.RPC_SYSTEM: "grpc", telemetry.RPC_METHOD: call.method, telemetry.RPC_STATUS: status}
-    telemetry.METERS.record(telemetry.RPC_DURATION, time.monotonic() - began, attributes)

@@ -9,11 +9,10 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from google.rpc import status_pb2
 from perdure.v1 import agent_run_service_pb2 as pb
 
-from perdure_service import telemetry
 from perdure_service.domain.runs import DEFAULT_NAMESPACE
 from perdure_service.errors import InvalidArgument
 from perdure_service.rpc import access
-from perdure_service.rpc.calls import Call, current_call
+from perdure_service.rpc.calls import current_call, record_duration, rights_of
 from perdure_service.rpc.failures import described, passes
 from perdure_service.rpc.request_streams import Requests
 from perdure_service.rpc.validation import Violations
@@ -98,19 +97,17 @@ class BulkWaits:
         told = pb.WaitedRun(namespace=namespace, run_id=run_id)
         request = pb.WaitRunRequest(namespace=namespace, run_id=run_id)
         try:
-            if call.rights is None:
-                raise RuntimeError("the stream has no caller")
-            access.check(call.method, call.rights, request, self._namespaces)
+            access.check(call.method, rights_of(call), request, self._namespaces)
             while (answer := await self._wait(request)).timed_out:
                 pass
             told.run.CopyFrom(answer.run)
-            _ended(call, "OK", began)
+            record_duration(call, "OK", began)
         except BaseException as error:
             if passes(error):
                 raise
             failure, _ = described(error, call, time.monotonic() - began)
             told.error.CopyFrom(status_pb2.Status.FromString(failure.details))
-            _ended(call, failure.code.name, began)
+            record_duration(call, failure.code.name, began)
         del self._waits[key]
         self._ended.append(told)
         self._changed.set()
@@ -122,8 +119,3 @@ def _check(request: pb.WaitRunsRequest) -> None:
     if len(request.run_ids) > MAX_RUNS:
         found.add("run_ids", f"has {len(request.run_ids)} entries; at most {MAX_RUNS}")
     found.raise_any()
-
-
-def _ended(call: Call, status: str, began: float) -> None:
-    attributes = {telemetry.RPC_SYSTEM: "grpc", telemetry.RPC_METHOD: call.method, telemetry.RPC_STATUS: status}
-    telemetry.METERS.record(telemetry.RPC_DURATION, time.monotonic() - began, attributes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from perdure_service import telemetry
 from perdure_service.domain.callers import Caller
 from perdure_service.domain.ids import random_hex
 from perdure_service.telemetry import TraceParent, parse_traceparent
@@ -79,3 +81,16 @@ def identify(caller: Caller) -> Call:
     call = Call(known.method, known.call_id, caller.name, known.trace_parent, known.parent, caller)
     _current.set(call)
     return call
+
+
+def rights_of(call: Call) -> Caller:
+    """Returns who makes a call, once that is known."""
+    if call.rights is None:
+        raise RuntimeError("the stream has no caller")
+    return call.rights
+
+
+def record_duration(call: Call, status: str, began: float) -> None:
+    """Records how a call, or an item of a stream, went; `began` is on the monotonic clock."""
+    attributes = {telemetry.RPC_SYSTEM: "grpc", telemetry.RPC_METHOD: call.method, telemetry.RPC_STATUS: status}
+    telemetry.METERS.record(telemetry.RPC_DURATION, time.monotonic() - began, attributes)

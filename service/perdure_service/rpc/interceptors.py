@@ -23,7 +23,7 @@ from perdure_service.logs import audit_written
 from perdure_service.rpc import access
 from perdure_service.rpc.audit import audit
 from perdure_service.rpc.authentication import Authentication
-from perdure_service.rpc.calls import Call, current_call, enter_call, identify
+from perdure_service.rpc.calls import Call, current_call, enter_call, identify, record_duration
 from perdure_service.rpc.failures import SERVER_FAULTS, described, passes
 from perdure_service.rpc.jwt_tokens import EXPIRED_TEXT
 from perdure_service.rpc.request_streams import Requests
@@ -240,8 +240,7 @@ def _ended(span: telemetry.RunSpan, path: str, call: Call, status: str, began: f
     """Records how a call went. Paths that nobody serves do not come here, so nobody can make up attributes."""
     span.set_attribute(telemetry.RPC_STATUS, status)
     if path.startswith(OUR_METHODS):
-        attributes = {telemetry.RPC_SYSTEM: "grpc", telemetry.RPC_METHOD: call.method, telemetry.RPC_STATUS: status}
-        telemetry.METERS.record(telemetry.RPC_DURATION, time.monotonic() - began, attributes)
+        record_duration(call, status, began)
 
 
 def _decoded(handler: Handler, data: bytes) -> Any:
