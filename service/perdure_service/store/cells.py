@@ -19,6 +19,7 @@ from perdure_service.domain.regions import Cell, Place, SurvivalGoal
 from perdure_service.errors import ConfigurationError
 from perdure_service.store import sqlstates
 from perdure_service.store.engine import is_cockroach
+from perdure_service.store.executors import LIVES
 from perdure_service.store.migrations import Change
 
 MAX_CLOCK_SKEW_S = 5.0
@@ -27,7 +28,6 @@ MAX_CLOCK_SKEW_S = 5.0
 _READ = "SELECT cell, home_region, region, epoch, claimed_at FROM perdure.cell WHERE id = 1"
 # An executor of a version that knew no regions is at home.
 _HOLDS = "NOT e.standing_by AND coalesce(nullif(e.region, ''), c.home_region) = c.region"
-_LIVES = "e.tombstoned_at IS NULL AND e.expires_at > now()"
 _MOVE = "UPDATE perdure.cell AS c SET region = :region, epoch = epoch + 1, claimed_at = now()"
 _TAKE_OVER = f"""
     {_MOVE} WHERE c.id = 1 AND c.epoch = :epoch
@@ -38,10 +38,10 @@ _TAKE_OVER = f"""
 _GIVE = f"""
     {_MOVE} WHERE c.id = 1 AND c.epoch = :epoch
         AND EXISTS (SELECT 1 FROM perdure.executor AS e
-                    WHERE {_LIVES} AND e.standing_by AND NOT e.draining AND e.region = :region)"""
+                    WHERE {LIVES} AND e.standing_by AND NOT e.draining AND e.region = :region)"""
 _COUNTS = f"""
     SELECT count(*) FILTER (WHERE NOT e.standing_by), count(*) FILTER (WHERE e.standing_by)
-    FROM perdure.executor AS e WHERE {_LIVES} AND NOT e.draining"""
+    FROM perdure.executor AS e WHERE {LIVES} AND NOT e.draining"""
 _CLOCK = "SELECT CAST(extract(epoch FROM clock_timestamp()) AS FLOAT8)"
 
 

@@ -19,8 +19,9 @@ from perdure_service.store.dbos_tables import APPLICATION, STATUS
 BATCH = 200
 """Runs given back in one transaction: short enough that its locks are not noticed."""
 
-_NOT_ALIVE = """NOT EXISTS (SELECT 1 FROM perdure.executor AS e WHERE e.executor_id = s.executor_id
-                 AND e.tombstoned_at IS NULL AND e.expires_at > now())"""
+LIVES = "e.tombstoned_at IS NULL AND e.expires_at > now()"
+"""The condition that an executor `e` is alive."""
+_NOT_ALIVE = f"""NOT EXISTS (SELECT 1 FROM perdure.executor AS e WHERE e.executor_id = s.executor_id AND {LIVES})"""
 
 
 def register(

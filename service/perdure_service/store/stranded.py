@@ -18,6 +18,7 @@ from perdure_service.domain.runs import RunKey, derive_state
 from perdure_service.domain.stranded import StrandedReason, StrandedRun
 from perdure_service.store import runs
 from perdure_service.store.dbos_tables import APPLICATION, STATUS, VERSIONS
+from perdure_service.store.executors import LIVES
 
 _OPEN = "s.status IN ('ENQUEUED', 'PENDING', 'DELAYED') AND s.application_name = :application"
 _NEEDS = "coalesce(s.application_version, (SELECT version_name FROM latest), '')"
@@ -25,7 +26,7 @@ _HAS = "(l.agents = CAST('[]' AS JSONB) OR l.agents @> jsonb_build_array(g.workf
 _GROUPS = f"""
     WITH living AS (
         SELECT e.executor_id, e.application_version, CAST(e.agents AS JSONB) AS agents FROM perdure.executor AS e
-        WHERE e.tombstoned_at IS NULL AND e.expires_at > now() AND NOT e.standing_by
+        WHERE {LIVES} AND NOT e.standing_by
     ), latest AS (
         SELECT v.version_name FROM {VERSIONS} AS v
         WHERE v.application_name = :application OR v.application_name IS NULL
