@@ -68,9 +68,13 @@ def test_a_run_that_does_not_end_well_says_why(harness: BlockingHarness) -> None
 
 def test_a_run_that_waits_too_long_says_what_for(harness: BlockingHarness) -> None:
     run = harness.start("everything")
-    run.until("AWAITING_INPUT")
-    with pytest.raises(TimeoutError, match=r"AWAITING_INPUT \(waits for signal word\) after"):
-        run.result(timeout_s=scaled(0.5))
+
+    def told() -> str:
+        with pytest.raises(TimeoutError) as info:
+            run.result(timeout_s=scaled(0.5))
+        return str(info.value)
+
+    eventually(lambda: "AWAITING_INPUT (waits for signal word) after" in told(), what="it comes to the signal")
     harness.cancel(run)
 
 
