@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import pytest
 import sqlalchemy as sa
 from perdure_service.domain.regions import Place, parse_regions
 from perdure_service.durable.migrate import database_of, migrate_all, migrate_cells, verify_dbos
@@ -12,6 +15,18 @@ from perdure_service.store.engine import create_engine, parse_url
 
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.regions import regions_yaml
+
+
+@contextmanager
+def cluster_of_copies(server: DatabaseServer) -> Iterator[Cluster]:
+    """Yields migrated databases for the cells; skips what cannot be on this server."""
+    if server.cockroach:
+        pytest.skip("databases stand for cells on PostgreSQL only: this one's nodes have no such regions")
+    cluster = Cluster(server, copies=True)
+    try:
+        yield cluster
+    finally:
+        cluster.drop()
 
 
 class Cluster:

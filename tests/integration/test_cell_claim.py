@@ -17,7 +17,7 @@ from perdure_service.store import cells, executors
 from perdure_service.store.cells import CellRow
 from perdure_service.store.engine import create_engine
 
-from tests.helpers.cells import Cluster
+from tests.helpers.cells import Cluster, cluster_of_copies
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.rpc import new_id
 
@@ -249,11 +249,8 @@ class Member:
 
 @pytest.fixture(scope="module")
 def cluster(database_server: DatabaseServer) -> Iterator[Cluster]:
-    if database_server.cockroach:
-        pytest.skip("databases stand for cells on PostgreSQL only: this one's nodes have no such regions")
-    cluster = Cluster(database_server, copies=True)
-    yield cluster
-    cluster.drop()
+    with cluster_of_copies(database_server) as cluster:
+        yield cluster
 
 
 @pytest.fixture

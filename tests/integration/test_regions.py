@@ -15,7 +15,7 @@ import pytest
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2 as approval_pb
 
-from tests.helpers.cells import Cluster
+from tests.helpers.cells import Cluster, cluster_of_copies
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.regions import write_regions
 from tests.helpers.rpc import Reading, Rpc, events_of, new_id, only, refused, sequences, state_of
@@ -49,11 +49,8 @@ class Two:
 @pytest.fixture(scope="module")
 def two(database_server: DatabaseServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Two]:
     """Both servers, after the namespace `moved` got its home in the south."""
-    if database_server.cockroach:
-        pytest.skip("databases stand for cells on PostgreSQL only: this one's nodes have no such regions")
-    cluster = Cluster(database_server, copies=True)
     with ExitStack() as stack:
-        stack.callback(cluster.drop)
+        cluster = stack.enter_context(cluster_of_copies(database_server))
         cluster.migrate()
         servers = {}
         for cell, region in (("nn1", "north"), ("ss1", "south")):

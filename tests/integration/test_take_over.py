@@ -17,7 +17,7 @@ import pytest
 from perdure.v1 import operator_service_pb2 as operator_pb
 from perdure.v1.operator_service_pb2_grpc import OperatorServiceStub
 
-from tests.helpers.cells import Cluster
+from tests.helpers.cells import Cluster, cluster_of_copies
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.regions import write_regions
 from tests.helpers.rpc import Reading, Rpc, events_of, only, refused, sequences, state_of
@@ -101,11 +101,8 @@ def give_back(servers: Servers) -> operator_pb.Cell:
 
 @pytest.fixture(scope="module")
 def fleet(database_server: DatabaseServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    if database_server.cockroach:
-        pytest.skip("databases stand for cells on PostgreSQL only: this one's nodes have no such regions")
-    cluster = Cluster(database_server, copies=True)
     with ExitStack() as stack:
-        stack.callback(cluster.drop)
+        cluster = stack.enter_context(cluster_of_copies(database_server))
         cluster.migrate()
         create_effects_table(cluster.url_of("nn1"))
         admin_ports = {}
