@@ -1,6 +1,6 @@
 """The error taxonomy: what can go wrong for a caller, as classes that know their status but not gRPC.
 
-`rpc.interceptors` turns these into `google.rpc.Status`; nothing else reaches the wire. `message` is for the client;
+`rpc.handlers` turns these into `google.rpc.Status`; nothing else reaches the wire. `message` is for the client;
 the cause (`raise … from`) is for the server's log.
 """
 

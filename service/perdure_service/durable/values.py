@@ -18,10 +18,17 @@ MESSAGE_CHARS = 2_000
 """How much of an error's message a failure keeps."""
 
 
+_COMPACT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True, default=str).encode
+_FOR_PEOPLE = json.JSONEncoder(ensure_ascii=False, default=str).encode
+
+
 def to_json(value: Any) -> str:
     """Returns the JSON text of any value; what JSON does not know is written as its `str`."""
-    plain = to_jsonable_python(value, fallback=str, inf_nan_mode="null", serialize_unknown=True, bytes_mode="base64")
-    return json.dumps(plain, separators=(",", ":"), ensure_ascii=True, default=str)
+    return _COMPACT(_plain(value))
+
+
+def _plain(value: Any) -> Any:
+    return to_jsonable_python(value, fallback=str, inf_nan_mode="null", serialize_unknown=True, bytes_mode="base64")
 
 
 def preview(value: Any) -> str:
@@ -29,7 +36,7 @@ def preview(value: Any) -> str:
     if value is None:
         return ""
     try:
-        text = value if isinstance(value, str) else json.dumps(json.loads(to_json(value)), ensure_ascii=False)
+        text = value if isinstance(value, str) else _FOR_PEOPLE(_plain(value))
     except Exception:  # noqa: BLE001 - a value that cannot be shown must not fail the step
         text = f"<{type(value).__name__}>"
     return text if len(text) <= PREVIEW_CHARS else text[: PREVIEW_CHARS - 1] + "…"

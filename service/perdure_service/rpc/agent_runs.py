@@ -19,7 +19,7 @@ from perdure_service.rpc.bulk_starts import BulkStarts, Item
 from perdure_service.rpc.bulk_waits import BulkWaits
 from perdure_service.rpc.calls import current_call
 from perdure_service.rpc.forwarding import Router
-from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.handlers import RpcContext
 from perdure_service.rpc.request_streams import Requests
 from perdure_service.rpc.streams import RESPONSE_BYTES, Streams, closing
 from perdure_service.settings import Settings

@@ -14,7 +14,7 @@ from perdure_service.domain.approvals import Approval
 from perdure_service.durable.service import RunService
 from perdure_service.rpc import approval_requests, convert
 from perdure_service.rpc.calls import current_call
-from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.handlers import RpcContext
 from perdure_service.rpc.streams import RESPONSE_BYTES, closing
 from perdure_service.settings import Settings
 

@@ -11,6 +11,7 @@ from typing import Any
 from perdure_service import telemetry
 from perdure_service.domain.callers import Caller
 from perdure_service.domain.ids import random_hex
+from perdure_service.logs import tell_call
 from perdure_service.telemetry import TraceParent, parse_traceparent
 
 ANONYMOUS = "anonymous"
@@ -21,9 +22,9 @@ MAX_REQUEST_ID = 128
 """Characters of a caller's `x-request-id`; another one replaces what is longer."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Call:
-    """A call.
+    """A call. Only `identify` changes it.
 
     Attributes:
         method: E.g. `perdure.v1.AgentRunService/StartAgent`.
@@ -72,15 +73,13 @@ def enter_call(method: str, metadata: Iterable[tuple[str, Any]]) -> Call:
     parent = parse_traceparent(trace_parent) if trace_parent else None
     call = Call(method, call_id, "", trace_parent if parent else "", parent)
     _current.set(call)
+    tell_call(call_id, method)
     return call
 
 
-def identify(caller: Caller) -> Call:
-    """Says who makes the call being served; returns the call with that."""
-    known = _current.get()
-    call = Call(known.method, known.call_id, caller.name, known.trace_parent, known.parent, caller)
-    _current.set(call)
-    return call
+def identify(call: Call, caller: Caller) -> None:
+    """Says who makes a call."""
+    call.caller, call.rights = caller.name, caller
 
 
 def rights_of(call: Call) -> Caller:

@@ -9,7 +9,7 @@ from perdure.v1.agent_catalog_service_pb2_grpc import AgentCatalogServiceService
 
 from perdure_service.durable.service import RunService
 from perdure_service.rpc import convert
-from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.handlers import RpcContext
 from perdure_service.rpc.validation import Violations
 
 

@@ -39,7 +39,7 @@ from perdure_service.errors import (
     RunNotFound,
 )
 from perdure_service.rpc.gathering import Gathering
-from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.handlers import RpcContext
 from perdure_service.rpc.peers import Forward, Peers, forwarded_to
 from perdure_service.rpc.routes import ROUTES, Route
 from perdure_service.rpc.streams import Streams, closing

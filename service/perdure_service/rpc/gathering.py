@@ -18,7 +18,7 @@ from perdure_service.domain.runs import RunKey
 from perdure_service.errors import PerdureError
 from perdure_service.rpc import approval_requests, requests
 from perdure_service.rpc.calls import current_call
-from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.handlers import RpcContext
 from perdure_service.rpc.streams import closing
 from perdure_service.store import approvals as approval_store
 from perdure_service.store import runs as run_store

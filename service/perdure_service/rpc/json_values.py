@@ -50,7 +50,7 @@ def read_text(text: str, *, field: str, root: str, max_bytes: int) -> Any:
     """
     _check_size(len(text.encode()), root, max_bytes)
     try:
-        value = json.loads(text, object_pairs_hook=_object)
+        value = _DECODER.decode(text)
     except RecursionError:
         raise InvalidArgument(root, _too_deep()) from None
     except ValueError as error:
@@ -101,6 +101,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: set[str] = set()
     marked.repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
     return marked
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _check(root_value: Any, root: str) -> None:

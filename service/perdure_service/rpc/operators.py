@@ -16,7 +16,7 @@ from perdure_service.errors import InvalidArgument
 from perdure_service.rpc import fields
 from perdure_service.rpc.enums import RUN_STATES
 from perdure_service.rpc.forwarding import Router
-from perdure_service.rpc.interceptors import RpcContext
+from perdure_service.rpc.handlers import RpcContext
 from perdure_service.rpc.validation import Violations
 from perdure_service.store.cells import CellStatus
 

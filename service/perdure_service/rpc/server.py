@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 from perdure.v1 import (
     agent_catalog_service_pb2,
     agent_run_service_pb2,
@@ -33,7 +34,7 @@ from perdure_service.rpc.authentication import make_authentication
 from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.catalog import Catalog
 from perdure_service.rpc.forwarding import Routed, Router
-from perdure_service.rpc.interceptors import CallInterceptor
+from perdure_service.rpc.handlers import Handlers
 from perdure_service.rpc.operators import Operators
 from perdure_service.rpc.peers import Peers
 from perdure_service.rpc.streams import Streams
@@ -125,7 +126,8 @@ class RpcServer:
         )
         self._health_streams = Streams(MAX_HEALTH_STREAMS)
         self._authentication = make_authentication(settings.auth, caller)
-        self._interceptor = CallInterceptor(
+        self._new_handlers = partial(
+            Handlers,
             streams=self._streams,
             infrastructure=self._health_streams,
             authentication=self._authentication,
@@ -208,34 +210,39 @@ class RpcServer:
         if health_server is not None:  # last: probes are answered to the end
             await health_server.stop(0)
 
-    def _new_server(self) -> grpc.aio.Server:
-        server = grpc.aio.server(interceptors=[self._interceptor], options=server_options(self._settings))
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
-        return server
+    def _new_server(self, *services: tuple[Callable[[Any, Any], None], Any]) -> grpc.aio.Server:
+        """Returns a server of some services, each with the generated function that adds it, and of health."""
+        handlers = self._new_handlers()
+        health_service: Any = (health_pb2_grpc.add_HealthServicer_to_server, self._health)
+        for add, servicer in (health_service, *services):
+            add(servicer, handlers)
+        return grpc.aio.server(handlers=[handlers], options=server_options(self._settings))
 
     def _make_server(self) -> grpc.aio.Server:
-        server = self._new_server()
         runs: Any = AgentRuns(self._service, self._settings, self._streams, self._router)
         approvals: Any = Approvals(self._service, self._settings)
         if self._router is not None:
             runs = Routed(runs, agent_run_service_pb2.DESCRIPTOR.services_by_name["AgentRunService"], self._router)
             service = approval_service_pb2.DESCRIPTOR.services_by_name["ApprovalService"]
             approvals = Routed(approvals, service, self._router)
-        add_AgentRunServiceServicer_to_server(runs, server)
-        add_ApprovalServiceServicer_to_server(approvals, server)
-        add_AgentCatalogServiceServicer_to_server(Catalog(self._service), server)
-        self._reflect(server, SERVICES)
-        return server
+        return self._new_server(
+            (add_AgentRunServiceServicer_to_server, runs),
+            (add_ApprovalServiceServicer_to_server, approvals),
+            (add_AgentCatalogServiceServicer_to_server, Catalog(self._service)),
+            *self._reflection_of(SERVICES),
+        )
 
     def _make_admin_server(self) -> grpc.aio.Server:
-        server = self._new_server()
-        add_OperatorServiceServicer_to_server(Operators(self._service, self._router), server)
-        self._reflect(server, (ADMIN_SERVICE,))
-        return server
+        operators = Operators(self._service, self._router)
+        return self._new_server(
+            (add_OperatorServiceServicer_to_server, operators), *self._reflection_of((ADMIN_SERVICE,))
+        )
 
-    def _reflect(self, server: grpc.aio.Server, services: Sequence[str]) -> None:
-        if self._settings.reflection:
-            reflection.enable_server_reflection((*services, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    def _reflection_of(self, services: Sequence[str]) -> list[tuple[Callable[[Any, Any], None], Any]]:
+        if not self._settings.reflection:
+            return []
+        servicer = reflection.aio.ReflectionServicer((*services, health.SERVICE_NAME, reflection.SERVICE_NAME))
+        return [(reflection_pb2_grpc.add_ServerReflectionServicer_to_server, servicer)]
 
     def _bind(self, server: grpc.aio.Server, address: str, variable: str, *, plaintext: bool = False) -> int:
         """Takes an address for a server, with TLS where that is configured, and returns its port."""

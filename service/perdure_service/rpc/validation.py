@@ -67,8 +67,10 @@ class Violations:
 
     def name(self, field: str, value: str, *, required: bool = False, max_length: int = MAX_NAME) -> str:
         """Checks an identifier: present if required, not too long, no control characters."""
-        if required and not value:
-            self.add(field, "is required")
+        if not value:
+            if required:
+                self.add(field, "is required")
+            return value
         if len(value) > max_length:
             self.add(field, f"has {len(value)} characters; at most {max_length}")
         if _CONTROL.search(value):

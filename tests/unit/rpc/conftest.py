@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import structlog
+from perdure_service import logs
 from perdure_service.rpc import failures
 from structlog.testing import LogCapture
 
@@ -22,6 +23,6 @@ def service() -> ScriptedService:
 def rpc_log(monkeypatch: pytest.MonkeyPatch) -> list[MutableMapping[str, Any]]:
     """What is logged of failed calls, context variables included."""
     capture = LogCapture()
-    logger = structlog.wrap_logger(None, processors=[structlog.contextvars.merge_contextvars, capture])
+    logger = structlog.wrap_logger(None, processors=[structlog.contextvars.merge_contextvars, logs.add_call, capture])
     monkeypatch.setattr(failures, "_log", logger)
     return capture.entries

@@ -8,14 +8,13 @@ from __future__ import annotations
 import asyncio
 import inspect
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 import grpc.aio
-import structlog
 
 from perdure_service import telemetry
 from perdure_service.errors import Draining, InvalidArgument, TokenExpired
@@ -34,14 +33,17 @@ T = TypeVar("T")
 RpcContext = grpc.aio.ServicerContext[Any, Any]
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
-    Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
 
 OUR_METHODS = "/perdure."
 """Methods that need a caller, have spans and count as streams; the others are health and reflection."""
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps every handler; methods that nobody serves stay UNIMPLEMENTED."""
+class Handlers(grpc.GenericRpcHandler):
+    """What serves each method of a server, wrapped; methods that nobody serves stay UNIMPLEMENTED.
+
+    The generated `add_…_to_server` functions add to it as to a server. They would register each method as well, and
+    find it through an interceptor: a server waits, at every call, for the next one of each method that is registered.
+    """
 
     def __init__(
         self,
@@ -66,25 +68,25 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._tracer = tracer or telemetry.RunTracer()
         self._authentication = authentication
         self._namespaces = frozenset(namespaces)
-        self._wrapped: dict[str, tuple[Handler, Handler]] = {}
+        self._handlers: dict[str, Handler] = {}
 
-    async def intercept_service(
-        self, continuation: Continuation, handler_call_details: grpc.HandlerCallDetails
-    ) -> Handler | None:
-        """Returns the method's handler, wrapped; None when there is none."""
-        handler = await continuation(handler_call_details)
-        method = handler_call_details.method
-        if handler is None:
-            return None
-        if handler.request_streaming and not method.startswith(OUR_METHODS):
-            return handler  # reflection
-        known = self._wrapped.get(method)
-        if known is None or known[0] is not handler:
-            known = self._wrapped[method] = (handler, self._wrap(handler, method))
-        return known[1]
+    def add_registered_method_handlers(self, service_name: str, method_handlers: Mapping[str, Handler]) -> None:
+        """Adds the methods of a service; called by generated code."""
+        for name, handler in method_handlers.items():
+            path = f"/{service_name}/{name}"
+            self._handlers[path] = self._wrap(handler, path)
+
+    def add_generic_rpc_handlers(self, generic_rpc_handlers: Iterable[grpc.GenericRpcHandler]) -> None:
+        """Does nothing: they are the methods that are added by name."""
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Handler | None:
+        """Returns the method's handler; None when there is none."""
+        return self._handlers.get(handler_call_details.method)
 
     def _wrap(self, handler: Handler, method: str) -> Handler:
         """Returns a handler that takes bytes: gRPC would send the text of a decoding error to the client."""
+        if handler.request_streaming and not method.startswith(OUR_METHODS):
+            return handler  # reflection
         if handler.request_streaming:
             return grpc.stream_stream_rpc_method_handler(
                 self._both_ways(handler, method),
@@ -166,7 +168,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         began = time.monotonic()
         metadata = context.invocation_metadata() or ()
         call = enter_call(path.removeprefix("/"), metadata)
-        structlog.contextvars.bind_contextvars(call_id=call.call_id, rpc=call.method)
         span = self._open_span(path, call)
         request: Any = None
         audited = False
@@ -175,7 +176,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 result = await serve(_decoded(handler, data or b""), context)
             else:
                 caller = await self._authentication.caller_of(metadata)
-                call = identify(caller)
+                identify(call, caller)
                 if data is not None:
                     request = _decoded(handler, data)  # only now: who may not call shall not make work
                 access.check(call.method, caller, request, self._namespaces)
