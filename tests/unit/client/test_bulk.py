@@ -20,7 +20,7 @@ from perdure_client import (
     ProtocolViolation,
     StartResult,
 )
-from perdure_client._transport import START_AGENTS
+from perdure_client._transport import START_AGENTS, WAIT_RUNS
 
 from tests.unit.client.scripted import Fail, ScriptedServer, run_message
 
@@ -199,3 +199,36 @@ async def test_the_command_reads_a_file_and_ends_well_when_all_are_started(
     assert result.exit_code == 0, result.output
     assert result.stdout == "line 1  x  RUNNING\nline 2  y  RUNNING\n"
     assert (await perdure("start-many", str(tmp_path / "none"))).exit_code == 2
+
+
+async def test_the_command_waits_and_tells_of_each_end_for_each_line(
+    server: ScriptedServer, perdure: Callable[..., Awaitable[Any]]
+) -> None:
+    server.script(START_AGENTS, started)
+    server.script(
+        WAIT_RUNS,
+        pb.WaitRunsResponse(
+            runs=[
+                pb.WaitedRun(run_id="b", run=run_message("b", state="FAILED")),
+                pb.WaitedRun(run_id="a", run=run_message("a", state="SUCCEEDED")),
+            ]
+        ),
+    )
+    lines = '{"run_id": "a"}\n{"run_id": "b"}\n{"run_id": "a"}\n'
+    result = await perdure("start-many", "-", "--agent", "research", "--wait", "-o", "table", stdin=lines)
+    assert result.exit_code == 1, result.output
+    assert result.stdout == "line 2  b  FAILED\nline 1  a  SUCCEEDED\nline 3  a  SUCCEEDED\n"
+    assert result.stderr.endswith("; 1 FAILED; 1 SUCCEEDED.\n")
+    assert [list(request.run_ids) for request in server.asked(WAIT_RUNS)] == [["a", "b"]]
+
+
+async def test_a_run_that_cannot_be_waited_for_is_told_of_like_a_refusal(
+    server: ScriptedServer, perdure: Callable[..., Awaitable[Any]]
+) -> None:
+    server.script(START_AGENTS, started)
+    missing = status_pb2.Status.FromString(Fail(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND").status())
+    server.script(WAIT_RUNS, pb.WaitRunsResponse(runs=[pb.WaitedRun(run_id="a", error=missing)]))
+    result = await perdure("start-many", "-", "-a", "research", "--wait", "-o", "json", stdin='{"run_id": "a"}\n')
+    assert result.exit_code == 3, result.output
+    assert json.loads(result.stdout)["error"]["reason"] == "RUN_NOT_FOUND"
+    assert (await perdure("start-many", "-", "--wait", "--validate-only", stdin="")).exit_code == 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
@@ -16,12 +16,13 @@ import typer
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from perdure_client._bulk import AgentStart
+from perdure_client._bulk_waits import WaitResult
 from perdure_client._errors import InvalidArgument, PerdureError
-from perdure_client._types import ConflictPolicy, StartedRun
+from perdure_client._types import ConflictPolicy, RunState, StartedRun
 from perdure_client.cli import _parse
 from perdure_client.cli._context import complete_agent, session_of
 from perdure_client.cli._output import Output, chosen, say, write_json_line, write_line
-from perdure_client.cli._runs import ValidateOption
+from perdure_client.cli._runs import FAILED_RUN, ValidateOption
 from perdure_client.cli._text import clean, jsonable, one_line, short_duration
 
 USAGE = 2
@@ -62,6 +63,7 @@ def start_many(
         bool, typer.Option("--fail-if-exists", help="Take a run id that exists for an error, even with the same input.")
     ] = False,
     validate_only: ValidateOption = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the runs' ends, and tell of each as it ends.")] = False,
     output: Annotated[
         Output | None,
         typer.Option(
@@ -75,16 +77,23 @@ def start_many(
     deadline, queue, priority, home_region, traceparent. One that is wrong or refused is told of, and the others go on.
     Give lines a run_id, and you can do the whole again: what was started stays as it is.
 
-    Exit codes: 0 every line has its run; 2 a line, or its input, is wrong; 3 the server refused some, or has gone.
+    With --wait the runs are waited for over one stream, those too that existed, and each is told of once: when it has
+    ended, in the order of the ends. Interrupted, the runs go on.
+
+    Exit codes: 0 every line has its run; 2 a line, or its input, is wrong; 3 the server refused some, or has gone. With
+    --wait, 1 if none of these is so and a run has not SUCCEEDED.
 
     Examples:
       perdure start-many starts.jsonl
+      perdure start-many starts.jsonl --wait -o json > ends.jsonl
       jq -c '{input: {question: .}}' questions.json | perdure start-many - --agent research
       perdure start-many starts.jsonl -o json | jq -r 'select(.error) | .line'
     """
     form = chosen(output)
     if form is Output.YAML:
         raise typer.BadParameter("choose table or json", param_hint="--output")
+    if wait and validate_only:
+        raise typer.BadParameter("nothing is started with --validate-only", param_hint="--wait")
     options = {
         "conflict_policy": ConflictPolicy.FAIL if fail_if_exists else ConflictPolicy.USE_EXISTING,
         "validate_only": validate_only,
@@ -94,7 +103,7 @@ def start_many(
         source = sys.stdin if file == "-" else stack.enter_context(_opened(file))
         wrong: deque[tuple[int, InvalidArgument]] = deque()
         numbers: deque[int] = deque()
-        report = stack.enter_context(_Report(form, validate_only=validate_only))
+        report = stack.enter_context(_Report(form, validate_only=validate_only, wait=wait))
         for result in session.client.start_many(_starts(source, agent, options, numbers, wrong)):
             number = numbers.popleft()
             while wrong and wrong[0][0] < number:
@@ -102,17 +111,31 @@ def start_many(
             report.tell(number, result.error or result.run)
         while wrong:
             report.tell(*wrong.popleft())
+        for end in session.client.wait_many(report.waited):
+            report.tell_end(end)
     if report.wrong or report.refused:
         raise typer.Exit(USAGE if report.wrong else REFUSED)
+    if report.unsuccessful:
+        raise typer.Exit(FAILED_RUN)
 
 
 class _Report:
-    """Tells what came of each line, and the sum at the end, also of what was interrupted."""
+    """Tells what came of each line, and the sum at the end, also of what was interrupted.
 
-    def __init__(self, form: Output, *, validate_only: bool) -> None:
+    Attributes:
+        waited: The runs whose ends are to be told, by id, with the lines that they are of.
+        ended: How many have ended, by state.
+    """
+
+    def __init__(self, form: Output, *, validate_only: bool, wait: bool) -> None:
         self._form = form
         self._validate_only = validate_only
+        self._wait = wait
+        self.waited: dict[str, list[int]] = {}
+        self.ended: Counter[RunState] = Counter()
+        self._told = 0
         self._began_s = time.monotonic()
+        self._took_s: float | None = None
         self._progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -142,18 +165,53 @@ class _Report:
             created = outcome is not None and outcome.created
             self.started += created
             self.existed += not created
+            self._took_s = time.monotonic() - self._began_s
+            if self._wait and outcome is not None:
+                self.waited.setdefault(outcome.run_id, []).append(number)
+                self._show_progress()
+                return
             told = {"line": number, "run": jsonable(outcome)}
             text = "" if outcome is None else f"line {number}  {clean(outcome.run_id)}  {outcome.state}"
+        self._write(told, text, always=isinstance(outcome, PerdureError))
+
+    def tell_end(self, result: WaitResult) -> None:
+        """Tells of the end of a run, for each of its lines."""
+        run, error = result.run, result.error
+        self._told += 1
+        if run is not None:
+            self.ended[run.state] += 1
+        self.refused += error is not None
+        for number in self.waited[result.run_id]:
+            if run is not None:
+                text = f"line {number}  {clean(run.run_id)}  {run.state}"
+                why = "" if run.failure is None else f"  {one_line(run.failure.message)}"
+                self._write({"line": number, "run": jsonable(run)}, text + why, always=not run.succeeded)
+            elif error is not None:
+                told = {"line": number, "error": {"reason": error.reason, "message": error.message}}
+                text = f"line {number}  {clean(result.run_id)}  {error.reason}: {one_line(error.message)}"
+                self._write(told, text, always=True)
+
+    @property
+    def unsuccessful(self) -> int:
+        """How many runs have ended otherwise than they should."""
+        return self.ended.total() - self.ended[RunState.SUCCEEDED]
+
+    def _write(self, told: dict[str, Any], text: str, *, always: bool) -> None:
+        """Writes a line, on a terminal only one that must be seen: the progress is there for the others."""
         if self._form is Output.JSON:
             write_json_line(told)
         elif self._progress.disable:
             write_line(text)
-        elif isinstance(outcome, PerdureError):
+        elif always:
             self._progress.console.print(text, markup=False, highlight=False)
-        self._progress.update(self._task, description=f"{self.started + self.existed:,} started")
+        self._show_progress()
+
+    def _show_progress(self) -> None:
+        ended = f", {self.ended.total():,} of {len(self.waited):,} ended" if self._wait else ""
+        self._progress.update(self._task, description=f"{self.started + self.existed:,} started{ended}")
 
     def _sum(self) -> str:
-        seconds = time.monotonic() - self._began_s
+        seconds = self._took_s or time.monotonic() - self._began_s
         done = self.started + self.existed
         took = f"in {short_duration(timedelta(seconds=seconds))} ({done / seconds:,.0f} a second)"
         if self._validate_only:
@@ -161,6 +219,9 @@ class _Report:
         else:
             parts = [f"{self.started:,} started {took}"]
             parts += [f"{self.existed:,} existed already"] if self.existed else []
+        parts += [f"{count:,} {state}" for state, count in sorted(self.ended.items())]
+        goes_on = len(self.waited) - self._told
+        parts += [f"{goes_on:,} go on"] if goes_on > 0 else []
         parts += [f"{self.wrong:,} wrong"] if self.wrong else []
         parts += [f"{self.refused:,} refused"] if self.refused else []
         return "; ".join(parts) + "."
