@@ -168,10 +168,10 @@ def grown_tables(url: str) -> dict[str, int]:
 def notes(url: str, service: ServerProcess, model: str, level: str) -> list[str]:
     """Returns the lines of a table for a benchmark's result, or a sentence why there is none."""
     try:
+        grown = grown_tables(url)
         found = explained(url, service, model, finished.RECOVERED)
     except psycopg.Error as error:
         return [f"The plans are not known here: {type(error).__name__}, {str(error).splitlines()[0]}."]
-    grown = grown_tables(url)
     lines = ["", f"| statements at {level} | read by these indexes of tables that grow | without an index |"]
     lines.append("|---|---|---|")
     for kind, plans in found.items():
