@@ -27,7 +27,6 @@ VERBS = (
     "CALL",
     "CANCEL",
     "COMMENT",
-    "COMMIT",
     "COPY",
     "CREATE",
     "DELETE",

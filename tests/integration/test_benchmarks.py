@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from tests.helpers.databases import DatabaseServer
-from tests.load import growth, idle, latency, recovery, throughput, usage, variants
+from tests.load import explained, growth, idle, latency, recovery, throughput, usage, variants
 from tests.load.__main__ import BENCHMARKS
 from tests.load.frame import Result
 from tests.load.grid import Grid
@@ -44,6 +44,8 @@ def test_a_benchmark_measures_every_run(
         monkeypatch.setattr(module, "COUNTERS_SETTLE_S", 0.0)
     monkeypatch.setattr(idle, "LEVELS", (20,))
     monkeypatch.setattr(growth, "LEVELS", (20,))
+    for count in ("EXECUTIONS", "SWEEPS"):
+        monkeypatch.setattr(explained, count, 1)
     parser = argparse.ArgumentParser()
     for benchmark in BENCHMARKS.values():
         benchmark.add_options(parser)

@@ -24,7 +24,7 @@ from tests.helpers.waiting import eventually, scaled
 
 LONG_TTL_S = scaled(60)
 """So long that a run which is not handed over, but left to the reapers, would be seen."""
-SHORT_TTL_S = 1
+SHORT_TTL_S = scaled(1)
 NOT_PARKED_S = "3600"
 PAUSE_TTLS = 4
 """For how many times to live the database is away."""

@@ -74,6 +74,12 @@ async def listener() -> int:
     return 1
 
 
+@agent(name="asking")
+async def asking() -> bool:
+    """Asks for an approval."""
+    return (await run.approval("Go on?")).approved
+
+
 @DBOS.step(name="beat")
 async def beat(number: int) -> int:
     return number

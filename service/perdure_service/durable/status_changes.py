@@ -29,6 +29,13 @@ SWEEPS = "background_jobs"
 SWEEP_LIMIT = 200
 """Rows that one sweep changes; the next one follows within a second."""
 
+# Written into the statements: the sweeps live on partial indexes, which a plan that is made without the values of a
+# prepared statement could not use. It would read all runs there are, every second.
+_DELAYED: sa.ColumnElement[str] = sa.literal_column("'DELAYED'")
+_UNFINISHED: list[sa.ColumnElement[str]] = [
+    sa.literal_column(f"'{status}'") for status in ("ENQUEUED", "PENDING", "DELAYED")
+]
+
 
 class StatusDatabase(ClaimDatabase):
     """See the module."""
@@ -269,9 +276,9 @@ class StatusDatabase(ClaimDatabase):
     def _anything_due(self) -> bool:
         ws = self.tables.workflow_status
         ours = self._name_filter(ws.c.application_name, self.app_name)
-        delayed = sa.exists().where(ws.c.status == "DELAYED", ws.c.delay_until_epoch_ms <= self._now_ms_sql(), ours)
+        delayed = sa.exists().where(ws.c.status == _DELAYED, ws.c.delay_until_epoch_ms <= self._now_ms_sql(), ours)
         expired = sa.exists().where(
-            ws.c.status.in_(["ENQUEUED", "PENDING", "DELAYED"]),
+            ws.c.status.in_(_UNFINISHED),
             ws.c.workflow_deadline_epoch_ms <= self._now_ms_sql(),
             ours,
         )
@@ -285,7 +292,7 @@ class StatusDatabase(ClaimDatabase):
         with self.operations.open(operation), self.engine.begin() as conn:
             due = (
                 sa.select(ws.c.workflow_uuid)
-                .where(ws.c.status == "DELAYED", ws.c.delay_until_epoch_ms <= self._now_ms_sql())
+                .where(ws.c.status == _DELAYED, ws.c.delay_until_epoch_ms <= self._now_ms_sql())
                 .where(self._name_filter(ws.c.application_name, self.app_name))
                 .order_by(ws.c.workflow_uuid)
                 .limit(SWEEP_LIMIT)
@@ -302,7 +309,7 @@ class StatusDatabase(ClaimDatabase):
             waited = parked.parked_of(conn, ids)
             self.release(conn, waited, operation, "its wait is over")
             ids = [workflow_id for workflow_id in ids if workflow_id not in waited]
-            conn.execute(sa.update(ws).where(ws.c.workflow_uuid.in_(ids), ws.c.status == "DELAYED").values(**released))
+            conn.execute(sa.update(ws).where(ws.c.workflow_uuid.in_(ids), ws.c.status == _DELAYED).values(**released))
             for workflow_id in ids:
                 data = {"from": RunState.SCHEDULED.value, "to": RunState.QUEUED.value, "reason": "its time has come"}
                 operation.add(workflow_id, Event(EventKind.STATE_CHANGED, now_ms(), data))
@@ -315,7 +322,7 @@ class StatusDatabase(ClaimDatabase):
             due = (
                 sa.select(ws.c.workflow_uuid)
                 .where(
-                    ws.c.status.in_(["ENQUEUED", "PENDING", "DELAYED"]),
+                    ws.c.status.in_(_UNFINISHED),
                     ws.c.workflow_deadline_epoch_ms <= self._now_ms_sql(),
                     self._name_filter(ws.c.application_name, self.app_name),
                 )
