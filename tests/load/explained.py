@@ -101,7 +101,12 @@ def _more_calls(rpc: Rpc) -> dict[str, Callable[[], Any]]:
         rpc.decide(rpc.approval_of(run_id).approval_id)
         rpc.end_of(run_id)
 
-    return {"list by any state": list_by_states, "signal": signal, "approve": approve}
+    def list_by_context() -> None:
+        rpc.runs.ListRuns(pb.ListRunsRequest(context_id="talk"), timeout=scaled(TIMEOUT_S))
+
+    return {
+        "list by any state": list_by_states, "list by context": list_by_context, "signal": signal, "approve": approve
+    }  # fmt: skip
 
 
 def _watched(database: ExplainedDatabase, rpc: Rpc) -> list[Plan]:

@@ -201,7 +201,8 @@ def conditions(namespace: str, run_filter: RunFilter) -> tuple[list[str], dict[s
         where.append("r.agent = :agent")
         values["agent"] = run_filter.agent
     if run_filter.context_id:
-        where.append("r.context_id = :context_id")
+        # Both: the index has only runs with a context, and a plan that knows no value must see that these are such.
+        where.append("r.context_id = :context_id AND r.context_id <> ''")
         values["context_id"] = run_filter.context_id
     if run_filter.labels:
         where.append("r.labels @> CAST(:labels AS JSONB)")

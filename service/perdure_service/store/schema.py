@@ -267,4 +267,13 @@ MIGRATIONS: tuple[Migration, ...] = (
         ("ALTER TABLE perdure.cell ADD COLUMN IF NOT EXISTS claimed_at TIMESTAMPTZ",),
     ),
     Migration(_AFTER_DOCUMENTS + 22, "cell_expires_at", ("ALTER TABLE perdure.cell DROP COLUMN IF EXISTS expires_at",)),
+    # A conversation's runs are listed again and again, among all others. Runs without a context pay nothing for it.
+    Migration(
+        _AFTER_DOCUMENTS + 23,
+        "run_by_context",
+        (
+            "CREATE INDEX IF NOT EXISTS run_by_context ON perdure.run "
+            "(namespace, context_id, created_at DESC, workflow_id DESC) WHERE context_id <> ''",
+        ),
+    ),
 )
