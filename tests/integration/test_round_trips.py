@@ -123,7 +123,7 @@ def test_a_watch_reads_when_it_begins_and_then_nothing_for_each_event(regions: F
 
     opening: list[int] = []
     assert fewest(a_watch).reading == 0
-    assert min(opening) <= 7
+    assert min(opening) <= 6
 
 
 # ---- what counts -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.far_regions import AT_HOME, AWAY, MOVED, Counts, FarRegions, far_regions
-from tests.helpers.rpc import TIMEOUT_S, Rpc, new_id, only
+from tests.helpers.rpc import TIMEOUT_S, Rpc, new_id, only, states_in
 from tests.helpers.waiting import scaled
 from tests.load.frame import Benchmark, load
 from tests.load.grid import Grid, Measure
@@ -45,7 +45,7 @@ ROWS = {NEAR: (False, AT_HOME), SENT_ON: (True, AT_HOME), FORMER: (False, MOVED)
 """Whether the standby's server is asked, and in which namespace."""
 REGION, DATABASE, QUORUM = "waits for the other region", "waits for the database", "waits for the quorum"
 MEASURES = (
-    *map(Measure, ("calls sent on", "commits", "reads")),
+    *(Measure(name, 0) for name in ("calls sent on", "commits", "reads")),
     *(Measure(name, 2) for name in (REGION, DATABASE, QUORUM)),
 )
 WARM_TRIALS = 8
@@ -75,20 +75,25 @@ def run(options: argparse.Namespace, server: DatabaseServer, say: Say) -> Grid:
         return grid
     before = load()
     with tempfile.TemporaryDirectory() as folder, far_regions(server, Path(folder), "tests.load.agents") as regions:
-        _measure(regions, min(WARM_TRIALS, options.trials))
-        near = _measure(regions, options.trials)
+        quiet = {namespace: _quiet_run(regions, namespace) for namespace in (AT_HOME, AWAY, MOVED)}
+        _measure(regions, quiet, min(WARM_TRIALS, options.trials))
+        near = _measure(regions, quiet, options.trials)
         say(f"near: {_told(near)}")
-        for what, where in sorted(near, key=lambda place: KINDS.index(place[0])):
+        # Where the namespace was makes a difference to starts only.
+        places = [(what, where) for what in KINDS for where in ROWS if where != FORMER or what in (START, RUN)]
+        for what, where in places:
             counted = near[what, where].counted
             grid.row(what, where).add({name: statistics.median(values) for name, values in counted.items()})
         for name in (REGION, DATABASE, QUORUM):
             with _far(regions, server, name, options.distance / 1000):
-                _measure(regions, options.trials // 4)  # more is under way at a time, so there are new connections
-                far = _measure(regions, options.trials)
+                _measure(
+                    regions, quiet, options.trials // 4
+                )  # more is under way at a time: new connections
+                far = _measure(regions, quiet, options.trials)
             say(f"{name}: {_told(far)}")
-            for place, seen in far.items():
-                longer_s = seen.median_s - near[place].median_s
-                grid.row(*place).add({name: 1000 * longer_s / options.distance})
+            for place in places:
+                longer_s = far[place].median_s - near[place].median_s
+                grid.row(*place).add({name: round(1000 * longer_s / options.distance, 2) + 0.0})  # and no -0.00
     grid.load = (before, load())
     return grid
 
@@ -131,13 +136,24 @@ def _far(regions: FarRegions, server: DatabaseServer, name: str, seconds: float)
             way.one_way_s = 0.0
 
 
-def _measure(regions: FarRegions, trials: int) -> Mapping[Place, _Seen]:
-    """Returns what was seen of all rows, which take turns."""
+def _quiet_run(regions: FarRegions, namespace: str) -> str:
+    """Starts a run that waits, and of which nothing new is to be seen."""
+    rpc, run_id = regions.standby.rpc, new_id("listener")
+    rpc.start("listener", run_id=run_id, namespace=namespace)
+    for response in rpc.watch(run_id, namespace=namespace):
+        if "AWAITING_INPUT" in states_in(response.events):
+            break
+    return run_id
+
+
+def _measure(regions: FarRegions, quiet: Mapping[str, str], trials: int) -> Mapping[Place, _Seen]:
+    """Returns what was seen of all rows, which take turns; `quiet` is a run in each namespace that waits."""
     seen: defaultdict[Place, _Seen] = defaultdict(_Seen)
     for _ in range(trials):
         for where, (elsewhere, namespace) in ROWS.items():
             rpc = (regions.standby if elsewhere else regions.home).rpc
             _run(seen, where, regions, rpc, namespace)
+            _open(seen, where, regions, rpc, namespace, quiet[namespace])
             _pulse(seen, where, regions, rpc, namespace)
     return seen
 
@@ -153,6 +169,16 @@ def _run(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rpc,
     assert not answer.timed_out
 
 
+def _open(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rpc, namespace: str, run_id: str) -> None:
+    """Opens a watch."""
+    with regions.counted() as counts:
+        began = perf_counter()
+        watch = rpc.watch(run_id, namespace=namespace)
+        next(response for response in watch if response.caught_up)
+        seen[OPEN, where].add([perf_counter() - began], **_columns(counts(run_id)))
+        watch.cancel()
+
+
 def _pulse(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rpc, namespace: str) -> None:
     """Starts a run that makes steps with pauses between them, and watches it."""
     run_id = new_id("pulse")
@@ -161,7 +187,6 @@ def _pulse(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rp
         rpc.start("pulse", {"steps": STEPS, "pause_s": PAUSE_S}, run_id=run_id, namespace=namespace)
         took_s, started = perf_counter() - began, counts(run_id)
         seen[START, where].add([took_s], **_columns(started))
-        began = perf_counter()
         opened = None
         arrived_ns: dict[int, int] = {}
         for response in rpc.watch(run_id, namespace=namespace):
@@ -171,9 +196,7 @@ def _pulse(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rp
                 arrived_ns |= dict.fromkeys(steps, at_ns)
                 latest = counts(run_id)
             elif opened is None and response.caught_up:
-                took_s, opened = perf_counter() - began, counts(run_id)
-                # The commits are the run's own.
-                seen[OPEN, where].add([took_s], **_columns(replace(opened - started, writing=0)))
+                opened = counts(run_id)
         assert opened is not None
         assert arrived_ns, "the run had ended before it was watched"
         made = counts(run_id) - started
@@ -182,7 +205,7 @@ def _pulse(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rp
     step_s = [(after - before) / 1e9 - PAUSE_S for before, after in pairwise(committed_ns)]
     seen[STEP, where].add(step_s, commits=made.writing / (STEPS + 1))  # and the run's end
     late_s = [(at_ns - committed_ns[step - 1]) / 1e9 for step, at_ns in arrived_ns.items()]
-    each = replace(latest - opened, writing=0)
+    each = replace(latest - opened, writing=0)  # the commits are the run's own
     seen[EVENT, where].add(late_s, **{name: value / len(late_s) for name, value in _columns(each).items()})
 
 
