@@ -86,9 +86,7 @@ def run(options: argparse.Namespace, server: DatabaseServer, say: Say) -> Grid:
             grid.row(what, where).add({name: statistics.median(values) for name, values in counted.items()})
         for name in (REGION, DATABASE, QUORUM):
             with _far(regions, server, name, options.distance / 1000):
-                _measure(
-                    regions, quiet, options.trials // 4
-                )  # more is under way at a time: new connections
+                _measure(regions, quiet, options.trials // 4)  # more is under way at a time: new connections
                 far = _measure(regions, quiet, options.trials)
             say(f"{name}: {_told(far)}")
             for place in places:
