@@ -7,7 +7,7 @@ other one, to which it sends calls on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.helpers.cells import Cluster
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.distance import Distance
-from tests.helpers.proxy import DatabaseProxy
+from tests.helpers.proxy import DatabaseProxy, Transaction
 from tests.helpers.regions import write_regions
 from tests.helpers.rpc import Rpc
 from tests.helpers.server import ServerProcess, sql
@@ -58,7 +58,7 @@ class Counts:
     Attributes:
         calls: Calls that one region's server has sent on to the other's, for whatever run.
         commits: Transactions that have written something.
-        writing: The round trips that these were.
+        writing: The round trips that these were, with all else on their connections.
         reading: The round trips of the others.
         hints: The round trips that only told other servers where to look: nobody waits for them.
     """
@@ -92,17 +92,27 @@ class FarRegions:
         with self.home.database.counted() as at_home, self.standby.database.counted() as at_standby:
 
             def counts(run_id: str) -> Counts:
-                named = [one for one in (*at_home, *at_standby) if one.ended and one.names(run_id)]
-                hints = [one for one in named if "pg_notify" in one.statements[-1]]
-                writes = [one for one in named if one.writes]
-                reads = [one for one in named if one not in hints and one not in writes]
-                trips = (sum(one.round_trips for one in of) for of in (writes, reads, hints))
-                return Counts(self._calls() - calls, len(writes), *trips)
+                of_both = [_counts(found, run_id) for found in (at_home, at_standby)]
+                return Counts(self._calls() - calls, *map(sum, zip(*of_both, strict=True)))
 
             yield counts
 
     def _calls(self) -> int:
         return sum(region.to_server.calls for region in self.both)
+
+
+def _counts(transactions: Sequence[Transaction], run_id: str) -> tuple[int, int, int, int]:
+    """Returns commits, and round trips that write, read and hint, of what one database was asked for a run."""
+    ended = [one for one in transactions if one.ended]
+    named = [one for one in ended if one.names(run_id)]
+    writes = [one for one in named if one.writes]
+    hints = [one for one in named if "pg_notify" in one.statements[-1]]
+    reads = [one for one in named if one not in writes and one not in hints]
+    # Those that write checkpoints do nothing else, so whatever goes over their connections is for this, named or not.
+    writers = {one.connection for one in writes}
+    beside = [one for one in ended if one.connection in writers and one not in named]
+    writing, reading, hinting = (sum(one.round_trips for one in of) for of in ([*writes, *beside], reads, hints))
+    return len(writes), writing, reading, hinting
 
 
 @contextmanager
