@@ -1,4 +1,4 @@
-"""A TCP proxy in front of a database, with which a test breaks what lies between: connections, delays, replies."""
+"""A TCP proxy in front of a database, with which a test breaks what lies between, and counts what goes over it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ from tests.helpers.databases import url_in_form
 ENCRYPTION_REQUESTS = (80877103, 80877104)
 """SSLRequest and GSSENCRequest. https://www.postgresql.org/docs/current/protocol-message-formats.html"""
 CHUNK_BYTES = 2**16
-DELAY_STEP_S = 0.005
+FROZEN_STEP_S = 0.005
+_WRITES = re.compile(r"\b(INSERT INTO|(?<!FOR )(?<!NO KEY )UPDATE|DELETE FROM)\s", re.IGNORECASE)
 
 
 @dataclass
@@ -46,6 +48,41 @@ class LostReply:
 
 
 @dataclass(eq=False)
+class Transaction:
+    """A transaction as it went over a proxy: a statement that commits by itself, or all from BEGIN to its end.
+
+    **What a round trip is:** a change of direction. The client sends something after the server has said the last word
+    on its connection; all that it sends until it hears again belongs to the same one, so a transaction that is sent as
+    a whole (a pipeline) is one, however many statements and packets it has. That is what distance costs: so often the
+    client has waited. What the server sends by itself (notifications, the rows of a changefeed) is none.
+
+    Attributes:
+        connection: Which of the proxy's it went over, in the order in which they were made.
+        statements: The SQL that was executed, with its BEGIN and COMMIT.
+        sent: The SQL and the parameters as they went over the wire, without BEGIN and COMMIT.
+        round_trips: How many; with that of a prepared statement that was new. None if it shared one with what came
+            before it.
+        ended: Whether its end was sent.
+    """
+
+    connection: int
+    statements: list[str] = field(default_factory=list)
+    sent: bytes = b""
+    round_trips: int = 0
+    ended: bool = False
+
+    @property
+    def writes(self) -> bool:
+        """Whether it has inserted, updated or deleted, and was not rolled back: then its end is a commit."""
+        rolled_back = self.statements[-1:] == ["ROLLBACK"]
+        return not rolled_back and any(_WRITES.search(statement) for statement in self.statements)
+
+    def names(self, text: str) -> bool:
+        """Returns whether a text, such as the id of a run, stands in what was sent."""
+        return text.encode() in self.sent
+
+
+@dataclass(eq=False)
 class _Connection:
     """One connection of a client, and what goes on in it.
 
@@ -58,10 +95,14 @@ class _Connection:
         explicit: Whether a BEGIN was sent for it.
         losing: The orders that wait for the server to commit.
         losing_explicit: Whether by a COMMIT.
+        number: How many were made before it.
+        answered: Whether the server has sent the last word.
+        transaction: What is under way, or was last.
     """
 
     client: socket.socket
     upstream: socket.socket
+    number: int
     began: bool = False
     sent: bytearray = field(default_factory=bytearray)
     statements: dict[bytes, bytes] = field(default_factory=dict)
@@ -70,6 +111,8 @@ class _Connection:
     explicit: bool = False
     losing: list[LostReply] = field(default_factory=list)
     losing_explicit: bool = False
+    answered: bool = True
+    transaction: Transaction = field(default_factory=lambda: Transaction(-1, ended=True))
 
 
 class DatabaseProxy:
@@ -89,14 +132,22 @@ class DatabaseProxy:
         self._cut = False
         self._frozen = threading.Event()
         self._closed = False
-        self.delay_s = 0.0
-        """How much later each message of a client arrives."""
+        self._counting: list[list[Transaction]] = []
         self.accepted: list[float] = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
     def url(self) -> str:
         """The database's URL through the proxy."""
+        return self.url_at(self._port)
+
+    @property
+    def address(self) -> str:
+        """Where it listens, host:port."""
+        return f"127.0.0.1:{self._port}"
+
+    def url_at(self, port: int) -> str:
+        """Returns the database's URL through something on this machine that leads to the proxy."""
         query = {name: value for name, value in self._url.query.items() if name not in ("host", "port")}
         # Not `set`, which would add to the query.
         url = sa.URL.create(
@@ -104,7 +155,7 @@ class DatabaseProxy:
             self._url.username,
             self._url.password,
             "127.0.0.1",
-            self._port,
+            port,
             self._url.database,
             query,
         )
@@ -114,6 +165,40 @@ class DatabaseProxy:
     def open_connections(self) -> int:
         """How many connections go through at the moment."""
         return len(self._connections)
+
+    # ---- what is counted ---------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def counted(self) -> Iterator[list[Transaction]]:
+        """Yields a list to which all transactions are added that begin from here on, until it is left."""
+        found: list[Transaction] = []
+        with self._lock:
+            self._counting.append(found)
+        try:
+            yield found
+        finally:
+            with self._lock:
+                self._counting = [one for one in self._counting if one is not found]
+
+    def _turn(self, connection: _Connection) -> None:
+        """Notes that a client sends something: a round trip, unless the server has yet to answer what came before."""
+        if connection.answered:
+            connection.answered = False
+            self._transaction(connection).round_trips += 1
+
+    def _transaction(self, connection: _Connection) -> Transaction:
+        """Returns what is under way, a new one if that has ended."""
+        if connection.transaction.ended:
+            connection.transaction = Transaction(connection.number)
+            with self._lock:
+                for found in self._counting:
+                    found.append(connection.transaction)
+        return connection.transaction
+
+    @staticmethod
+    def _end(connection: _Connection) -> None:
+        connection.transaction.sent, connection.transaction.ended = bytes(connection.sent), True
+        connection.sent.clear()
 
     # ---- what can be broken ------------------------------------------------------------------------------------------
 
@@ -197,7 +282,7 @@ class DatabaseProxy:
                 client.close()
                 continue
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            connection = _Connection(client, upstream)
+            connection = _Connection(client, upstream, len(self.accepted) - 1)
             with self._lock:
                 self._connections.add(connection)
             threading.Thread(target=self._forward, args=(connection,), daemon=True).start()
@@ -224,7 +309,7 @@ class DatabaseProxy:
                         data = source.recv(CHUNK_BYTES)
                         if self._frozen.is_set():
                             while self._frozen.is_set():
-                                time.sleep(DELAY_STEP_S)
+                                time.sleep(FROZEN_STEP_S)
                             return
                         if not data or not key.data(connection, data):
                             return
@@ -238,11 +323,11 @@ class DatabaseProxy:
                 one.close()
 
     def _from_client(self, connection: _Connection, data: bytes) -> bool:
-        if self.delay_s:
-            time.sleep(self.delay_s)
         connection.from_client += data
         if not connection.began and not _begin(connection):
             return True
+        if connection.from_client and not connection.from_client.startswith(b"X"):  # nobody waits after a Terminate
+            self._turn(connection)
         for message in _messages(connection.from_client):
             self._note(connection, message)
             connection.upstream.sendall(message)
@@ -256,6 +341,7 @@ class DatabaseProxy:
             connection.statements[name] = text
         elif kind in (b"Q", b"B"):
             text = body if kind == b"Q" else connection.statements.get(body.split(b"\0", 2)[1], b"")
+            self._transaction(connection).statements.append(text.rstrip(b"\0").decode(errors="replace"))
             command = text.rstrip(b"\0 ;").upper()
             if command.startswith(b"BEGIN"):
                 connection.explicit = True
@@ -264,13 +350,13 @@ class DatabaseProxy:
                 if command == b"COMMIT":
                     self._decide(connection)
                 connection.explicit = False
-                connection.sent.clear()
+                self._end(connection)
                 return
             else:
                 connection.sent += text + b"\n" + (body if kind == b"B" else b"") + b"\n"
         if kind in (b"S", b"Q") and not connection.explicit and connection.sent:
             self._decide(connection)  # a statement that commits by itself
-            connection.sent.clear()
+            self._end(connection)
 
     def _decide(self, connection: _Connection) -> None:
         with self._lock:
@@ -280,6 +366,7 @@ class DatabaseProxy:
                 order.times -= 1
 
     def _from_server(self, connection: _Connection, data: bytes) -> bool:
+        connection.answered = True
         if not connection.losing:
             connection.client.sendall(data)
             return True

@@ -7,7 +7,7 @@ import argparse
 import pytest
 
 from tests.helpers.databases import DatabaseServer
-from tests.load import explained, growth, idle, latency, recovery, throughput, usage, variants
+from tests.load import explained, growth, idle, latency, recovery, regions, throughput, usage, variants
 from tests.load.__main__ import BENCHMARKS
 from tests.load.frame import Result
 from tests.load.grid import Grid
@@ -21,6 +21,7 @@ SMALL = {
     "latency": "--steps 10 --watchers 1",
     "idle": "--rest 0.2 --watchers 20 --parked 20 --in-memory 20",
     "growth": "--grown 20 --calls 2",
+    "regions": "--trials 1 --distance 10",
 }
 """The options of each, in its quick form."""
 MEASURED = {
@@ -30,6 +31,7 @@ MEASURED = {
     "idle": {idle.NOTHING, idle.WATCHES, idle.RUNNING, idle.WAITING, idle.PARKED, idle.DBOS_WAITING},
     "growth": {"calls"},
     "article": {"raw inserts, psycopg", "raw inserts, psycopg2", variants.ASYNC, "plain DBOS, sync, psycopg2"},
+    "regions": set(regions.KINDS),
 }
 """What each must have measured, at least."""
 
@@ -46,6 +48,7 @@ def test_a_benchmark_measures_every_run(
     monkeypatch.setattr(growth, "LEVELS", (20,))
     for count in ("EXECUTIONS", "SWEEPS"):
         monkeypatch.setattr(explained, count, 1)
+    monkeypatch.setattr(regions, "STEPS", 8)
     parser = argparse.ArgumentParser()
     for benchmark in BENCHMARKS.values():
         benchmark.add_options(parser)

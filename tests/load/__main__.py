@@ -13,7 +13,7 @@ from perdure_service.store import embedded
 
 from tests.helpers.databases import DatabaseServer, given_server
 from tests.helpers.server import sql
-from tests.load import article, frame, growth, herd, idle, latency, recovery, throughput
+from tests.load import article, frame, growth, herd, idle, latency, recovery, regions, throughput
 from tests.load.usage import is_cockroach
 
 BENCHMARKS = {
@@ -27,6 +27,7 @@ BENCHMARKS = {
         growth.BENCHMARK,
         recovery.BENCHMARK,
         herd.BENCHMARK,
+        regions.BENCHMARK,
     )
 }
 MAX_CONNECTIONS = 700

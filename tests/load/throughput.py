@@ -137,9 +137,9 @@ class Counted:
 
 
 @contextmanager
-def slow_commits(server: DatabaseServer) -> Iterator[None]:
-    """Has each commit that writes take `COMMIT_DELAY_US` longer. Needs a superuser, as the embedded server's is."""
-    settings = {"commit_delay": COMMIT_DELAY_US, "commit_siblings": 0}
+def slow_commits(server: DatabaseServer, delay_us: int = COMMIT_DELAY_US) -> Iterator[None]:
+    """Has each commit that writes take so much longer. Needs a superuser, as the embedded server's is."""
+    settings = {"commit_delay": delay_us, "commit_siblings": 0}
     try:
         for name, value in settings.items():
             server.execute(f"ALTER SYSTEM SET {name} = {value}")

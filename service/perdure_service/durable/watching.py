@@ -41,9 +41,8 @@ class Watching:
 
         With `include_children` it has the events of all descendants, too, and ends when the last of them has ended.
         """
-        # Register, then read, then wait: what is committed after the read wakes us.
-        root = (await self._get(namespace, run_id)).key
-        view = View(self._read, self._tailer, root, include_children=include_children)
+        view, snapshot = await self._open(namespace, run_id, include_children=include_children)
+        root = snapshot.key
         try:
             children: Sequence[tuple[Head, int]] = ()
             position = after_sequence
@@ -52,7 +51,7 @@ class Watching:
                 heads = await self._read("runs.open_heads", lambda conn: run_heads.open_heads(conn, root))
                 position = heads[root.workflow_id].last_sequence if root.workflow_id in heads else 0
                 children = [(one, one.last_sequence) for one in heads.values() if one.key != root]
-            snapshot = await self._get(namespace, run_id)
+                snapshot = await self._get(namespace, run_id)
             if cursor is not None:
                 place = Cursor.decode(cursor, root.workflow_id, include_children=include_children)
                 position = place.sequence
@@ -78,6 +77,25 @@ class Watching:
                     yield batch(piece.key, piece.events, caught_up=view.caught_up)
         finally:
             view.close()
+
+    async def _open(self, namespace: str, run_id: str, *, include_children: bool) -> tuple[View, Run]:
+        """Returns the view of a run, to be closed, and the run itself.
+
+        Registered, then read, then waited for: what is committed after the read wakes us. The key follows from the id
+        but for the workflow of a foreign client, of which only the read tells.
+        """
+        root = RunKey.of_api(namespace, run_id)
+        while True:
+            view = View(self._read, self._tailer, root, include_children=include_children)
+            try:
+                snapshot = await self._get(namespace, run_id)
+            except BaseException:
+                view.close()
+                raise
+            if snapshot.key == root:
+                return view, snapshot
+            view.close()
+            root = snapshot.key
 
     async def _check(self, snapshot: Run, position: int, field: str, way_out: str) -> None:
         """Refuses a position in the watched run that is from the future, or of what is no longer kept.
