@@ -92,8 +92,8 @@ class _Look:
         assert server._process is not None
         return url, server, psutil.Process(server._process.pid)
 
-    def at(self, name: str, count: int, url: str, process: psutil.Process) -> None:
-        """Measures a level; that of none is what the others' memory is compared with."""
+    def at(self, name: str, count: int, url: str, process: psutil.Process) -> float:
+        """Measures a level, and returns its memory in MiB; that of none is what the others' is compared with."""
         rest = threading.Event()
         rest.wait(min(COUNTERS_SETTLE_S, self.options.rest))
         meter = Meter(url, {"server": [process], "database": database_processes(url)})
@@ -115,6 +115,7 @@ class _Look:
         self.say(
             f"{name}, {count}: {', '.join(f'{one} {value:.1f}' for one, value in values.items() if value is not None)}"
         )
+        return mib
 
 
 def _watches(look: _Look) -> None:
@@ -140,10 +141,14 @@ def _in_memory(look: _Look) -> None:
 def _parked(look: _Look) -> None:
     count = look.options.parked
     url, server, process = look.service(PERDURE_PARK_AFTER="0", PERDURE_MAX_RUNNING="100")
+    first = max(count // 2, 1)
+    run_ids: list[str] = []
+    taken_mib: list[float] = []
     with Rpc(server.address) as rpc:
-        run_ids = start_many(rpc, "listener", {}, count)
-        eventually(lambda: _parked_count(url) == count, START_S, what="all runs are parked")
-        look.at(PARKED, count, url, process)
+        for level in dict.fromkeys((first, count)):
+            run_ids += start_many(rpc, "listener", {}, level - len(run_ids))
+            eventually(lambda level=level: _parked_count(url) == level, START_S, what="all runs are parked")
+            taken_mib.append(look.at(PARKED, level, url, process))
         woken_ms = []
         for run_id in run_ids[:WOKEN]:
             began = monotonic()
@@ -151,6 +156,11 @@ def _parked(look: _Look) -> None:
             rpc.end_of(run_id)
             woken_ms.append(1000 * (monotonic() - began))
     woken_ms.sort()
+    each_kib = 1024 * (taken_mib[-1] - taken_mib[0]) / max(count - first, 1)
+    look.grid.notes.append(
+        f"From {first:,} to {count:,} parked runs the process grew by {each_kib:.2f} KiB each: what is there with the "
+        "first ones is what starting them took, not they."
+    )
     look.grid.notes.append(
         f"From a signal to the end of its parked run, one of {count:,}: p50 {quantile(woken_ms, 0.5):.0f} ms, "
         f"at most {woken_ms[-1]:.0f} ms."
