@@ -13,9 +13,16 @@ from perdure_service.domain.runs import Progress, Run, Usage
 from perdure_service.durable.artifacts import Artifact
 from perdure_service.rpc import enums, fields
 
+_SELDOM_TEXTS = ("state_reason", "context_id", "parent_run_id", "forked_from_run_id")
+_SELDOM_NUMBERS = ("pending_approvals", "forked_from_step_id", "priority")
+_NOTHING_USED = Usage()
+
 
 def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
-    """Returns a run as a message; with input and output only when `full`."""
+    """Returns a run as a message; with input and output only when `full`.
+
+    Fields that most runs have nothing in are set only when there is something: each costs.
+    """
     message = agent_run_pb2.AgentRun(
         namespace=fields.text(run.key.namespace),
         run_id=fields.text(run.key.run_id),
@@ -23,7 +30,6 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         agent_version=fields.text(run.agent_version),
         input_sha256=run.input_sha256,
         state=enums.RUN_STATES[run.state],
-        state_reason=fields.text(run.state_reason),
         create_time=fields.timestamp(run.create_time),
         start_time=fields.timestamp(run.start_time),
         end_time=fields.timestamp(run.end_time),
@@ -31,20 +37,21 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         execution=fields.int32(run.execution),
         executor_id=fields.text(run.executor_id),
         progress=_progress(run.progress),
-        pending_approvals=fields.int32(run.pending_approvals),
         failure=fields.failure(run.failure),
-        labels={fields.text(key): fields.text(value) for key, value in run.labels.items()},
-        context_id=fields.text(run.context_id),
-        parent_run_id=fields.text(run.parent_run_id),
+        usage=_usage(run.usage),
         trace_id=fields.text(run.trace_id),
         last_sequence=fields.int64(run.last_sequence),
-        usage=_usage(run.usage),
         caller=fields.text(run.caller),
-        forked_from_run_id=fields.text(run.forked_from_run_id),
-        forked_from_step_id=fields.int32(run.forked_from_step_id),
         queue=fields.text(run.queue),
-        priority=fields.int32(run.priority),
     )
+    for name in _SELDOM_TEXTS:
+        if value := getattr(run, name):
+            setattr(message, name, fields.text(value))
+    for name in _SELDOM_NUMBERS:
+        if value := getattr(run, name):
+            setattr(message, name, fields.int32(value))
+    for key, value in run.labels.items():
+        message.labels[fields.text(key)] = fields.text(value)
     if full:
         message.input_json = fields.text(run.input_json)
         message.output_json = fields.text(run.output_json)
@@ -124,7 +131,7 @@ def agent(spec: AgentSpec) -> agent_catalog_service_pb2.Agent:
 
 
 def _usage(value: Usage) -> agent_run_pb2.RunUsage | None:
-    if value == Usage():
+    if value == _NOTHING_USED:
         return None
     return agent_run_pb2.RunUsage(
         input_tokens=fields.int64(value.input_tokens), output_tokens=fields.int64(value.output_tokens)
