@@ -30,6 +30,7 @@ SETTINGS = {
     "auto_explain.log_nested_statements": "on",
     "auto_explain.log_parameter_max_length": "0",
 }
+_BEGIN = re.compile(rb"^(?=[^\t\n])", re.MULTILINE)
 _ENTRY = re.compile(rb"LOG:  duration: [\d.]+ ms  plan:\n((?:\t.*\n)+)")
 
 
@@ -74,15 +75,22 @@ class ExplainedDatabase:
                 )
 
     def plans(self) -> list[Plan]:
-        """Returns the plans of what has been run since the last call."""
+        """Returns the plans of what had been run since the last call, and of some that run at this moment."""
         with sql(self._url) as connection:
-            size = _size(connection)
+            connection.execute("SELECT 1")  # explained behind what was run before, so that this has an end in the log
             row = connection.execute(
-                "SELECT pg_read_binary_file(%s, %s, %s)", (LOG, self._read_to, size - self._read_to)
+                "SELECT pg_read_binary_file(%s, %s, %s)", (LOG, self._read_to, _size(connection) - self._read_to)
             ).fetchone()
         assert row is not None
-        self._read_to = size
-        return list(plans_in(row[0]))
+        # The last one may be half written, by a server process that goes on.
+        whole = row[0][: _last_begin(row[0])]
+        self._read_to += len(whole)
+        return list(plans_in(whole))
+
+
+def _last_begin(log: bytes) -> int:
+    """Returns where the last message of a piece of a log begins: lines that go on with one begin with a tab."""
+    return max((found.start() for found in _BEGIN.finditer(log)), default=0)
 
 
 def plans_in(log: bytes) -> Iterator[Plan]:
