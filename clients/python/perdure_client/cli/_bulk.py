@@ -77,8 +77,8 @@ def start_many(
     deadline, queue, priority, home_region, traceparent. One that is wrong or refused is told of, and the others go on.
     Give lines a run_id, and you can do the whole again: what was started stays as it is.
 
-    With --wait, once all are started, the runs are waited for over one stream, those too that existed. Each is told of when
-    it has ended, in the order of the ends. Interrupted, the runs go on.
+    With --wait, once all are started, the runs are waited for over one stream, those too that existed. Each is told of
+    when it has ended, in the order of the ends. Interrupted, the runs go on.
 
     Exit codes: 0 every line has its run; 2 a line, or its input, is wrong; 3 the server refused some, or has gone. With
     --wait, 1 if none of these is so and a run has not SUCCEEDED.
