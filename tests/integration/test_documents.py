@@ -302,10 +302,20 @@ def test_two_loaders_of_one_folder_do_not_hurt_each_other(engine: sa.Engine, fol
         (folder / "leases.md").write_text(f"# Leases\n\nRound {round_number}.", encoding="utf-8")
         with ThreadPoolExecutor() as pool:
             reports = list(pool.map(lambda _: load(engine, folder)[0], range(4)))
-        assert all(report.failed == () for report in reports)
+        assert [report.failed for report in reports] == [()] * 4
         found = [passage.body for passage in documents.search(engine, "leases", 9)]
         assert f"Round {round_number}." in found
         assert len(documents.search(engine, "lease approvals cursor pasta", 99)) == 4
+
+
+def test_several_loaders_of_new_files_do_not_hurt_each_other(engine: sa.Engine, folder: Path) -> None:
+    for _ in range(20):
+        with engine.begin() as connection:
+            connection.execute(sa.text("DELETE FROM perdure.chunk"))
+            connection.execute(sa.text("DELETE FROM perdure.document"))
+        with ThreadPoolExecutor() as pool:
+            reports = list(pool.map(lambda _: load(engine, folder)[0], range(4)))
+        assert [report.failed for report in reports] == [()] * 4
 
 
 def test_a_folder_that_is_not_there_is_a_configuration_error(engine: sa.Engine, tmp_path: Path) -> None:

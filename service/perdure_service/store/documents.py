@@ -230,11 +230,14 @@ def _known_documents(engine: sa.Engine, collection: str) -> dict[str, str]:
     return sqlstates.reading(engine, "documents.known", read)
 
 
-_UPSERT_DOCUMENT = sa.text("""
+# Not ON CONFLICT (document_id) DO UPDATE: two loaders of a new file may meet at the other key, which that leaves out.
+_INSERT_DOCUMENT = sa.text("""
     INSERT INTO perdure.document (document_id, collection, path, title, sha256, loaded_at)
     VALUES (:document_id, :collection, :path, :title, :sha256, now())
-    ON CONFLICT (document_id) DO UPDATE
-    SET title = excluded.title, sha256 = excluded.sha256, loaded_at = excluded.loaded_at
+    ON CONFLICT DO NOTHING
+""")
+_CHANGE_DOCUMENT = sa.text("""
+    UPDATE perdure.document SET title = :title, sha256 = :sha256, loaded_at = now() WHERE document_id = :document_id
 """)
 _KNOWN_CHUNKS = sa.text("SELECT chunk_id, ordinal FROM perdure.chunk WHERE document_id = :document_id")
 _DELETE_CHUNKS = sa.text("DELETE FROM perdure.chunk WHERE chunk_id = ANY(CAST(:chunk_ids AS TEXT[]))")
@@ -262,7 +265,8 @@ def _write(engine: sa.Engine, collection: str, path: str, title: str, sha256: st
 
     def write(connection: sa.Connection) -> int:
         # The document first: its lock keeps a second loader of the same file waiting.
-        connection.execute(_UPSERT_DOCUMENT, document)
+        connection.execute(_INSERT_DOCUMENT, document)
+        connection.execute(_CHANGE_DOCUMENT, document)
         known = {row.chunk_id: row.ordinal for row in connection.execute(_KNOWN_CHUNKS, {"document_id": document_id})}
         gone = [chunk_id for chunk_id in known if chunk_id not in wanted]
         moved = {one: chunk.ordinal for one, chunk in wanted.items() if known.get(one, chunk.ordinal) != chunk.ordinal}
