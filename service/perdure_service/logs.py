@@ -230,7 +230,6 @@ class _StraightAuditLog:
 
     def __init__(self, lines: GatheredLines) -> None:
         self._lines = lines
-        self._encode = json.JSONEncoder().encode
 
     def info(self, event: str, **facts: Any) -> None:
         """Writes a line."""
@@ -240,9 +239,9 @@ class _StraightAuditLog:
             "event": event,
             "level": "info",
             "logger": AUDIT_LOGGER,
+            "timestamp": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
         }
-        line["timestamp"] = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        self._lines.write(self._encode(line) + "\n")
+        self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()
 
 

@@ -27,6 +27,7 @@ VERBS = (
     "CALL",
     "CANCEL",
     "COMMENT",
+    "COMMIT",
     "COPY",
     "CREATE",
     "DELETE",

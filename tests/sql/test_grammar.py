@@ -102,7 +102,8 @@ def recorded() -> list[Statement]:
     path = os.environ.get(sql_record.VARIABLE)
     if not path:
         pytest.skip(f"nothing was recorded: {sql_record.VARIABLE} is not set")
-    return [each for each in sql_record.recorded(Path(path)) if each.text not in _for_postgresql()]
+    for_postgresql = _for_postgresql()
+    return [each for each in sql_record.recorded(Path(path)) if each.text not in for_postgresql]
 
 
 def _for_postgresql() -> set[str]:

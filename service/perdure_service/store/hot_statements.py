@@ -81,7 +81,7 @@ def _commit_at_once(driver: psycopg.Connection[Any], statements: Sequence[Statem
             cursors = [driver.execute(*statement) for statement in statements]
             ended = driver.execute("COMMIT")
         if ended.statusmessage != "COMMIT":
-            raise psycopg.InternalError(f"COMMIT was answered by {ended.statusmessage}")
+            raise psycopg.InternalError(f"the answer to COMMIT was {ended.statusmessage}")
     except BaseException:
         with suppress(psycopg.Error):  # the connection is lost, and its transaction with it
             driver.rollback()

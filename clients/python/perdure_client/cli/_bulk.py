@@ -159,8 +159,7 @@ class _Report:
         if isinstance(outcome, PerdureError):
             self.wrong += isinstance(outcome, InvalidArgument)
             self.refused += not isinstance(outcome, InvalidArgument)
-            told = {"line": number, "error": {"reason": outcome.reason, "message": outcome.message}}
-            text = f"line {number}  {outcome.reason}: {one_line(outcome.message)}"
+            self._write_error(number, "", outcome)
         else:
             created = outcome is not None and outcome.created
             self.started += created
@@ -170,9 +169,8 @@ class _Report:
                 self.waited.setdefault(outcome.run_id, []).append(number)
                 self._show_progress()
                 return
-            told = {"line": number, "run": jsonable(outcome)}
             text = "" if outcome is None else f"line {number}  {clean(outcome.run_id)}  {outcome.state}"
-        self._write(told, text, always=isinstance(outcome, PerdureError))
+            self._write({"line": number, "run": jsonable(outcome)}, text, always=False)
 
     def tell_end(self, result: WaitResult) -> None:
         """Tells of the end of a run, for each of its lines."""
@@ -187,14 +185,16 @@ class _Report:
                 why = "" if run.failure is None else f"  {one_line(run.failure.message)}"
                 self._write({"line": number, "run": jsonable(run)}, text + why, always=not run.succeeded)
             elif error is not None:
-                told = {"line": number, "error": {"reason": error.reason, "message": error.message}}
-                text = f"line {number}  {clean(result.run_id)}  {error.reason}: {one_line(error.message)}"
-                self._write(told, text, always=True)
+                self._write_error(number, f"{clean(result.run_id)}  ", error)
 
     @property
     def unsuccessful(self) -> int:
         """How many runs have ended otherwise than they should."""
         return self.ended.total() - self.ended[RunState.SUCCEEDED]
+
+    def _write_error(self, number: int, of_run: str, error: PerdureError) -> None:
+        told = {"line": number, "error": {"reason": error.reason, "message": error.message}}
+        self._write(told, f"line {number}  {of_run}{error.reason}: {one_line(error.message)}", always=True)
 
     def _write(self, told: dict[str, Any], text: str, *, always: bool) -> None:
         """Writes a line, on a terminal only one that must be seen: the progress is there for the others."""
