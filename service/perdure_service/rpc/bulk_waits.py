@@ -10,12 +10,13 @@ from google.rpc import status_pb2
 from perdure.v1 import agent_run_service_pb2 as pb
 
 from perdure_service.domain.runs import DEFAULT_NAMESPACE
-from perdure_service.errors import InvalidArgument
+from perdure_service.errors import InvalidArgument, Overloaded
 from perdure_service.rpc import access
 from perdure_service.rpc.calls import current_call, record_duration, rights_of
 from perdure_service.rpc.failures import described, passes
 from perdure_service.rpc.request_streams import Requests
 from perdure_service.rpc.validation import Violations
+from perdure_service.store.sqlstates import JITTER
 
 MAX_RUNS = 1_000
 """Runs that one request may name."""
@@ -98,7 +99,7 @@ class BulkWaits:
         request = pb.WaitRunRequest(namespace=namespace, run_id=run_id)
         try:
             access.check(call.method, rights_of(call), request, self._namespaces)
-            while (answer := await self._wait(request)).timed_out:
+            while (answer := await self._wait_in_time(request)).timed_out:
                 pass
             told.run.CopyFrom(answer.run)
             record_duration(call, "OK", began)
@@ -111,6 +112,18 @@ class BulkWaits:
         del self._waits[key]
         self._ended.append(told)
         self._changed.set()
+
+    async def _wait_in_time(self, request: pb.WaitRunRequest) -> pb.WaitRunResponse:
+        """Waits for a run, as soon as the server can look at it.
+
+        Who names thousands of runs that have ended asks for more looks than calls may wait. Were each that is too many
+        an error, the client would ask for all of them again, and none would ever be told.
+        """
+        while True:
+            try:
+                return await self._wait(request)
+            except Overloaded as refusal:
+                await asyncio.sleep((refusal.retry_delay_s or 1.0) * JITTER.uniform(0.25, 1))
 
 
 def _check(request: pb.WaitRunsRequest) -> None:

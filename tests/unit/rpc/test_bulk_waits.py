@@ -10,7 +10,7 @@ import grpc.aio
 import pytest
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service.domain.runs import RunKey
-from perdure_service.errors import RunNotFound
+from perdure_service.errors import Overloaded, RunNotFound
 from perdure_service.rpc import bulk_waits
 
 from tests.helpers.waiting import eventually_async
@@ -126,6 +126,30 @@ async def test_a_run_that_is_named_twice_is_told_once_and_again_when_it_is_named
         waits.close()
         assert await waits.stream.read() is grpc.aio.EOF
     assert runs.asked == ["a", "a"]
+
+
+async def test_more_looks_than_the_server_has_room_for_are_made_one_after_another_and_are_no_errors(
+    service: ScriptedService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Overloaded, "retry_delay_s", 0.01)
+    looking = 0
+
+    async def wait(namespace: str, run_id: str, **_: Any) -> Any:
+        nonlocal looking
+        if looking >= 10:
+            raise Overloaded("too many calls")
+        looking += 1
+        await asyncio.sleep(0)
+        looking -= 1
+        return a_run(key=RunKey.of_api(namespace, run_id)), False
+
+    service.script["wait"] = wait
+    names = [f"run-{number}" for number in range(100)]
+    async with serving(service) as served:
+        stream = served.runs.WaitRuns(iter([pb.WaitRunsRequest(run_ids=names)]))
+        told = [one async for response in stream for one in response.runs]
+    assert sorted(one.run_id for one in told) == sorted(names)
+    assert {one.WhichOneof("result") for one in told} == {"run"}
 
 
 async def test_too_many_runs_in_a_request_end_the_stream(service: ScriptedService, runs: Runs) -> None:
