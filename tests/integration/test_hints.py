@@ -126,6 +126,8 @@ def test_a_connection_that_is_lost_or_half_open_is_made_anew_and_everything_is_d
             # Waited for: it may have heard itself a moment ago, and so pass for listening before it has said so.
             told = "everything at the start, when it was lost, and when it was back"
             eventually(lambda: a.arrives and at_a.count(EVERYTHING) >= 3, 20, what=told)
+            # Who has heard nobody else for a while tells nobody, until the other one's voice has come.
+            eventually(lambda: not b.alone, what="the other one is heard again")
             b.send(Hint(runs=frozenset({"heard"})))
             eventually(lambda: "heard" in runs_in(at_a))
     finally:
