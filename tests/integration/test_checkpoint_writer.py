@@ -213,10 +213,10 @@ def test_a_refused_row_leaves_nothing_open_in_which_the_next_batches_would_fail(
 
 def test_who_loses_and_regains_a_run_while_others_append_writes_only_while_it_has_it(writing: Writing) -> None:
     run = writing.started()
-    ours, stop, turns = run.owner_xid, threading.Event(), [0]
+    ours, stop, turns, tried = run.owner_xid, threading.Event(), [0], threading.Event()
 
     def outside() -> None:
-        """Takes the run away and gives it back, and says so in its log, as outside writers do."""
+        """Takes the run away and gives it back, and says so in its log, as outside writers do; then lets one try."""
         while not stop.is_set():
             for owner, said in (("somebody else", "taken"), (ours, "given back")):
                 with writing.engine.begin() as conn:
@@ -230,6 +230,8 @@ def test_who_loses_and_regains_a_run_while_others_append_writes_only_while_it_ha
                         {"owner": owner, "id": run.workflow_id},
                     )
             turns[0] += 1
+            tried.clear()
+            tried.wait(1)
 
     def last() -> tuple[int, int]:
         statement = (
@@ -252,8 +254,10 @@ def test_who_loses_and_regains_a_run_while_others_append_writes_only_while_it_ha
             )
             if writing.submit(row) != [None]:
                 told.append(number)
+            tried.set()
     finally:
         stop.set()
+        tried.set()
         thread.join()
     assert len(told) >= 5
     assert turns[0] >= 60

@@ -55,6 +55,57 @@ def test_each_statement_returns_its_rows_by_name(engine: sa.Engine, conn: sa.Con
     assert ids(engine) == list(range(40))
 
 
+def test_a_parameter_may_be_there_twice_and_be_a_list(conn: sa.Connection) -> None:
+    text = "SELECT CAST(%(a)s AS TEXT[]) || CAST(%(b)s AS TEXT) AS one, (CAST(%(a)s AS TEXT[]))[2] AS two"
+    assert hot_statements.commit(conn, [(text, {"a": ["x", None], "b": 'y",'})]) == [
+        [{"one": ["x", None, 'y",'], "two": None}]
+    ]
+
+
+def test_a_statement_whose_first_use_failed_is_good_for_the_next_one(engine: sa.Engine, conn: sa.Connection) -> None:
+    for _ in range(2):
+        with pytest.raises(sa.exc.DBAPIError):
+            hot_statements.commit(conn, [(INSERT, {"id": 1}), ("SELECT 1 / CAST(%(x)s AS INT) AS x", {"x": 0})])
+    assert hot_statements.commit(conn, [("SELECT 1 / CAST(%(x)s AS INT) AS x", {"x": 1})]) == [[{"x": 1}]]
+    hot_statements.commit(conn, [(INSERT, {"id": 1})])
+    assert ids(engine) == [1]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_statements_that_a_session_has_lost_are_prepared_again(
+    engine: sa.Engine, conn: sa.Connection, count: int
+) -> None:
+    for number in range(0, 3 * count, count):
+        hot_statements.commit(conn, [(INSERT, {"id": number + n}) for n in range(count)])
+        conn.exec_driver_sql("DEALLOCATE ALL")
+    assert ids(engine) == list(range(3 * count))
+
+
+def test_a_statement_whose_table_has_changed_is_prepared_again(conn: sa.Connection) -> None:
+    text = "SELECT * FROM public.hot WHERE id = %(id)s"
+    hot_statements.commit(conn, [(INSERT, {"id": 1})])
+    assert hot_statements.commit(conn, [(text, {"id": 1})]) == [[{"id": 1}]]
+    conn.exec_driver_sql("ALTER TABLE public.hot ADD COLUMN more INT DEFAULT 7")
+    try:
+        assert hot_statements.commit(conn, [(text, {"id": 1})]) == [[{"id": 1, "more": 7}]]
+    finally:
+        conn.exec_driver_sql("ALTER TABLE public.hot DROP COLUMN more")
+
+
+def test_a_value_that_the_driver_refuses_leaves_the_connection_usable(engine: sa.Engine, conn: sa.Connection) -> None:
+    text = "SELECT CAST(%(x)s AS TEXT) AS x"
+    with pytest.raises((sa.exc.DBAPIError, ValueError)):
+        hot_statements.commit(conn, [(INSERT, {"id": 1}), (text, {"x": "a\0b"})])
+    assert ids(engine) == []
+    assert hot_statements.commit(conn, [(INSERT, {"id": 2}), (text, {"x": "b"})])[1] == [{"x": "b"}]
+
+
+def test_more_than_the_socket_takes_at_once_goes_and_comes(conn: sa.Connection) -> None:
+    text = "SELECT CAST(%(x)s AS TEXT) AS x"
+    long = "x" * 4_000_000
+    assert hot_statements.commit(conn, [(text, {"x": long})] * 4) == [[{"x": long}]] * 4
+
+
 def test_statements_together_are_one_transaction(engine: sa.Engine, conn: sa.Connection) -> None:
     with pytest.raises(sa.exc.IntegrityError) as raised:
         hot_statements.commit(

@@ -212,7 +212,7 @@ class CheckpointWriter:
         return {}
 
     def commit(self, conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
-        """Writes rows and commits them: of one kind in an implicit transaction, of several in an explicit one."""
+        """Writes rows and commits them, in one transaction."""
         return commit_all(conn, rows)
 
 

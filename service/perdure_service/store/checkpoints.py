@@ -3,8 +3,8 @@
 A row here is what one run commits at one time: a pack of events (see `event_log`) and, but for a pack alone, DBOS's
 rows and ours that belong to it. The statement of a kind
 
-1. locks the status rows that still have the owner of their checkpoint, and *skips* those that somebody else has locked;
-2. inserts each pack behind the one that its owner knows to be the last, if that is still the last;
+1. locks the status rows, and *skips* those that somebody else has locked;
+2. inserts each pack behind the one that its owner knows to be the last, if it is still the owner and that the last;
 3. writes the rest of a row only where the pack went in, and returns whose did.
 
 So a row is written as a whole or not at all, by the statement's own atomicity, and what the statement returns was
@@ -55,16 +55,17 @@ _RUN = {
 _IN_ROWS = "IN (SELECT workflow_id FROM i)"
 
 _OWN = f"""
-    own AS (SELECT s.workflow_uuid, s.owner_xid FROM {STATUS} AS s
-            WHERE s.workflow_uuid {_IN_ROWS} AND s.status = 'PENDING'
+    own AS (SELECT s.workflow_uuid, s.owner_xid, s.status FROM {STATUS} AS s
+            WHERE s.workflow_uuid {_IN_ROWS}
             FOR NO KEY UPDATE OF s SKIP LOCKED)"""
+# The state is looked at afterwards: as a condition here it would offer the planner the index of all that is pending.
 
 _INSERT_PACK = """
     pack AS (INSERT INTO perdure.run_event
                  (workflow_id, first_sequence, event_count, pack_id, previous_first, events)
              SELECT i.workflow_id, i.first_sequence, i.event_count, i.pack_id, i.previous_first, i.events
              FROM i
-             JOIN own ON own.workflow_uuid = i.workflow_id AND own.owner_xid = i.owner_xid
+             JOIN own ON own.workflow_uuid = i.workflow_id AND own.owner_xid = i.owner_xid AND own.status = 'PENDING'
              JOIN perdure.run_event AS last ON last.workflow_id = i.workflow_id
                   AND last.first_sequence = i.previous_first
              {join}
@@ -115,6 +116,17 @@ _MAY_END = """
                  WHERE a.workflow_id = i.workflow_id AND a.state = 'PENDING')"""
 
 _BEGIN = f"""
+    run AS (INSERT INTO perdure.run (workflow_id, namespace, run_id, agent, agent_version, input_argument, input_sha256,
+                request_id, unique_request_id, caller, labels, context_id, trace_id, traceparent, execution,
+                executor_id, forked_from_step, begun_at)
+            SELECT i.workflow_id, i.namespace, i.run_id, i.agent, i.agent_version, i.input_argument, i.input_sha256,
+                i.request_id, i.unique_request_id, i.caller, CAST(i.labels AS JSONB), i.context_id, i.trace_id,
+                i.traceparent, i.execution, CASE WHEN i.execution > 0 THEN i.executor_id ELSE '' END, 0,
+                CASE WHEN i.execution > 0 THEN now() END
+            FROM i
+            WHERE NOT EXISTS (SELECT 1 FROM {STATUS} AS s WHERE s.workflow_uuid = i.workflow_id)
+            ON CONFLICT DO NOTHING
+            RETURNING workflow_id, created_at),
     status AS (INSERT INTO {STATUS}
                    (workflow_uuid, status, name, executor_id, application_version, application_id, queue_name,
                     recovery_attempts, workflow_deadline_epoch_ms, priority, serialization, creator_xid, owner_xid,
@@ -123,10 +135,7 @@ _BEGIN = f"""
                       CASE WHEN i.status = 'PENDING' THEN 1 ELSE 0 END, i.deadline_ms, i.priority, i.serialization,
                       i.owner_xid, CASE WHEN i.status = 'PENDING' THEN i.owner_xid END, i.delay_until_ms,
                       CAST('null' AS JSONB), i.application
-               FROM i
-               WHERE NOT EXISTS (SELECT 1 FROM perdure.run AS r
-                   WHERE r.namespace = i.namespace AND r.unique_request_id = i.unique_request_id)
-               ON CONFLICT (workflow_uuid) DO NOTHING
+               FROM i JOIN run ON run.workflow_id = i.workflow_id
                RETURNING workflow_uuid),
     input AS (INSERT INTO {INPUT} (workflow_uuid, inputs)
               SELECT i.workflow_id, i.inputs FROM i JOIN status ON status.workflow_uuid = i.workflow_id
@@ -135,16 +144,9 @@ _BEGIN = f"""
     pack AS (INSERT INTO perdure.run_event (workflow_id, first_sequence, event_count, pack_id, events)
              SELECT i.workflow_id, i.first_sequence, i.event_count, i.pack_id, i.events
              FROM i JOIN status ON status.workflow_uuid = i.workflow_id
-             RETURNING workflow_id),
-    run AS (INSERT INTO perdure.run (workflow_id, namespace, run_id, agent, agent_version, input_argument, input_sha256,
-                request_id, unique_request_id, caller, labels, context_id, trace_id, traceparent, execution,
-                executor_id, forked_from_step, begun_at)
-            SELECT i.workflow_id, i.namespace, i.run_id, i.agent, i.agent_version, i.input_argument, i.input_sha256,
-                i.request_id, i.unique_request_id, i.caller, CAST(i.labels AS JSONB), i.context_id, i.trace_id,
-                i.traceparent, i.execution, CASE WHEN i.execution > 0 THEN i.executor_id ELSE '' END, 0,
-                CASE WHEN i.execution > 0 THEN now() END
-            FROM i JOIN status ON status.workflow_uuid = i.workflow_id
-            RETURNING workflow_id, created_at)"""
+             RETURNING workflow_id)"""
+"""The run's row goes first, as its keys are all that can tell that it, or its request, was there already: to look for
+the request beforehand is a scan of the namespace's runs until PostgreSQL has statistics."""
 
 
 @dataclass(frozen=True, slots=True)
