@@ -276,6 +276,69 @@ def test_who_loses_and_regains_a_run_while_others_append_writes_only_while_it_ha
         assert held or word != "step", "a step was written while another one owned the run"
 
 
+class Clocks:
+    """The time, and the CPU time that was spent in it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.spent = 0.0
+        monkeypatch.setattr(checkpoint_writer.Pace, "_read", lambda _pace: (self.now, self.spent))
+        monkeypatch.setattr(checkpoint_writer.time, "monotonic", lambda: self.now)
+
+    def pass_(self, looks: int, *, share: float) -> None:
+        self.now += looks * checkpoint_writer.LOOK_EVERY_S
+        self.spent += share * looks * checkpoint_writer.LOOK_EVERY_S
+
+
+def test_a_batch_waits_for_the_runs_that_move_while_the_process_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks, moving = Clocks(monkeypatch), [100]
+    pace = checkpoint_writer.Pace(lambda within: moving[0] if within == checkpoint_writer.MOVED_WITHIN_S else -1)
+    assert pace.rows() == 0
+    clocks.pass_(1, share=0.7)
+    assert pace.rows() == 0, "it has time to spare"
+    clocks.pass_(1, share=1.0)
+    assert pace.rows() == checkpoint_writer.SHARE * 100
+    moving[0] = 3
+    clocks.pass_(1, share=1.0)
+    assert 10 < pace.rows() < 100, "for a moment few seem to move"
+    for _ in range(10):
+        clocks.pass_(1, share=0.2)
+        pace.rows()
+    assert pace.rows() < 1
+    clocks.pass_(1000, share=0.1)
+    clocks.pass_(1, share=1.0)
+    assert pace.rows() < 1, "what it did on the average since it was last asked"
+    moving[0] = 1
+    clocks.pass_(1, share=1.0)
+    assert pace.rows() < 1, "a run that moves alone does not wait"
+
+
+def test_a_batch_that_is_not_large_enough_begins_all_the_same(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer.Pace, "rows", lambda _pace: 1000.0)
+    runs = [writing.started() for _ in range(3)]
+    writing.batches.clear()
+    answers: list[Written | None] = []
+    for run in runs:  # one after the other, each alone
+        answers += writing.submit(a_step(run))
+    assert None not in answers
+    assert writing.batches == [1, 1, 1]
+
+
+def test_rows_gather_until_they_are_enough(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [writing.started() for _ in range(4)]
+    monkeypatch.setattr(checkpoint_writer, "JOIN_AFTER_S", 3600.0)
+    monkeypatch.setattr(checkpoint_writer.Pace, "rows", lambda _pace: 4.0)
+    writing.batches.clear()
+    writing.answers.clear()
+    rows = [a_step(run) for run in runs]
+    for row in rows[:3]:
+        assert writing.writer.submit(row)
+    assert not writing.answers
+    assert None not in writing.submit(rows[3])
+    assert writing.batches == [4]
+
+
 def test_a_row_that_is_presented_again_is_not_written_twice(writing: Writing) -> None:
     run = writing.started()
     used = Event(EventKind.USAGE, 1, {"input_tokens": 3, "output_tokens": 4})

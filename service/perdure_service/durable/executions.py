@@ -693,6 +693,11 @@ class Executions:
         for execution in list(self):
             self.kill(execution, reason)
 
+    def moving(self, within_s: float) -> int:
+        """Returns how many there are whose code has called within the last seconds."""
+        since = time.monotonic() - within_s
+        return sum(one.touched >= since for one in self)
+
     def __len__(self) -> int:
         return len(self._by_key)
 

@@ -238,7 +238,7 @@ class Runtime:
         self._checkpoint_writer: CheckpointWriter | None = None
         if checkpoint_timeout is not None:
             reserved = reserve_connections(engine, checkpoint_timeout, WRITERS)
-            self._checkpoint_writer = CheckpointWriter(reserved, self.checkpoints.answer)
+            self._checkpoint_writer = CheckpointWriter(reserved, self.checkpoints.answer, self.executions.moving)
             self.checkpoints.write_with(self._checkpoint_writer)
         self._park_after = park_after
         self._max_recoveries = max_recoveries
