@@ -53,7 +53,7 @@ from perdure_service.store.sqlstates import reading, retrying
 from perdure_service.store.tailer import Tailer
 from perdure_service.telemetry import METERS, QUEUE_AGE, RUNS, start_telemetry
 
-GC_ALLOCATIONS = 10_000
+GC_ALLOCATIONS = 50_000
 """Objects more than were freed before the collector looks; Python's 700 are the objects of two calls."""
 
 log = structlog.get_logger()

@@ -102,6 +102,24 @@ class _Reserved:
     agents: Counter[AgentKey] = field(default_factory=Counter)
 
 
+class _Held:
+    """Holds a slot of a placement, if there is one: a context manager that says whether."""
+
+    __slots__ = ("_agent", "_child", "_here", "_placement", "_queue")
+
+    def __init__(self, placement: Placement, queue: str, agent: AgentKey, *, child: bool) -> None:
+        self._placement, self._queue, self._agent, self._child = placement, queue, agent, child
+        self._here = False
+
+    def __enter__(self) -> bool:
+        self._here = self._placement._hold_one(self._queue, self._agent, child=self._child)
+        return self._here
+
+    def __exit__(self, *_: object) -> None:
+        if self._here:
+            self._placement._let_go(self._queue, self._agent)
+
+
 class Placement:
     """See the module. Thread-safe."""
 
@@ -138,34 +156,29 @@ class Placement:
 
     # ---- starts ------------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def start(self, queue: str, agent: AgentKey) -> Iterator[bool]:
+    def start(self, queue: str, agent: AgentKey) -> _Held:
         """Says whether a new run begins here at once, and holds a slot for it while its start is committed."""
-        with self._held(queue, agent, child=False) as here:
-            yield here
+        return _Held(self, queue, agent, child=False)
 
-    @contextmanager
-    def child(self, queue: str, agent: AgentKey) -> Iterator[bool]:
+    def child(self, queue: str, agent: AgentKey) -> _Held:
         """Says whether a child begins with its parent, and holds its place while its start is committed.
 
         Not for want of a slot of the executor is it queued: an executor full of parents that wait for their children
         would stand still. The limits of its agent and its queue hold.
         """
-        with self._held(queue, agent, child=True) as here:
-            yield here
+        return _Held(self, queue, agent, child=True)
 
-    @contextmanager
-    def _held(self, queue: str, agent: AgentKey, *, child: bool) -> Iterator[bool]:
+    def _hold_one(self, queue: str, agent: AgentKey, *, child: bool) -> bool:
+        """Reserves a slot if a new run may begin here; returns whether."""
         with self._lock:
             here = self._may_begin(queue, agent, child=child)
             if here:
                 self._reserve(queue, agent, 1)
-        try:
-            yield here
-        finally:
-            if here:
-                with self._lock:
-                    self._reserve(queue, agent, -1)
+        return here
+
+    def _let_go(self, queue: str, agent: AgentKey) -> None:
+        with self._lock:
+            self._reserve(queue, agent, -1)
 
     def _may_begin(self, queue: str, agent: AgentKey, *, child: bool) -> bool:
         limits = self._queues.get(queue)

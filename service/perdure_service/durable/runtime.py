@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -463,7 +463,8 @@ class Runtime:
         """
         if prepared.start.delay_s and prepared.start.start_at is None:
             prepared.status["delay_until_epoch_ms"] = self._after_ms(prepared.start.delay_s)
-        with self._placed(prepared):
+        with self._slot_for(prepared) as here:
+            self._place(prepared, here=here)
             return self._write_start(prepared)
 
     def start_soon(self, prepared: PreparedStart) -> Future[Started] | None:
@@ -475,7 +476,8 @@ class Runtime:
         """
         if prepared.start.delay_s:
             return None  # by the database's clock, which must be asked
-        with self._placed(prepared):
+        with self._slot_for(prepared) as here:
+            self._place(prepared, here=here)
             presented = self.database.present_start(**prepared.columns)  # its execution now counts for itself
         if presented is None:
             return None
@@ -532,17 +534,17 @@ class Runtime:
             )
         return template
 
-    @contextmanager
-    def _placed(self, prepared: PreparedStart) -> Iterator[None]:
-        """Holds a slot for a start, if there is one and it does not begin later."""
+    def _slot_for(self, prepared: PreparedStart) -> AbstractContextManager[bool]:
+        """Holds a slot for a start, if there is one and it does not begin later; says whether."""
         if prepared.status["status"] == "DELAYED":
-            yield
-            return
+            return nullcontext(False)
         start = prepared.start
-        with self.placement.start(start.queue, (start.agent, start.agent_version)) as here:
-            if here and not self.database.stopping:
-                prepared.status["status"] = "PENDING"
-            yield
+        return self.placement.start(start.queue, (start.agent, start.agent_version))
+
+    def _place(self, prepared: PreparedStart, *, here: bool) -> None:
+        """Has a start begin here, if there is a slot."""
+        if here and not self.database.stopping:
+            prepared.status["status"] = "PENDING"
 
     def _write_start(self, prepared: PreparedStart, presented: Presented | None = None) -> Started:
         """Writes a start in a transaction of its own, unless the checkpoint writer takes it, and has not yet had it."""

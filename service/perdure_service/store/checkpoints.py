@@ -373,6 +373,9 @@ def _statements(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> list[hot_
         if arrays:
             found.append((kind.statement.arrays, {name: [get(row) for row in of_kind] for name, get in getters}))
         else:
-            values = _encode([{name: get(row) for name, get in getters} for row in of_kind])
+            # What is NULL is left out: that is half of it.
+            values = _encode(
+                [{name: value for name, get in getters if (value := get(row)) is not None} for row in of_kind]
+            )
             found.append((kind.statement.json, {"rows": values}))
     return found
