@@ -83,7 +83,7 @@ class Load:
                 await room.acquire()
                 request = self.request(agent)
                 begun[request.run_id] = clock()
-                yield pb.StartAgentsRequest(start=request)
+                yield pb.StartAgentsRequest(start=request, pack_answers=True)
 
         started: list[str] = []
         more, all_started = asyncio.Event(), False
@@ -108,8 +108,9 @@ class Load:
         async with asyncio.TaskGroup() as group:
             group.create_task(ends())
             async for response in self.stub.StartAgents(requests(), timeout=TIMEOUT_S + seconds):
-                assert response.WhichOneof("result") == "started", response
-                started.append(response.started.run.run_id)
+                for one in (response, *response.more):
+                    assert one.WhichOneof("result") == "started", one
+                    started.append(one.started.run.run_id)
                 more.set()
             all_started = True
             more.set()

@@ -112,6 +112,8 @@ class BulkStarter:
         self._answered = False
         self._closed = False
         self._stream: Exchange[pb.StartAgentsRequest, pb.StartAgentsResponse] | None = None
+        self._answers: deque[pb.StartAgentsResponse] = deque()
+        """Of the stream's last message, those that nobody was told of yet."""
 
     async def read(self) -> StartResult | None:
         """Returns what came of the next start, in their order; None after the last, or after `close`.
@@ -161,7 +163,7 @@ class BulkStarter:
             if self._pending and self._pending[0].error is not None:
                 return self._told(error=self._pending[0].error)
             self._send()
-            if self._stream is not None and self._stream.ready:
+            if self._answers or (self._stream is not None and self._stream.ready):
                 return await self._take()
             if self._has_room:
                 await self._give()
@@ -209,6 +211,18 @@ class BulkStarter:
         Raises:
             PerdureError: The stream broke, or the answer is that it should be asked again.
         """
+        response = self._answers.popleft() if self._answers else await self._receive()
+        if response.request_id != self._pending[0].request.start.request_id:
+            raise ProtocolViolation("an answer belongs to another start than the one whose turn it is")
+        if response.WhichOneof("result") == "error":
+            failure = from_status(response.error)
+            if failure.retryable:
+                raise failure
+            return self._told(error=failure)
+        return self._told(run=started_run_from(response.started.run, created=response.started.created))
+
+    async def _receive(self) -> pb.StartAgentsResponse:
+        """Returns the next message's first answer, and keeps the others."""
         if self._stream is None:
             raise ServerUnavailable("the stream is closed")
         try:
@@ -219,14 +233,8 @@ class BulkStarter:
             raise silence(self._config.address, _SILENCE_S) from error
         if response is None:
             raise ServerUnavailable(f"{self._config.address} ended the stream too early")
-        if response.request_id != self._pending[0].request.start.request_id:
-            raise ProtocolViolation("an answer belongs to another start than the one whose turn it is")
-        if response.WhichOneof("result") == "error":
-            failure = from_status(response.error)
-            if failure.retryable:
-                raise failure
-            return self._told(error=failure)
-        return self._told(run=started_run_from(response.started.run, created=response.started.created))
+        self._answers.extend(response.more)
+        return response
 
     def _told(self, *, run: StartedRun | None = None, error: PerdureError | None = None) -> StartResult:
         """Takes the first start off those that have no answer."""
@@ -251,6 +259,7 @@ class BulkStarter:
 
     def _cancel(self) -> None:
         self._sent, self._most = 0, 1
+        self._answers.clear()
         stream, self._stream = self._stream, None
         if stream is not None:
             stream.cancel()
@@ -284,7 +293,7 @@ def _pending(namespace: str, start: AgentStart) -> _Pending:
         )
     except PerdureError as error:
         return _Pending(start, pb.StartAgentsRequest(), error)
-    item = pb.StartAgentsRequest(start=request, trace_parent=start.traceparent)
+    item = pb.StartAgentsRequest(start=request, trace_parent=start.traceparent, pack_answers=True)
     if item.ByteSize() > MAX_MESSAGE_BYTES:  # of which gRPC would say nothing but that the stream has failed
         return _Pending(start, pb.StartAgentsRequest(), _too_large(item.ByteSize()))
     return _Pending(start, item)

@@ -308,10 +308,13 @@ class StartAgentsRequest(_message.Message):
 
     START_FIELD_NUMBER: _builtins.int
     TRACE_PARENT_FIELD_NUMBER: _builtins.int
+    PACK_ANSWERS_FIELD_NUMBER: _builtins.int
     trace_parent: _builtins.str
     """The W3C `traceparent` whose trace the run continues; empty gives the run a trace of its own. The one in the
     stream's metadata is the stream's, and no run's.
     """
+    pack_answers: _builtins.bool
+    """Whether one message may hold several answers, see `StartAgentsResponse.more`; a stream takes it from its first item."""
     @_builtins.property
     def start(self) -> Global___StartAgentRequest:
         """What to start. Required. Give every item a request_id, and a run_id where you want one: they make a repeat safe."""
@@ -321,10 +324,11 @@ class StartAgentsRequest(_message.Message):
         *,
         start: Global___StartAgentRequest | None = ...,
         trace_parent: _builtins.str = ...,
+        pack_answers: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["start", b"start", "trace_parent", b"trace_parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pack_answers", b"pack_answers", "start", b"start", "trace_parent", b"trace_parent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -339,6 +343,7 @@ class StartAgentsResponse(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     STARTED_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    MORE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """The request_id of the start, as it was sent."""
     @_builtins.property
@@ -349,16 +354,23 @@ class StartAgentsResponse(_message.Message):
     def error(self) -> _status_pb2.Status:
         """It failed, as StartAgent would have: code, text and details (ErrorInfo, and RetryInfo where a repeat helps)."""
 
+    @_builtins.property
+    def more(self) -> _containers.RepeatedCompositeFieldContainer[Global___StartAgentsResponse]:
+        """The answers to the items after this one that were there at the same time, in order; none of them has any of its own.
+        Empty unless the stream's first item has `pack_answers`.
+        """
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         started: Global___StartAgentResponse | None = ...,
         error: _status_pb2.Status | None = ...,
+        more: _abc.Iterable[Global___StartAgentsResponse] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "result", b"result", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "request_id", b"request_id", "result", b"result", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "more", b"more", "request_id", b"request_id", "result", b"result", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["started", "error"]  # noqa: Y015
     _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015

@@ -19,6 +19,9 @@ from perdure_service.rpc.request_streams import InOrder
 from perdure_service.rpc.streams import closing
 from perdure_service.telemetry import parse_traceparent
 
+PACKED_BYTES = 2**18
+"""Answers that become one message: with another one it is still far below what clients take."""
+
 Item = pb.StartAgentsRequest | InvalidArgument
 """A request, or why it cannot be read."""
 Start = Callable[[pb.StartAgentRequest, str], Awaitable[pb.StartAgentResponse]]
@@ -39,15 +42,31 @@ class BulkStarts:
         self._namespaces = namespaces
         self._call = current_call()
         self._refused = asyncio.Lock()
+        self._packs: bool | None = None
+        """Whether the client asked for several answers in a message, with its first item."""
 
     async def answers(self, items: AsyncIterator[Item]) -> AsyncIterator[pb.StartAgentsResponse]:
-        """Yields one answer per item, in order."""
-        async with closing(InOrder(items, self._answer, _size).answers()) as answers:
+        """Yields one answer per item, in order; to who understands that, those that are there together as one message.
+
+        A message costs the server and the client more than anything else that they do for a start.
+        """
+        in_order = InOrder(items, self._answer, _size)
+        message, size_bytes = None, 0
+        async with closing(in_order.answers()) as answers:
             async for answer in answers:
-                yield answer
+                if message is None:
+                    message, size_bytes = answer, 0
+                else:
+                    message.more.append(answer)
+                size_bytes += answer.ByteSize() if self._packs else PACKED_BYTES
+                if size_bytes >= PACKED_BYTES or not in_order.ready:
+                    yield message
+                    message = None
 
     async def _answer(self, item: Item) -> pb.StartAgentsResponse:
         call, began = self._call, time.monotonic()
+        if self._packs is None:
+            self._packs = not isinstance(item, InvalidArgument) and item.pack_answers
         request = None if isinstance(item, InvalidArgument) else item.start
         request_id = "" if request is None else request.request_id
         try:

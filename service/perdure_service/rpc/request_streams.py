@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, Generic, TypeVar
 
@@ -126,15 +127,17 @@ class InOrder(Generic[T, R]):
         self._serve = serve
         self._size_of = size_of
         self._room = _Room()
-        self._turns: asyncio.Queue[tuple[asyncio.Task[R], int] | None] = asyncio.Queue()
+        self._turns: deque[tuple[asyncio.Task[R], int]] = deque()
+        self._all_read = False
+        self._changed = asyncio.Event()
         self._working: set[asyncio.Task[R]] = set()
 
     async def answers(self) -> AsyncIterator[R]:
         """Yields the answers. Closed before its end, it cancels what is at work and waits for that."""
         reader = asyncio.create_task(self._read())
         try:
-            while (turn := await self._turns.get()) is not None:
-                task, size_bytes = turn
+            while not await self._ended():
+                task, size_bytes = self._turns.popleft()
                 answer = await task
                 self._working.discard(task)
                 yield answer
@@ -146,6 +149,21 @@ class InOrder(Generic[T, R]):
                 unfinished.cancel()
             await asyncio.wait(left)
 
+    @property
+    def ready(self) -> bool:
+        """Whether the next answer is there, and is none that ends the stream."""
+        if not self._turns:
+            return False
+        task, _ = self._turns[0]
+        return task.done() and not task.cancelled() and task.exception() is None
+
+    async def _ended(self) -> bool:
+        """Returns whether all requests are read and answered; waits until that is known."""
+        while not self._turns and not self._all_read:
+            self._changed.clear()
+            await self._changed.wait()
+        return not self._turns
+
     async def _read(self) -> None:
         try:
             async for request in self._requests:
@@ -153,7 +171,9 @@ class InOrder(Generic[T, R]):
                 task = asyncio.create_task(self._serve(request))
                 self._working.add(task)
                 self._room.take(size_bytes)
-                self._turns.put_nowait((task, size_bytes))
+                self._turns.append((task, size_bytes))
+                self._changed.set()
                 await self._room.wait()
         finally:
-            self._turns.put_nowait(None)
+            self._all_read = True
+            self._changed.set()

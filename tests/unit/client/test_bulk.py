@@ -88,6 +88,31 @@ async def test_an_items_error_is_its_result_unless_repeating_it_may_help(server:
     assert isinstance(results[1].error, AgentNotFound)
 
 
+async def test_answers_that_come_in_one_message_are_told_one_by_one(server: ScriptedServer) -> None:
+    busy = Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", "", retry_delay_s=0.01)
+
+    held: list[pb.StartAgentsRequest] = []
+
+    def at_once(item: pb.StartAgentsRequest) -> pb.StartAgentsResponse | None:
+        """Answers the second start together with the third, which is to come again, and the fourth."""
+        if item.start.run_id == "run-0":
+            return started(item)
+        held.append(item)
+        if len(held) < 2:
+            return None
+        answer = started(held[0])
+        answer.more.extend([refused(held[1], busy), started(held[1])])
+        return answer
+
+    server.script(START_AGENTS, at_once, started)
+    results = await all_of(server, starts(5))
+    assert ids(results) == [f"run-{n}" for n in range(5)]
+    asked = [item.start.run_id for item in server.asked(START_AGENTS)]
+    assert asked[:3] == ["run-0", "run-1", "run-2"]
+    assert asked[-3:] == ["run-2", "run-3", "run-4"], "what came behind the one that is asked again is not told"
+    assert all(item.pack_answers for item in server.asked(START_AGENTS))
+
+
 async def test_a_start_that_cannot_be_sent_has_its_place_among_the_results(server: ScriptedServer) -> None:
     server.script(START_AGENTS, started)
     given = [AgentStart("a", run_id="run-0"), AgentStart("a", priority=-1), AgentStart("a", run_id="run-2")]

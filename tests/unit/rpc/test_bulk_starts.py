@@ -10,7 +10,7 @@ from google.rpc import error_details_pb2
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_service import telemetry
 from perdure_service.errors import AgentNotFound, Overloaded, QuotaExceeded
-from perdure_service.rpc import audit, request_streams
+from perdure_service.rpc import audit, bulk_starts, request_streams
 
 from tests.helpers.waiting import eventually_async
 from tests.unit.rpc.doubles import a_run, failing, serving
@@ -54,6 +54,41 @@ async def test_every_item_is_answered_in_order_although_the_first_takes_longest(
     assert [answer.request_id for answer in answers] == ["r-1", "r-2", "r-3"]
     assert [answer.started.created for answer in answers] == [True, True, False]
     assert {args[0].caller for _, args, _ in service.calls} == {"dev"}
+
+
+async def packed(service: Any, packs: Sequence[bool]) -> list[list[str]]:
+    """Returns the request ids of the messages that answer items, of which the first is started last."""
+    others = 0
+    last = asyncio.Event()
+
+    async def start(command: Any) -> Any:
+        nonlocal others
+        if command.request_id == "r-0":
+            await last.wait()
+        elif command.request_id == "r-2":
+            raise AgentNotFound("there is none")
+        others += 1
+        return a_run(), True
+
+    service.script["start"] = start
+    items = [item(n) for n in range(len(packs))]
+    for one, pack in zip(items, packs, strict=True):
+        one.pack_answers = pack
+    async with serving(service) as served:
+        call = served.runs.StartAgents(iter(items))
+        await eventually_async(lambda: others == len(packs) - 2)
+        last.set()
+        messages = [message async for message in call]
+    assert not any(one.more for message in messages for one in message.more)
+    return [[message.request_id, *(one.request_id for one in message.more)] for message in messages]
+
+
+async def test_answers_that_are_there_together_are_one_message_for_who_understands_that(service, monkeypatch):
+    ids = [f"r-{n}" for n in range(6)]
+    assert await packed(service, [True] + [False] * 5) == [ids]
+    assert await packed(service, [False] + [True] * 5) == [[one] for one in ids]
+    monkeypatch.setattr(bulk_starts, "PACKED_BYTES", 1)
+    assert await packed(service, [True] * 6) == [[one] for one in ids]
 
 
 async def test_a_bad_item_is_answered_with_its_error_and_the_others_are_started(service, rpc_log):
