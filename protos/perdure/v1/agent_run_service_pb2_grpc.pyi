@@ -27,7 +27,8 @@ class AgentRunServiceStub:
        and the others go on; only what concerns the stream as a whole (no valid token, not the role, too many streams)
        ends it.
     2. An answer is sent when its start is committed. The starts of one stream run at the same time, so they are not
-       committed in order.
+       committed in order. To a client that sets `pack_answers`, answers that are there together are one message, which
+       costs both sides less than anything else does.
     3. The server has a bounded number of a stream's starts at work, and reads on when their answers were taken: a
        client reads answers while it sends.
     4. A namespace that starts as many runs a second as it may makes the stream slower, and no errors.
@@ -122,7 +123,8 @@ class AgentRunServiceServicer(metaclass=_abc_1.ABCMeta):
            and the others go on; only what concerns the stream as a whole (no valid token, not the role, too many streams)
            ends it.
         2. An answer is sent when its start is committed. The starts of one stream run at the same time, so they are not
-           committed in order.
+           committed in order. To a client that sets `pack_answers`, answers that are there together are one message, which
+           costs both sides less than anything else does.
         3. The server has a bounded number of a stream's starts at work, and reads on when their answers were taken: a
            client reads answers while it sends.
         4. A namespace that starts as many runs a second as it may makes the stream slower, and no errors.
