@@ -119,6 +119,7 @@ class CheckpointWriter:
         self._begun = 0.0
         self._pace = Pace(moving)
         self._clock_watched = False
+        self._called = False
         self._threads = [
             threading.Thread(target=self._run, name=f"checkpoint-writer-{n}", daemon=True) for n in range(WRITERS)
         ]
@@ -146,9 +147,17 @@ class CheckpointWriter:
             if not self._open or len(self._rows) + len(self._events) >= MAX_WAITING:
                 return False
             (self._events if type(row) is EventsRow else self._rows).append(row)
-            if self._may_take() or not self._clock_watched:
-                self._changed.notify()
+            self._call()
         return True
+
+    def _call(self) -> None:
+        """Wakes a writer if there is something to take, or a clock to watch.
+
+        One that was called and still sleeps will do: it looks before it waits again.
+        """
+        if not self._called and (self._may_take() or not self._clock_watched):
+            self._called = True
+            self._changed.notify()
 
     def _run(self) -> None:
         session = _Session(self._engine, tuned=self._mixed)
@@ -161,7 +170,8 @@ class CheckpointWriter:
                 session.drop()
             with self._changed:
                 self._busy -= 1
-                self._changed.notify()  # another one may begin while this one tells
+                if self._rows or self._events:
+                    self._call()  # another one may begin while this one tells
             try:
                 self._answer([(row, written.get(row.workflow_id)) for row in rows])
             except Exception as error:  # noqa: BLE001 - logged; this thread is for all runs
@@ -175,12 +185,14 @@ class CheckpointWriter:
                 some = bool(self._rows or self._events)
                 if not some and not self._open:
                     return None
+                self._called = False  # from here on a call is needed: it has just looked
                 if some and not self._clock_watched:
                     self._clock_watched = True
                     self._changed.wait(self._due_in())
                     self._clock_watched = False
                 else:
                     self._changed.wait()
+            self._called = False
             self._begun = time.monotonic()
             self._busy_since = self._begun if not self._busy else self._busy_since
             self._busy += 1
@@ -198,7 +210,7 @@ class CheckpointWriter:
                         left.append(row)
                 waiting.extendleft(reversed(left))
             if self._rows or self._events:
-                self._changed.notify()
+                self._call()
         taken.sort(key=lambda row: row.workflow_id)
         return taken
 
