@@ -30,7 +30,7 @@ from perdure_service.durable.retention import Retention
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
-from perdure_service.rpc import security
+from perdure_service.rpc import event_loop, security
 from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.peers import check_wire
 from perdure_service.rpc.server import RpcServer
@@ -368,7 +368,7 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
                 load_documents(engine, settings, documents_folder, report)
             finally:
                 engine.dispose()
-        return asyncio.run(
+        return event_loop.run(
             serve(settings, url, dev=dev, ready=lambda where: report(f"perdure serves on {where}"), place=place)
         )
     finally:
