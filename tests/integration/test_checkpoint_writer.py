@@ -3,111 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import pytest
 import sqlalchemy as sa
 from perdure_service.domain.events import Event, EventKind, Pack
-from perdure_service.domain.runs import RunKey, RunStart
-from perdure_service.store import checkpoint_writer, event_log
-from perdure_service.store.checkpoint_writer import CheckpointWriter
-from perdure_service.store.checkpoints import CheckpointRow, EventsRow, OutcomeRow, StartRow, StepRow, Written
-from perdure_service.store.engine import create_engine, reserve_connections
+from perdure_service.store import checkpoint_writer, event_log, pace
+from perdure_service.store.checkpoints import CheckpointRow, EventsRow, OutcomeRow, StepRow, Written
 
 from tests.helpers.rpc import new_id
-from tests.helpers.waiting import scaled
-
-LOG = Event(EventKind.LOG, 1, {"message": "x"})
-TIMEOUT = timedelta(seconds=10)
+from tests.helpers.writing import LOG, Writing, a_loop, a_start, a_step, an_end, behind, log_of, steps_of, writing_on
 
 
-class Writing:
-    """A writer, and what it has answered."""
-
-    def __init__(self, engine: sa.Engine) -> None:
-        self.engine = engine
-        self.answers: dict[int, Written | None] = {}
-        self.batches: list[int] = []
-        self._answered = threading.Condition()
-        self.writer = CheckpointWriter(reserve_connections(engine, TIMEOUT, checkpoint_writer.WRITERS), self._answer)
-
-    def _answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:
-        with self._answered:
-            self.batches.append(len(batch))
-            self.answers.update({id(row): written for row, written in batch})
-            self._answered.notify_all()
-
-    def submit(self, *rows: CheckpointRow) -> list[Written | None]:
-        """Has rows written together; returns what was answered of each."""
-        self.answers.clear()
-        with self.writer._changed:  # so that one batch takes them all
-            for row in rows:
-                assert self.writer.submit(row)
-        with self._answered:
-            assert self._answered.wait_for(lambda: all(id(row) in self.answers for row in rows), scaled(20))
-            return [self.answers[id(row)] for row in rows]
-
-    def started(self) -> StartRow:
-        row = a_start()
-        assert self.submit(row) != [None]
-        return row
-
-    def all(self, statement: str, **values: Any) -> list[tuple[Any, ...]]:
-        with self.engine.begin() as conn:
-            return [tuple(row) for row in conn.execute(sa.text(statement), values)]
-
-
-@pytest.fixture(scope="module")
-def writing(dialect_url: str) -> Iterator[Writing]:
-    engine = create_engine(dialect_url, pool_size=5, statement_timeout=TIMEOUT)
-    writing = Writing(engine)
-    writing.writer.start()
-    yield writing
-    writing.writer.stop()
-    engine.dispose()
-
-
-def a_start(run_id: str = "", request: str | None = None, **columns: Any) -> StartRow:
-    key = RunKey.of_api("default", run_id or new_id())
-    start = RunStart(key, "x", "1", "hash", request or new_id(), "me", queue="perdure")
-    values = {
-        "status": "PENDING", "name": "x@1", "executor_id": "here", "inputs": "{}", "serialization": "portable_json",
-        "execution": 1, "unique_request_id": request,
-    }  # fmt: skip
-    pack = Pack(key.workflow_id, [LOG], first_sequence=1)
-    return StartRow(key.workflow_id, f"owner of {new_id()}", pack, None, start=start, **{**values, **columns})
-
-
-def behind(row: CheckpointRow, kind: type[Any], events: Sequence[Event] = (LOG,), **columns: Any) -> Any:
-    """Returns a row whose pack follows another row's."""
-    first = (row.first_sequence or 0) + row.event_count
-    pack = Pack(row.workflow_id, list(events), first_sequence=first)
-    return kind(row.workflow_id, row.owner_xid, pack, row.first_sequence, **columns)
-
-
-def a_step(row: CheckpointRow, number: int = 1, **columns: Any) -> StepRow:
-    values = {"function_id": number, "function_name": "step", "started_ms": 1, "completed_ms": 2, "output": '"o"'}
-    step: StepRow = behind(row, StepRow, **{**values, **columns})
-    return step
-
-
-def an_end(row: CheckpointRow) -> OutcomeRow:
-    end: OutcomeRow = behind(row, OutcomeRow, status="SUCCESS", output="1", shown="1")
-    return end
-
-
-def log_of(writing: Writing, row: CheckpointRow) -> list[int]:
-    with writing.engine.begin() as conn:
-        return [event.sequence for event in event_log.read(conn, row.workflow_id, 0)]
-
-
-def steps_of(writing: Writing, row: CheckpointRow) -> list[int]:
-    found = writing.all(
-        "SELECT function_id FROM dbos.operation_outputs WHERE workflow_uuid = :id ORDER BY 1", id=row.workflow_id
-    )
-    return [number for (number,) in found]
+@pytest.fixture(scope="module", params=["by threads", "on a loop"])
+def writing(dialect_url: str, request: pytest.FixtureRequest) -> Iterator[Writing]:
+    if request.param == "by threads":
+        with writing_on(dialect_url) as writing:
+            yield writing
+    else:
+        with a_loop() as loop, writing_on(dialect_url, loop) as writing:
+            yield writing
 
 
 def test_rows_of_all_kinds_share_a_commit_and_each_is_there_as_a_whole(writing: Writing) -> None:
@@ -281,41 +196,41 @@ class Clocks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.spent = 0.0
-        monkeypatch.setattr(checkpoint_writer.Pace, "_read", lambda _pace: (self.now, self.spent))
-        monkeypatch.setattr(checkpoint_writer.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(pace.Pace, "_read", lambda _pace: (self.now, self.spent))
+        monkeypatch.setattr(pace.time, "monotonic", lambda: self.now)
 
     def pass_(self, looks: int, *, share: float) -> None:
-        self.now += looks * checkpoint_writer.LOOK_EVERY_S
-        self.spent += share * looks * checkpoint_writer.LOOK_EVERY_S
+        self.now += looks * pace.LOOK_EVERY_S
+        self.spent += share * looks * pace.LOOK_EVERY_S
 
 
 def test_a_batch_waits_for_the_runs_that_move_while_the_process_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     clocks, moving = Clocks(monkeypatch), [100]
-    pace = checkpoint_writer.Pace(lambda within: moving[0] if within == checkpoint_writer.MOVED_WITHIN_S else -1)
-    assert pace.rows() == 0
+    asked = pace.Pace(lambda within: moving[0] if within == pace.MOVED_WITHIN_S else -1)
+    assert asked.rows() == 0
     clocks.pass_(1, share=0.7)
-    assert pace.rows() == 0, "it has time to spare"
+    assert asked.rows() == 0, "it has time to spare"
     clocks.pass_(1, share=1.0)
-    assert pace.rows() == checkpoint_writer.SHARE * 100
+    assert asked.rows() == pace.SHARE * 100
     moving[0] = 3
     clocks.pass_(1, share=1.0)
-    assert 10 < pace.rows() < 100, "for a moment few seem to move"
+    assert 10 < asked.rows() < 100, "for a moment few seem to move"
     for _ in range(10):
         clocks.pass_(1, share=0.2)
-        pace.rows()
-    assert pace.rows() < 1
+        asked.rows()
+    assert asked.rows() < 1
     clocks.pass_(1000, share=0.1)
     clocks.pass_(1, share=1.0)
-    assert pace.rows() < 1, "what it did on the average since it was last asked"
+    assert asked.rows() < 1, "what it did on the average since it was last asked"
     moving[0] = 1
     clocks.pass_(1, share=1.0)
-    assert pace.rows() < 1, "a run that moves alone does not wait"
+    assert asked.rows() < 1, "a run that moves alone does not wait"
 
 
 def test_a_batch_that_is_not_large_enough_begins_all_the_same(
     writing: Writing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_writer.Pace, "rows", lambda _pace: 1000.0)
+    monkeypatch.setattr(pace.Pace, "rows", lambda _pace: 1000.0)
     runs = [writing.started() for _ in range(3)]
     writing.batches.clear()
     answers: list[Written | None] = []
@@ -328,7 +243,7 @@ def test_a_batch_that_is_not_large_enough_begins_all_the_same(
 def test_rows_gather_until_they_are_enough(writing: Writing, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [writing.started() for _ in range(4)]
     monkeypatch.setattr(checkpoint_writer, "JOIN_AFTER_S", 3600.0)
-    monkeypatch.setattr(checkpoint_writer.Pace, "rows", lambda _pace: 4.0)
+    monkeypatch.setattr(pace.Pace, "rows", lambda _pace: 4.0)
     writing.batches.clear()
     writing.answers.clear()
     rows = [a_step(run) for run in runs]

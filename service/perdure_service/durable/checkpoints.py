@@ -189,7 +189,7 @@ class Checkpoints:
 
     def answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:
         """Is told by the writer what it has written. Must not raise, nor let one row's trouble be another's."""
-        with hops.waking_once():
+        with hops.as_a_thread(), hops.waking_once():
             self._answer(batch)
 
     def _answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:

@@ -63,6 +63,9 @@ MAX_ENDS = 1_000
 """How long, and of how many runs at most, the end is kept in memory. As an ended run changes no more, it is what a read
 would find, unless the run was deleted meanwhile by another server."""
 
+FEW = 64
+"""Among how many executions it is looked for each commit whether one moves alone: it costs microseconds then."""
+
 SETTLE_S = 0.05
 """How long nothing of an execution may have moved before it is parked: between two calls its code is on its way."""
 
@@ -697,6 +700,10 @@ class Executions:
         """Returns how many there are whose code has called within the last seconds."""
         since = time.monotonic() - within_s
         return sum(one.touched >= since for one in self)
+
+    def alone(self, within_s: float) -> bool:
+        """Returns whether one at most has moved within the last seconds; not when there are too many to look at."""
+        return len(self._by_key) <= FEW and self.moving(within_s) <= 1
 
     def __len__(self) -> int:
         return len(self._by_key)

@@ -124,6 +124,24 @@ class refusing:
         _here.refuses, _here.deferral = self._before
 
 
+@contextmanager
+def as_a_thread() -> Iterator[None]:
+    """Surrounds what is done in a stage for everybody, as a thread of its own would do it: nothing of it is refused."""
+    before = _here.refuses, _here.deferral
+    _here.refuses, _here.deferral = False, None
+    try:
+        yield
+    finally:
+        _here.refuses, _here.deferral = before
+
+
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
 class LoopCalls:
     """Calls from other threads into a loop; all that come before the loop wakes share one wake-up.
 
@@ -152,7 +170,10 @@ class LoopCalls:
 
     def wake(self) -> None:
         """Wakes the loop for what was posted."""
-        self._loop.call_soon_threadsafe(self._empty)
+        if _running_loop() is self._loop:
+            self._loop.call_soon(self._empty)
+        else:
+            self._loop.call_soon_threadsafe(self._empty)
 
     def _empty(self) -> None:
         self._woken = False
@@ -219,7 +240,7 @@ async def answer(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments: Any) -> bool:
-    """Waits for a promise; returns whether it was kept.
+    """Waits for a promise, one turn of the loop at least; returns whether it was kept.
 
     If the task is cancelled meanwhile and the promise is not kept, the stage still runs in a thread: its work is
     somebody's commit, and the events that ride on it are somebody's news.
@@ -231,7 +252,10 @@ async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments:
             again = context.run(_decide, function, *arguments)
             again.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    await _settled(promise, nobody_waits=decide_alone)
+    if promise.done():
+        await asyncio.sleep(0)  # or code whose steps are all answered at once would let nobody else run
+    else:
+        await _settled(promise, nobody_waits=decide_alone)
     return _answer_of(promise)
 
 

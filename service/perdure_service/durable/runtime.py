@@ -238,7 +238,9 @@ class Runtime:
         self._checkpoint_writer: CheckpointWriter | None = None
         if checkpoint_timeout is not None:
             reserved = reserve_connections(engine, checkpoint_timeout, WRITERS)
-            self._checkpoint_writer = CheckpointWriter(reserved, self.checkpoints.answer, self.executions.moving)
+            self._checkpoint_writer = CheckpointWriter(
+                reserved, self.checkpoints.answer, self.executions.moving, self.executions.alone
+            )
             self.checkpoints.write_with(self._checkpoint_writer)
         self._park_after = park_after
         self._max_recoveries = max_recoveries
@@ -280,8 +282,6 @@ class Runtime:
         self.lease.start()
         taken_back = self._reaper.start()
         self._writer.start()
-        if self._checkpoint_writer is not None:
-            self._checkpoint_writer.start()
         self.payloads.start()
         self._traces.start()
         system_database.install(self._build)
@@ -318,6 +318,8 @@ class Runtime:
             self.placement.saw(limits)
         DBOS.listen_queues(self.queues.names)
         DBOS.launch()
+        if self._checkpoint_writer is not None:  # until now each commit has gone its own way
+            self._checkpoint_writer.start(_dbos_instance()._background_event_loop.target_loop())
         self._tell_differences()
         for limits in self.queues.limits:
             self._register_queue(limits)

@@ -5,8 +5,19 @@ commit because they came while the last one was under way. Two writers of 64 row
 than four of 32 (on two cores with PostgreSQL; larger batches gained nothing). The second one joins when it has
 something to gain: when a whole batch waits, or when the first one takes long.
 
+**The first writer is a loop's, the second one a thread.** A hand-over from thread to thread, and the wait for the
+interpreter's lock after it, cost more than many a commit. So the agents' loop, where most rows come from, sends a
+batch when it comes to it, and is told of the answer as of any socket's. What a loop should not do is left to the
+thread: to connect, to repeat what failed, to send what the socket does not take at once. And as code of agents may
+block their loop, the thread watches a clock: rows that the loop leaves for longer than 20 ms it writes by itself from
+then on, until the loop moves again; and an answer that the loop leaves it takes. Without such a loop, or with a driver
+that cannot, both writers are threads.
+
+**Here and now.** When a run moves alone and commits are fast, whoever submits its row sends it and waits for the
+answer itself, for `HERE_S` at most; nobody else has anything to do meanwhile. What takes longer goes on as a loop's.
+
 **Pace.** A commit costs the interpreter nearly the same with two rows as with twenty. While the process has all the
-work that it can do (`Pace`), small batches would take the time in which their successors could have gathered: then one
+work that it can do (`pace`), small batches would take the time in which their successors could have gathered: then one
 waits for most of the runs that move to have a row in it, but begins 20 ms after the one before it at the latest. With
 128 clients that was a third as many commits, and 15 % more runs a second. A process that has time to spare never waits,
 nor does a run that moves alone.
@@ -22,11 +33,20 @@ own way.
 **Order.** Rows of one run never meet, as its execution presents one at a time (its slot). Checkpoints go before events
 that ride alone.
 
+**Who has what.** Under the lock `_changed` a row goes from the queue to one batch. A batch belongs to the thread that
+took it; the loop's, a *flight*, from when it was left to the loop, to whoever holds `taking`: the loop while it looks,
+or the thread from when it adopts the flight, for good. The loop's session has one flight at a time. What the loop
+has in its selector is a descriptor of that session's socket that is closed on the loop only: libpq closes its own when
+the connection is lost, and its number is soon somebody else's.
+
 **If the process dies**, a batch is committed as a whole or not at all; who waited for it is gone, too.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import os
 import threading
 import time
 from collections import deque
@@ -36,8 +56,10 @@ from contextlib import suppress
 import sqlalchemy as sa
 import structlog
 
-from perdure_service.store.checkpoints import CheckpointRow, EventsRow, Written, commit_all
+from perdure_service.store import hot_statements
+from perdure_service.store.checkpoints import CheckpointRow, EventsRow, Written, begin_all, commit_all, written_by
 from perdure_service.store.engine import is_cockroach
+from perdure_service.store.pace import MOVED_WITHIN_S, Pace
 from perdure_service.store.sqlstates import (
     CONFLICTS,
     JITTER,
@@ -57,16 +79,11 @@ JOIN_AFTER_S = 0.02
 """How long the first writer must be busy before the second one begins with less than a batch: small batches cost the
 database and us nearly as much as large ones. And how long a batch waits at most for its size, after the one before."""
 
-FULL = 0.85
-"""Of a core, that the process must use to have all the work that it can do: the interpreter's lock lets it use one."""
-LOOK_EVERY_S = 0.05
-MOVED_WITHIN_S = 0.25
-"""A run moves when its code has called within this time: who waits for people or models brings no rows."""
-SHARE = 0.7
-"""Of the runs that move, whose rows make a batch large enough. 0.35 gained half as much; 1 waits for the slowest."""
-FADES_FULL, FADES = 0.9, 0.5
-"""What is left, at the next look, of how many moved: runs that began together also end together, and for a moment few
-seem to move. When the process is not full any more, it should soon be forgotten."""
+GRACE_S = 0.005
+"""How much later than the loop the thread takes what is due: else they would race for it."""
+
+HERE_S = 0.002
+"""How long whoever submits a row may wait for it, and how fast the last commit must have been for that to be tried."""
 
 MAX_WAITING = 4096
 """Rows that wait at most; who comes then writes alone, and so waits for a connection as everybody did."""
@@ -95,50 +112,104 @@ Answer = Callable[[Sequence[tuple[CheckpointRow, Written | None]]], None]
 log = structlog.get_logger()
 
 
+def _running_loop() -> asyncio.AbstractEventLoop | None:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+class Flight:
+    """A batch that was sent on the loop's session; see the module."""
+
+    __slots__ = ("adopted", "begun", "exchange", "rows", "seen", "taking")
+
+    def __init__(self, rows: Sequence[CheckpointRow], exchange: hot_statements.Exchange) -> None:
+        self.rows = rows
+        self.exchange = exchange
+        self.begun = time.monotonic()
+        self.taking = threading.Lock()
+        self.adopted = False
+        self.seen = False
+        """Whether the thread has seen that the loop leaves what has come."""
+
+
 class CheckpointWriter:
     """See the module. `submit` may be called from any thread."""
 
-    def __init__(self, engine: sa.Engine, answer: Answer, moving: Callable[[float], int] = lambda _within: 0) -> None:
+    def __init__(
+        self,
+        engine: sa.Engine,
+        answer: Answer,
+        moving: Callable[[float], int] = lambda _within: 0,
+        alone: Callable[[float], bool] = lambda _within: False,
+    ) -> None:
         """Creates it; `start` begins to write.
 
         Args:
             engine: Of its own, with a connection for each writer (`reserve_connections`).
-            answer: Is told of each row of a batch what was written, None for not known to be. Called from the writer's
-                thread, which waits for it; must not raise.
+            answer: Is told of each row of a batch what was written, None for not known to be. Called from a writer's
+                thread, on the loop, or by whoever submits a row, before `submit` returns; must neither wait nor raise.
             moving: Returns how many runs here have moved within so many seconds.
+            alone: Returns whether they are one at most. Both are asked under the writer's lock, and may take one under
+                which nobody submits a row.
         """
         self._engine = engine
         self._answer = answer
+        self._alone = alone
         self._mixed = not is_cockroach(engine)
         self._rows: deque[CheckpointRow] = deque()
         self._events: deque[CheckpointRow] = deque()
+        self._again: deque[Sequence[CheckpointRow]] = deque()
+        """Batches of the loop that failed: for the thread, each by itself."""
         self._changed = threading.Condition()
         self._open = False
         self._busy = 0
         self._busy_since = 0.0
         self._begun = 0.0
+        self._took = 0.0
+        """How long the last commit took, seconds."""
         self._pace = Pace(moving)
         self._clock_watched = False
         self._called = False
-        self._threads = [
-            threading.Thread(target=self._run, name=f"checkpoint-writer-{n}", daemon=True) for n in range(WRITERS)
-        ]
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._session = _Session(engine, tuned=self._mixed)
+        """The loop's."""
+        self._flight: Flight | None = None
+        self._watched: Flight | None = None
+        """The flight whose socket the loop has in its selector; the loop's own."""
+        self._watched_socket = -1
+        self._posted = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._late = False
+        """Whether the loop does not come to what it should do."""
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> None:
-        """Starts the threads."""
+    def start(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        """Begins to write. Blocks while it connects.
+
+        Args:
+            loop: Whose turns it may use; None to write from threads only.
+        """
+        if loop is not None and hot_statements.is_direct(self._engine):
+            self._loop = loop
+            self._connect()
         self._open = True
-        for thread in self._threads:
+        for number in range(1 if self._loop is not None else 0, WRITERS):
+            thread = threading.Thread(target=self._run, name=f"checkpoint-writer-{number}", daemon=True)
+            self._threads.append(thread)
             thread.start()
 
     def stop(self) -> None:
         """Writes what waits, and ends the threads; those that hang in the database are not waited for longer."""
         with self._changed:
             self._open = False
+            self._late = True
             self._changed.notify_all()
         latest = time.monotonic() + STOP_S
         for thread in self._threads:
-            if thread.is_alive():
-                thread.join(timeout=max(0.0, latest - time.monotonic()))
+            thread.join(timeout=max(0.0, latest - time.monotonic()))
+        self._retire_session()
         self._engine.dispose()
 
     def submit(self, row: CheckpointRow) -> bool:
@@ -146,79 +217,152 @@ class CheckpointWriter:
         with self._changed:
             if not self._open or len(self._rows) + len(self._events) >= MAX_WAITING:
                 return False
-            (self._events if type(row) is EventsRow else self._rows).append(row)
-            self._call()
+            if not self._may_write_here():
+                (self._events if type(row) is EventsRow else self._rows).append(row)
+                self._call()
+                return True
+            self._begin()
+        flight = self._send([row])
+        if flight is not None:
+            if flight.exchange.sent and flight.exchange.wait(HERE_S):
+                self._land(flight)
+            else:
+                self._leave(flight)
         return True
 
-    def _call(self) -> None:
-        """Wakes a writer if there is something to take, or a clock to watch.
+    def _may_write_here(self) -> bool:
+        return (
+            self._loop_writes
+            and not (self._busy or self._rows or self._events)
+            and self._took < HERE_S
+            and self._pace.rows() <= 1
+            and self._alone(MOVED_WITHIN_S)
+        )
 
-        One that was called and still sleeps will do: it looks before it waits again.
+    @property
+    def _loop_writes(self) -> bool:
+        """Whether the loop is the first writer, and it has what it needs."""
+        return self._loop is not None and not self._late and self._session.connected
+
+    def _call(self) -> None:
+        """Sees to it that a writer looks if there is something to take, or a clock to watch.
+
+        One that was called and has not looked yet will do.
         """
-        if not self._called and (self._may_take() or not self._clock_watched):
+        if self._loop_writes and self._flight is None and not self._posted:
+            self._post_turn()
+        if not self._called and (self._may_take(first=not self._loop_writes) or not self._clock_watched):
             self._called = True
             self._changed.notify()
 
     def _run(self) -> None:
+        """What the threads do."""
         session = _Session(self._engine, tuned=self._mixed)
-        while (rows := self._take()) is not None:
+        while (taken := self._take()) is not None:
+            if isinstance(taken, Flight):
+                taken.exchange.wait()
+                self._land(taken)
+                continue
             written: dict[str, Written] = {}
+            began = time.monotonic()
             try:
-                written = self._write(session, rows)
+                written = self._write(session, taken)
             except Exception as error:  # noqa: BLE001 - logged; whoever is not written asks by itself
-                log.warning("checkpoints.batch_failed", rows=len(rows), error=type(error).__name__)
+                log.warning("checkpoints.batch_failed", rows=len(taken), error=type(error).__name__)
                 session.drop()
             with self._changed:
                 self._busy -= 1
+                self._took = time.monotonic() - began
                 if self._rows or self._events:
                     self._call()  # another one may begin while this one tells
-            try:
-                self._answer([(row, written.get(row.workflow_id)) for row in rows])
-            except Exception as error:  # noqa: BLE001 - logged; this thread is for all runs
-                log.error("checkpoints.answer_failed", rows=len(rows), error=type(error).__name__)
+            self._tell(taken, written)
+            if written and self._loop is not None and not self._session.connected:
+                self._connect()
         session.drop()
 
-    def _take(self) -> list[CheckpointRow] | None:
-        """Waits for rows and takes a batch; None when there are no more and will be none."""
+    def _tell(self, rows: Sequence[CheckpointRow], written: dict[str, Written]) -> None:
+        """Tells what came of a batch, in a context of its own, whoever's thread it is."""
+        try:
+            contextvars.Context().run(self._answer, [(row, written.get(row.workflow_id)) for row in rows])
+        except Exception as error:  # noqa: BLE001 - logged; this thread is for all runs
+            log.error("checkpoints.answer_failed", rows=len(rows), error=type(error).__name__)
+
+    def _take(self) -> Sequence[CheckpointRow] | Flight | None:
+        """Waits for something that a thread must do, and takes it; None when there is no more and will be none."""
         with self._changed:
-            while not self._may_take():
-                some = bool(self._rows or self._events)
-                if not some and not self._open:
+            while True:
+                if self._again:
+                    self._begin()
+                    return self._again.popleft()
+                flight = self._left_flight()
+                if flight is not None:
+                    self._note_late()
+                    return flight
+                if self._may_take(first=not self._loop_writes):
+                    if self._loop_writes and not self._busy:
+                        self._note_late()
+                    return self._take_batch()
+                if not self._open and not self._rows and not self._events and self._flight is None:
                     return None
                 self._called = False  # from here on a call is needed: it has just looked
-                if some and not self._clock_watched:
+                wait_s = self._clock()
+                if wait_s is not None and not self._clock_watched:
                     self._clock_watched = True
-                    self._changed.wait(self._due_in())
+                    self._changed.wait(wait_s)
                     self._clock_watched = False
                 else:
                     self._changed.wait()
-            self._called = False
-            self._begun = time.monotonic()
-            self._busy_since = self._begun if not self._busy else self._busy_since
-            self._busy += 1
-            taken: list[CheckpointRow] = []
-            keys: set[str] = set()
-            kind = None if self._mixed else type(self._rows[0] if self._rows else self._events[0])
-            for waiting in (self._rows, self._events):
-                left: list[CheckpointRow] = []
-                while waiting and len(taken) < MAX_ROWS:
-                    row = waiting.popleft()
-                    if keys.isdisjoint(row.keys) and kind in (None, type(row)):
-                        taken.append(row)
-                        keys.update(row.keys)
-                    else:
-                        left.append(row)
-                waiting.extendleft(reversed(left))
-            if self._rows or self._events:
-                self._call()
+
+    def _note_late(self) -> None:
+        """Notes that the loop does not come to what it should do, until it has its next turn."""
+        self._late = True
+        if not self._posted:
+            self._post_turn()
+
+    def _clock(self) -> float | None:
+        """Returns after how many seconds a thread must look again though nobody calls it; None for never."""
+        due = [self._due_in() + (GRACE_S if self._loop_writes else 0.0)] if self._rows or self._events else []
+        if self._flight is not None:
+            due.append(JOIN_AFTER_S)
+        return max(min(due), 0.001) if due else None
+
+    def _take_batch(self) -> list[CheckpointRow]:
+        self._called = False
+        self._begin()
+        taken: list[CheckpointRow] = []
+        keys: set[str] = set()
+        kind = None if self._mixed else type(self._rows[0] if self._rows else self._events[0])
+        for waiting in (self._rows, self._events):
+            left: list[CheckpointRow] = []
+            while waiting and len(taken) < MAX_ROWS:
+                row = waiting.popleft()
+                if keys.isdisjoint(row.keys) and kind in (None, type(row)):
+                    taken.append(row)
+                    keys.update(row.keys)
+                else:
+                    left.append(row)
+            waiting.extendleft(reversed(left))
+        if self._rows or self._events:
+            self._call()
         taken.sort(key=lambda row: row.workflow_id)
         return taken
 
-    def _may_take(self) -> bool:
+    def _begin(self) -> None:
+        """Notes that a batch begins."""
+        self._begun = time.monotonic()
+        self._busy_since = self._begun if not self._busy else self._busy_since
+        self._busy += 1
+
+    def _may_take(self, *, first: bool) -> bool:
+        """Returns whether a batch may begin now; by the first writer, or by the other one."""
         waiting = len(self._rows) + len(self._events)
-        if not waiting or waiting >= MAX_ROWS:
-            return bool(waiting)
-        return (not self._busy and waiting >= self._pace.rows()) or self._due_in() <= 0
+        if not waiting or self._busy >= WRITERS:
+            return False
+        if self._busy:
+            return waiting >= MAX_ROWS or self._due_in() <= 0
+        if first:
+            return waiting >= min(self._pace.rows(), MAX_ROWS) or self._due_in() <= 0
+        return self._due_in() <= -GRACE_S
 
     def _due_in(self) -> float:
         """Returns in how many seconds a batch begins that is not whole."""
@@ -252,32 +396,180 @@ class CheckpointWriter:
         """Writes rows and commits them, in one transaction."""
         return commit_all(conn, rows)
 
+    # ---- the loop's part ---------------------------------------------------------------------------------------------
 
-class Pace:
-    """How many rows a batch had better have, see the module. For one thread at a time.
+    def begin(self, conn: sa.Connection, rows: Sequence[CheckpointRow]) -> hot_statements.Exchange | None:
+        """Begins to `commit`; None when that must be waited for, by a thread."""
+        return begin_all(conn, rows)
 
-    It is asked under the writer's lock, and `moving` may take a lock under which nobody submits a row.
-    """
+    def _post_turn(self) -> None:
+        assert self._loop is not None
+        try:
+            if _running_loop() is self._loop:
+                self._loop.call_soon(self._turn, context=contextvars.Context())
+            else:
+                self._loop.call_soon_threadsafe(self._turn, context=contextvars.Context())
+            self._posted = True
+        except RuntimeError:  # it is closed
+            self._late = True
 
-    def __init__(self, moving: Callable[[float], int]) -> None:
-        self._moving = moving
-        self._looked, self._spent = self._read()
-        self._rows = 0.0
+    def _turn(self) -> None:
+        """Takes a batch, on the loop, if there is one to be taken now; else when the next one is due."""
+        rows = None
+        with self._changed:
+            self._posted = False
+            self._late = self._late and not self._open
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._loop_writes and self._flight is None and (self._rows or self._events):
+                rows = self._take_next()
+        if rows is not None:
+            self._fly(rows)
 
-    def rows(self) -> float:
-        """Returns the number; any is enough when the process has time to spare."""
-        if time.monotonic() - self._looked >= LOOK_EVERY_S:
-            now, spent = self._read()
-            full = spent - self._spent >= FULL * (now - self._looked)
-            self._looked, self._spent = now, spent
-            self._rows *= FADES_FULL if full else FADES
-            if full:
-                self._rows = max(self._rows, SHARE * self._moving(MOVED_WITHIN_S))
-        return self._rows
+    def _take_next(self) -> list[CheckpointRow] | None:
+        if self._may_take(first=True):
+            return self._take_batch()
+        if self._loop is not None and (self._rows or self._events):
+            self._timer = self._loop.call_later(
+                max(0.0, self._due_in()), self._turn, context=contextvars.Context()
+            )
+        return None
 
-    @staticmethod
-    def _read() -> tuple[float, float]:
-        return time.monotonic(), time.process_time()
+    def _fly(self, rows: Sequence[CheckpointRow]) -> None:
+        flight = self._send(rows)
+        if flight is not None:
+            self._leave(flight)
+
+    def _send(self, rows: Sequence[CheckpointRow]) -> Flight | None:
+        """Sends a batch on the loop's session; None when it could not, and the thread has it."""
+        try:
+            exchange = self.begin(self._session.connection, rows)
+        except (sa.exc.DBAPIError, ValueError) as error:
+            self._repeat(rows, lost=is_connection_lost(error))
+            return None
+        if exchange is None:
+            self._repeat(rows, lost=False)
+            return None
+        return Flight(rows, exchange)
+
+    def _leave(self, flight: Flight) -> None:
+        """Leaves a flight to the loop; or to the thread, when the socket has not taken all of it."""
+        assert self._loop is not None
+        flight.exchange.begin_waiting()
+        flight.seen = not flight.exchange.sent
+        with self._changed:
+            self._flight = flight
+            if (flight.seen or not self._clock_watched) and not self._called:
+                self._called = True
+                self._changed.notify()
+        if flight.seen:
+            return
+        if _running_loop() is self._loop:
+            self._watch(flight)
+        else:
+            with suppress(RuntimeError):  # it is closed; the thread will see that
+                self._loop.call_soon_threadsafe(self._watch, flight, context=contextvars.Context())
+
+    def _watch(self, flight: Flight) -> None:
+        assert self._loop is not None
+        self._unwatch()
+        if not flight.adopted:
+            self._watched = flight
+            self._watched_socket = self._session.socket()
+            self._loop.add_reader(self._watched_socket, self._arrived, flight)
+
+    def _unwatch(self) -> None:
+        flight, self._watched = self._watched, None
+        if flight is not None and self._loop is not None:
+            self._loop.remove_reader(self._watched_socket)
+
+    def _arrived(self, flight: Flight) -> None:
+        """Is called on the loop when something has come."""
+        if flight.adopted:
+            self._unwatch()
+        elif flight.taking.acquire(blocking=False):  # else the thread is just looking
+            try:
+                over = flight.exchange.advance()
+            finally:
+                flight.taking.release()
+            if over:
+                self._unwatch()
+                self._land(flight)
+
+    def _land(self, flight: Flight) -> None:
+        """Tells what came of a flight; on the loop, by the thread that adopted it, or by whoever waited for it here."""
+        flight.exchange.end_waiting()
+        try:
+            written = written_by(flight.exchange)
+        except (sa.exc.DBAPIError, ValueError) as error:
+            self._repeat(flight.rows, lost=is_connection_lost(error))
+            return
+        rows = None
+        with self._changed:
+            self._busy -= 1
+            self._flight = None
+            self._took = time.monotonic() - flight.begun
+            if self._rows or self._events:
+                if self._loop_writes and _running_loop() is self._loop:
+                    rows = self._take_next()
+                else:
+                    self._call()
+        if rows is not None:
+            self._fly(rows)  # before telling, so that it is under way meanwhile
+        self._tell(flight.rows, written)
+
+    def _repeat(self, rows: Sequence[CheckpointRow], *, lost: bool) -> None:
+        """Gives the thread what has failed on the loop's session."""
+        if lost:
+            self._retire_session()
+        with self._changed:
+            self._busy -= 1
+            self._flight = None
+            self._again.append(rows)
+            self._called = True
+            self._changed.notify_all()
+
+    def _left_flight(self) -> Flight | None:
+        """Returns the flight, for the thread to adopt, if the loop leaves it: now, or when the thread looked before."""
+        flight = self._flight
+        if flight is None or not flight.taking.acquire(blocking=False):
+            return None
+        left = flight.seen or not self._open
+        if not left and not flight.exchange.over and time.monotonic() >= flight.begun + JOIN_AFTER_S:
+            flight.seen = flight.exchange.has_more()
+        if left and not flight.exchange.over:
+            flight.adopted = True  # and `taking` is kept
+            return flight
+        flight.taking.release()
+        return None
+
+    def _connect(self) -> None:
+        """Makes the loop's session, in a thread; if it cannot be, that is tried again when something was written."""
+        session = _Session(self._engine, tuned=self._mixed)
+        try:
+            _ = session.connection
+        except sa.exc.SQLAlchemyError as error:
+            log.warning("checkpoints.not_connected", error=type(error).__name__)
+            return
+        with self._changed:
+            self._session = session
+
+    def _retire_session(self) -> None:
+        """Closes the loop's session, where it may be closed; `_connect` makes another one."""
+        session, self._session = self._session, _Session(self._engine, tuned=self._mixed)
+
+        def close() -> None:
+            self._unwatch()
+            session.drop()
+
+        if self._watched is None or self._loop is None or _running_loop() is self._loop:
+            session.drop()
+            return
+        try:
+            self._loop.call_soon_threadsafe(close)
+        except RuntimeError:  # it is closed
+            session.drop()
 
 
 class _Session:
@@ -287,6 +579,19 @@ class _Session:
         self._engine = engine
         self._tuned = tuned
         self._conn: sa.Connection | None = None
+        self._socket: int | None = None
+
+    @property
+    def connected(self) -> bool:
+        return self._conn is not None
+
+    def socket(self) -> int:
+        """Returns a descriptor of the connection's socket that stays open until `drop`."""
+        if self._socket is None:
+            driver = self.connection.connection.driver_connection
+            assert driver is not None, "it is connected"
+            self._socket = os.dup(driver.fileno())
+        return self._socket
 
     @property
     def connection(self) -> sa.Connection:
@@ -306,6 +611,9 @@ class _Session:
     def drop(self) -> None:
         """Ends the connection."""
         conn, self._conn = self._conn, None
+        descriptor, self._socket = self._socket, None
+        if descriptor is not None:
+            os.close(descriptor)
         if conn is not None:
             with suppress(sa.exc.SQLAlchemyError):
                 conn.invalidate()

@@ -357,6 +357,22 @@ def commit_all(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, 
     return _by_workflow(hot_statements.commit(conn, _statements(conn, rows)))
 
 
+def begin_all(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> hot_statements.Exchange | None:
+    """Begins what `commit_all` does, and does not wait for it; None when the driver cannot. `written_by` tells."""
+    if not hot_statements.is_direct(conn.engine):
+        return None
+    return hot_statements.Exchange(conn, _statements(conn, rows))
+
+
+def written_by(exchange: hot_statements.Exchange) -> dict[str, Written]:
+    """Returns what `commit_all` does, once an exchange is over.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: As `commit_all` does.
+    """
+    return _by_workflow(exchange.rows())
+
+
 def _by_workflow(found: Iterable[hot_statements.Rows]) -> dict[str, Written]:
     return {next(iter(row.values())): row for rows in found for row in rows}
 

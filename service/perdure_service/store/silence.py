@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -68,14 +68,22 @@ class SilenceWatch:
             limit_s: As of `watched`.
         """
         key = threading.get_ident()
-        with self._lock:
-            self._waiting[key] = time.monotonic() + limit_s, connection
-            self._begin_to_look()
+        self.begin(key, connection, limit_s)
         try:
             yield
         finally:
-            with self._lock:
-                self._waiting.pop(key, None)
+            self.finish(key)
+
+    def begin(self, key: int, connection: Any, limit_s: float) -> None:
+        """Begins a wait that is no thread's, under a key of its own; arguments as of `waiting`."""
+        with self._lock:
+            self._waiting[key] = time.monotonic() + limit_s, connection
+            self._begin_to_look()
+
+    def finish(self, key: int) -> None:
+        """Ends it; the connection must not be closed before."""
+        with self._lock:
+            self._waiting.pop(key, None)
 
     @staticmethod
     def end(connection: Any) -> None:
@@ -156,12 +164,21 @@ def watch_for_silence(engine: sa.Engine, statement_timeout_s: float, watch: Sile
 _limits: WeakKeyDictionary[sa.Engine, tuple[SilenceWatch, float]] = WeakKeyDictionary()
 
 
-def waiting(engine: sa.Engine, connection: Any) -> AbstractContextManager[None]:
-    """Surrounds a wait on an engine's connection that goes to the driver past its dialect; watched as the dialect's.
+def begin(engine: sa.Engine, connection: Any, key: int) -> None:
+    """Begins a wait on an engine's connection that goes to the driver past its dialect; watched as the dialect's.
 
     Args:
         engine: Whose connection it is.
         connection: The driver's.
+        key: The wait's own, for `finish`: an `id` of an object, which is no thread's identity either.
     """
     found = _limits.get(engine)
-    return nullcontext() if found is None else found[0].waiting(connection, found[1])
+    if found is not None:
+        found[0].begin(key, connection, found[1])
+
+
+def finish(engine: sa.Engine, key: int) -> None:
+    """Ends it; call it before the connection may be closed."""
+    found = _limits.get(engine)
+    if found is not None:
+        found[0].finish(key)
