@@ -28,7 +28,7 @@ from grpc._cython import cygrpc
 from perdure_service.durable import executions, owners, service
 from perdure_service.durable import operation as seam
 from perdure_service.rpc import agent_runs, requests
-from perdure_service.store import checkpoint_writer, checkpoints
+from perdure_service.store import checkpoint_writer, checkpoints, hot_statements
 
 from tests.helpers import agents, chaos_report
 from tests.helpers.server import KILLED
@@ -102,13 +102,38 @@ def _broken_commit(
     _point(f"written {sorted(written)}")
     conn.exec_driver_sql("COMMIT")
     _point(f"committed {sorted(written)}")
-    packs = {row.pack_id for row in rows}
+    _lose_reply({row.pack_id for row in rows})
+    return written
+
+
+_plain_begin, _plain_written = checkpoint_writer.CheckpointWriter.begin, checkpoint_writer.written_by
+_begun = itertools.count()
+
+
+def _broken_begin(
+    writer: checkpoint_writer.CheckpointWriter, conn: sa.Connection, rows: Sequence[checkpoints.CheckpointRow]
+) -> hot_statements.Exchange | None:
+    """Leaves each second batch to a thread, where there is a point before the COMMIT, or all, to be refused there."""
+    by_thread = (next(_begun) + KILL_AT) % 2 or SQLSTATE
+    exchange = None if by_thread else _plain_begin(writer, conn, rows)
+    if exchange is not None:
+        exchange.packs = {row.pack_id for row in rows}  # type: ignore[attr-defined]
+    return exchange
+
+
+def _broken_written(exchange: hot_statements.Exchange) -> dict[str, checkpoints.Written]:
+    written = _plain_written(exchange)
+    _point(f"committed {sorted(written)}")
+    _lose_reply(exchange.packs)  # type: ignore[attr-defined]
+    return written
+
+
+def _lose_reply(packs: set[str]) -> None:
     if AMBIGUOUS and packs - _packs_lost:
         _packs_lost.update(packs)
         chaos_report.fault("replies to COMMIT lost")
         lost = psycopg.OperationalError("server closed the connection unexpectedly")
         raise sa.exc.OperationalError("COMMIT", None, lost, connection_invalidated=True)
-    return written
 
 
 def _is_spared(operation: seam.Operation) -> bool:
@@ -167,6 +192,8 @@ if LOSE_CLAIMS or AMBIGUOUS:
 seam.Operation.write = _broken_write  # type: ignore[method-assign]
 seam.Operations._run = _broken_run  # type: ignore[method-assign]
 checkpoint_writer.CheckpointWriter.commit = _broken_commit  # type: ignore[method-assign]
+checkpoint_writer.CheckpointWriter.begin = _broken_begin  # type: ignore[method-assign]
+checkpoint_writer.written_by = _broken_written
 
 counter = agents.counter
 """So that this module, too, declares an agent."""

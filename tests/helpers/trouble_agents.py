@@ -14,7 +14,7 @@ from perdure_service.agents import agent, run
 from perdure_service.agents.resources import resources
 from perdure_service.durable import operation as seam
 from perdure_service.durable import owners
-from perdure_service.store import checkpoint_writer, checkpoints
+from perdure_service.store import checkpoint_writer, checkpoints, hot_statements
 
 from tests.helpers import chaos_report
 from tests.helpers.agents import FlakyError, count_one, effect, plain_child
@@ -25,6 +25,7 @@ FREEZE_AT = os.environ.get("PERDURE_TROUBLE_FREEZE", "")
 _frozen: list[bool] = []
 _write = seam.Operation.write
 _commit = checkpoint_writer.CheckpointWriter.commit
+_begin = checkpoint_writer.CheckpointWriter.begin
 
 
 def freeze() -> None:
@@ -42,10 +43,20 @@ def _freezing_write(operation: seam.Operation, conn: sa.Connection) -> None:
         freeze()
 
 
+def _freezes(rows: Sequence[checkpoints.CheckpointRow]) -> bool:
+    return any(isinstance(row, checkpoints.StepRow) and "freezing_step" in row.function_name for row in rows)
+
+
+def _waiting_begin(
+    writer: checkpoint_writer.CheckpointWriter, conn: sa.Connection, rows: Sequence[checkpoints.CheckpointRow]
+) -> hot_statements.Exchange | None:
+    return None if _freezes(rows) else _begin(writer, conn, rows)
+
+
 def _freezing_commit(
     writer: checkpoint_writer.CheckpointWriter, conn: sa.Connection, rows: Sequence[checkpoints.CheckpointRow]
 ) -> dict[str, checkpoints.Written]:
-    if not any(isinstance(row, checkpoints.StepRow) and "freezing_step" in row.function_name for row in rows):
+    if not _freezes(rows):
         return _commit(writer, conn, rows)
     conn.exec_driver_sql("BEGIN")
     written = checkpoints.write_all(conn, rows)
@@ -61,6 +72,7 @@ owners.SEARCH_S = 1.5
 if FREEZE_AT == "commit":
     seam.Operation.write = _freezing_write  # type: ignore[method-assign]
     checkpoint_writer.CheckpointWriter.commit = _freezing_commit  # type: ignore[method-assign]
+    checkpoint_writer.CheckpointWriter.begin = _waiting_begin  # type: ignore[method-assign]
 
 
 @DBOS.step()
