@@ -176,6 +176,8 @@ class CheckpointWriter:
         self._session = _Session(engine, tuned=self._mixed)
         """The loop's."""
         self._flight: Flight | None = None
+        self._flying = False
+        """Whether the loop's session is in use."""
         self._watched: Flight | None = None
         """The flight whose socket the loop has in its selector; the loop's own."""
         self._watched_socket = -1
@@ -221,6 +223,7 @@ class CheckpointWriter:
                 (self._events if type(row) is EventsRow else self._rows).append(row)
                 self._call()
                 return True
+            self._flying = True
             self._begin()
         flight = self._send([row])
         if flight is not None:
@@ -249,7 +252,7 @@ class CheckpointWriter:
 
         One that was called and has not looked yet will do.
         """
-        if self._loop_writes and self._flight is None and not self._posted:
+        if self._loop_writes and not self._flying and not self._posted:
             self._post_turn()
         if not self._called and (self._may_take(first=not self._loop_writes) or not self._clock_watched):
             self._called = True
@@ -422,13 +425,14 @@ class CheckpointWriter:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            if self._loop_writes and self._flight is None and (self._rows or self._events):
+            if self._loop_writes and not self._flying and (self._rows or self._events):
                 rows = self._take_next()
         if rows is not None:
             self._fly(rows)
 
     def _take_next(self) -> list[CheckpointRow] | None:
         if self._may_take(first=True):
+            self._flying = True
             return self._take_batch()
         if self._loop is not None and (self._rows or self._events):
             self._timer = self._loop.call_later(
@@ -508,6 +512,7 @@ class CheckpointWriter:
         rows = None
         with self._changed:
             self._busy -= 1
+            self._flying = False
             self._flight = None
             self._took = time.monotonic() - flight.begun
             if self._rows or self._events:
@@ -525,6 +530,7 @@ class CheckpointWriter:
             self._retire_session()
         with self._changed:
             self._busy -= 1
+            self._flying = False
             self._flight = None
             self._again.append(rows)
             self._called = True
