@@ -13,8 +13,10 @@ block their loop, the thread watches a clock: rows that the loop leaves for long
 then on, until the loop moves again; and an answer that the loop leaves it takes. Without such a loop, or with a driver
 that cannot, both writers are threads.
 
-**Here and now.** When a run moves alone and commits are fast, whoever submits its row sends it and waits for the
-answer itself, for `HERE_S` at most; nobody else has anything to do meanwhile. What takes longer goes on as a loop's.
+**Here and now.** When a run moves alone and commits are fast, the loop waits for the answer at once, for `HERE_S` at
+most, and so does a thread that submits a row and runs no loop of its own: nobody else has anything to do meanwhile. What
+takes longer goes on as every batch of the loop. Starts come from gRPC's loop, and are left to the agents': it goes on
+with the run at once, and gRPC's tells the caller while the run's first step is being committed.
 
 **Pace.** A commit costs the interpreter nearly the same with two rows as with twenty. While the process has all the
 work that it can do (`pace`), small batches would take the time in which their successors could have gathered: then one
@@ -219,24 +221,25 @@ class CheckpointWriter:
         with self._changed:
             if not self._open or len(self._rows) + len(self._events) >= MAX_WAITING:
                 return False
-            if not self._may_write_here():
+            here = (
+                self._loop_writes
+                and not (self._rows or self._events)
+                and _running_loop() in (self._loop, None)
+                and self._may_wait()
+            )
+            if not here:
                 (self._events if type(row) is EventsRow else self._rows).append(row)
                 self._call()
                 return True
             self._flying = True
             self._begin()
-        flight = self._send([row])
-        if flight is not None:
-            if flight.exchange.sent and flight.exchange.wait(HERE_S):
-                self._land(flight)
-            else:
-                self._leave(flight)
+        self._fly([row], wait=True)
         return True
 
-    def _may_write_here(self) -> bool:
+    def _may_wait(self) -> bool:
+        """Returns whether whoever begins a batch now may wait for it."""
         return (
-            self._loop_writes
-            and not (self._busy or self._rows or self._events)
+            not self._busy
             and self._took < HERE_S
             and self._pace.rows() <= 1
             and self._alone(MOVED_WITHIN_S)
@@ -418,7 +421,7 @@ class CheckpointWriter:
 
     def _turn(self) -> None:
         """Takes a batch, on the loop, if there is one to be taken now; else when the next one is due."""
-        rows = None
+        rows, wait = None, False
         with self._changed:
             self._posted = False
             self._late = self._late and not self._open
@@ -426,9 +429,10 @@ class CheckpointWriter:
                 self._timer.cancel()
                 self._timer = None
             if self._loop_writes and not self._flying and (self._rows or self._events):
+                wait = self._may_wait()
                 rows = self._take_next()
         if rows is not None:
-            self._fly(rows)
+            self._fly(rows, wait=wait and len(rows) == 1)
 
     def _take_next(self) -> list[CheckpointRow] | None:
         if self._may_take(first=True):
@@ -440,9 +444,14 @@ class CheckpointWriter:
             )
         return None
 
-    def _fly(self, rows: Sequence[CheckpointRow]) -> None:
+    def _fly(self, rows: Sequence[CheckpointRow], *, wait: bool) -> None:
+        """Sends a batch that was taken for the loop's session, and leaves it, or waits for it a little before."""
         flight = self._send(rows)
-        if flight is not None:
+        if flight is None:
+            return
+        if wait and flight.exchange.sent and flight.exchange.wait(HERE_S):
+            self._land(flight)
+        else:
             self._leave(flight)
 
     def _send(self, rows: Sequence[CheckpointRow]) -> Flight | None:
@@ -521,7 +530,7 @@ class CheckpointWriter:
                 else:
                     self._call()
         if rows is not None:
-            self._fly(rows)  # before telling, so that it is under way meanwhile
+            self._fly(rows, wait=False)  # before telling, so that it is under way meanwhile
         self._tell(flight.rows, written)
 
     def _repeat(self, rows: Sequence[CheckpointRow], *, lost: bool) -> None:
