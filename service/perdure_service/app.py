@@ -30,7 +30,8 @@ from perdure_service.durable.retention import Retention
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
-from perdure_service.rpc import event_loop, security
+from perdure_service import event_loop
+from perdure_service.rpc import security
 from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.peers import check_wire
 from perdure_service.rpc.server import RpcServer

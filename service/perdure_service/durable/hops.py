@@ -32,9 +32,10 @@ from types import CodeType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from dbos import _core, _outcome
+from dbos import _core, _event_loop, _outcome
 from dbos._event_loop import BackgroundEventLoop
 
+from perdure_service import event_loop
 from perdure_service.durable.substitutes import substitute
 
 T = TypeVar("T")
@@ -361,12 +362,22 @@ class _AsyncioOfOutcomes:
         return await answer(function, *arguments)
 
 
+class _AsyncioOfLoops:
+    """The module `asyncio` as `dbos._event_loop` gets it."""
+
+    new_event_loop = staticmethod(event_loop.new)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(asyncio, name)
+
+
 def install(*ours: CodeType) -> None:
     """Makes DBOS's asynchronous steps and workflows answer their stages inline, and begin without being waited for.
 
     Args:
         ours: The code of functions of ours that are stages, too.
     """
+    substitute(_event_loop, "asyncio", _AsyncioOfLoops())
     substitute(_outcome, "asyncio", _AsyncioOfOutcomes(stages() | set(ours)))
     begins = start_of_task()
 

@@ -37,7 +37,12 @@ class SeldomAsking(selectors.DefaultSelector):
         return super().select(timeout)
 
 
+def new() -> asyncio.AbstractEventLoop:
+    """Returns such a loop."""
+    return asyncio.SelectorEventLoop(SeldomAsking())
+
+
 def run(main: Coroutine[Any, Any, T]) -> T:
     """Does what `asyncio.run` does, on such a loop."""
-    with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(SeldomAsking())) as runner:
+    with asyncio.Runner(loop_factory=new) as runner:
         return runner.run(main)
