@@ -16,6 +16,7 @@ from pathlib import Path
 import sqlalchemy as sa
 import structlog
 
+from perdure_service import event_loop
 from perdure_service.agents import catalogue, models, resources
 from perdure_service.agents import context as agents_context
 from perdure_service.agents.embedder import embedder_of
@@ -30,7 +31,6 @@ from perdure_service.durable.retention import Retention
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.service import RunService
 from perdure_service.errors import ConfigurationError
-from perdure_service import event_loop
 from perdure_service.rpc import security
 from perdure_service.rpc.calls import ANONYMOUS
 from perdure_service.rpc.peers import check_wire

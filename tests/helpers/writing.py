@@ -14,7 +14,7 @@ from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import RunKey, RunStart
 from perdure_service.store import checkpoint_writer, event_log
 from perdure_service.store.checkpoint_writer import CheckpointWriter
-from perdure_service.store.checkpoints import CheckpointRow, EventsRow, OutcomeRow, StartRow, StepRow, Written
+from perdure_service.store.checkpoints import CheckpointRow, OutcomeRow, StartRow, StepRow, Written
 from perdure_service.store.engine import create_engine, reserve_connections
 
 from tests.helpers.rpc import new_id
@@ -52,11 +52,15 @@ class Writing:
 
     def submit(self, *rows: CheckpointRow) -> list[Written | None]:
         """Has rows written together; returns what was answered of each."""
+        self.give(*rows)
+        return self.wait_for(*rows)
+
+    def give(self, *rows: CheckpointRow) -> None:
+        """Submits rows, so that one batch takes them all."""
         self.answers.clear()
-        with self.writer._changed:  # so that one batch takes them all
+        with self.writer._changed:
             for row in rows:
                 assert self.writer.submit(row)
-        return self.wait_for(*rows)
 
     def wait_for(self, *rows: CheckpointRow) -> list[Written | None]:
         """Returns what was answered of rows that were submitted, when it is."""

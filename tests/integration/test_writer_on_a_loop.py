@@ -1,4 +1,4 @@
-"""The checkpoint writer whose first writer is a loop: who writes, and what happens when the loop does not come to it."""
+"""The checkpoint writer on a loop: who writes when, and what happens when the loop does not come to it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def _writes_by_loop(writing: Writing) -> bool:
 
 
 @contextmanager
-def blocked(loop: asyncio.AbstractEventLoop) -> Iterator[threading.Event]:
-    """Blocks a loop, as code of an agent may, until the event is set."""
+def blocked(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """Blocks a loop, as code of an agent may."""
     blocks, go_on = threading.Event(), threading.Event()
 
     def block() -> None:
@@ -63,7 +63,7 @@ def blocked(loop: asyncio.AbstractEventLoop) -> Iterator[threading.Event]:
     loop.call_soon_threadsafe(block)
     assert blocks.wait(scaled(20))
     try:
-        yield go_on
+        yield
     finally:
         go_on.set()
 
@@ -156,12 +156,11 @@ def test_a_connection_that_is_lost_under_a_batch_costs_no_row_and_is_made_again(
 ) -> None:
     runs = [writing.started() for _ in range(3)]
     steps = [a_step(run) for run in runs]
-    go_on = threading.Event()
     with held_up(writing) as release:
-        assert all([writing.writer.submit(step) for step in steps])
+        writing.give(*steps)
         [pid] = eventually(lambda: backends(writing), what="its commit waits")
         if blocks:
-            with blocked(loop) as go_on:
+            with blocked(loop):
                 writing.all("SELECT pg_terminate_backend(:pid)", pid=pid)
                 release()
                 assert None not in writing.wait_for(*steps)
@@ -170,7 +169,6 @@ def test_a_connection_that_is_lost_under_a_batch_costs_no_row_and_is_made_again(
             writing.all("SELECT pg_terminate_backend(:pid)", pid=pid)
             release()
             assert None not in writing.wait_for(*steps)
-    go_on.set()
     assert [steps_of(writing, run) for run in runs] == [[1]] * 3
     eventually(lambda: _writes_by_loop(writing), what="the loop writes again")
 
@@ -219,9 +217,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("patient")
-def test_a_run_that_moves_alone_is_answered_where_it_submits(
-    writing: Writing, loop: asyncio.AbstractEventLoop
-) -> None:
+def test_a_run_that_moves_alone_is_answered_where_it_submits(writing: Writing, loop: asyncio.AbstractEventLoop) -> None:
     writing.alone = True
     start = a_start()
     assert _submit_and_look(writing, start) == [threading.current_thread().name]

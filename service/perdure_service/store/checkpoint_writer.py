@@ -14,9 +14,9 @@ then on, until the loop moves again; and an answer that the loop leaves it takes
 that cannot, both writers are threads.
 
 **Here and now.** When a run moves alone and commits are fast, the loop waits for the answer at once, for `HERE_S` at
-most, and so does a thread that submits a row and runs no loop of its own: nobody else has anything to do meanwhile. What
-takes longer goes on as every batch of the loop. Starts come from gRPC's loop, and are left to the agents': it goes on
-with the run at once, and gRPC's tells the caller while the run's first step is being committed.
+most, and so does a thread that submits a row and runs no loop of its own: nobody else has anything to do meanwhile.
+What takes longer goes on as every batch of the loop. Starts come from gRPC's loop, and are left to the agents': it goes
+on with the run at once, and gRPC's tells the caller while the run's first step is being committed.
 
 **Pace.** A commit costs the interpreter nearly the same with two rows as with twenty. While the process has all the
 work that it can do (`pace`), small batches would take the time in which their successors could have gathered: then one
@@ -238,12 +238,7 @@ class CheckpointWriter:
 
     def _may_wait(self) -> bool:
         """Returns whether whoever begins a batch now may wait for it."""
-        return (
-            not self._busy
-            and self._took < HERE_S
-            and self._pace.rows() <= 1
-            and self._alone(MOVED_WITHIN_S)
-        )
+        return not self._busy and self._took < HERE_S and self._pace.rows() <= 1 and self._alone(MOVED_WITHIN_S)
 
     @property
     def _loop_writes(self) -> bool:
@@ -439,9 +434,7 @@ class CheckpointWriter:
             self._flying = True
             return self._take_batch()
         if self._loop is not None and (self._rows or self._events):
-            self._timer = self._loop.call_later(
-                max(0.0, self._due_in()), self._turn, context=contextvars.Context()
-            )
+            self._timer = self._loop.call_later(max(0.0, self._due_in()), self._turn, context=contextvars.Context())
         return None
 
     def _fly(self, rows: Sequence[CheckpointRow], *, wait: bool) -> None:

@@ -267,9 +267,7 @@ class Exchange:
         if self._error is not None:
             raise self._as_sqlalchemy(self._error) from self._error
         executed = [result for new, result in zip(self._expected, self._results, strict=True) if new is None]
-        return [
-            _rows(self._transformer, one, result) for one, result in zip(self._statements, executed, strict=True)
-        ]
+        return [_rows(self._transformer, one, result) for one, result in zip(self._statements, executed, strict=True)]
 
     def _as_sqlalchemy(self, error: psycopg.Error) -> Exception:
         """Returns an error as SQLAlchemy wraps it, with neither the statement nor its values."""
