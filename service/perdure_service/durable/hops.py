@@ -241,7 +241,7 @@ async def answer(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments: Any) -> bool:
-    """Waits for a promise, one turn of the loop at least; returns whether it was kept.
+    """Waits for a promise; returns whether it was kept, after one turn of the loop at least.
 
     If the task is cancelled meanwhile and the promise is not kept, the stage still runs in a thread: its work is
     somebody's commit, and the events that ride on it are somebody's news.
@@ -253,10 +253,10 @@ async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments:
             again = context.run(_decide, function, *arguments)
             again.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    if promise.done():
-        await asyncio.sleep(0)  # or code whose steps are all answered at once would let nobody else run
-    else:
+    if not promise.done():
         await _settled(promise, nobody_waits=decide_alone)
+    elif _answer_of(promise):
+        await asyncio.sleep(0)  # or code whose steps are all answered at once would let nobody else run
     return _answer_of(promise)
 
 

@@ -74,6 +74,25 @@ def test_work_that_was_written_is_answered_without_a_thread() -> None:
     assert (result, stage.threads) == ("answer", [loop_thread])
 
 
+def test_code_whose_work_is_always_written_at_once_lets_others_run() -> None:
+    seen: list[str] = []
+
+    async def others() -> None:
+        for _ in range(3):
+            seen.append("another one")
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        task = asyncio.create_task(others())
+        for _ in range(3):
+            await hops.answer(Stage(leaves=settled(True)))
+            seen.append("answered")
+        await task
+
+    asyncio.run(main())
+    assert seen == ["another one", "answered"] * 3
+
+
 @pytest.mark.parametrize("ending", ["false", "failed", "cancelled"])
 def test_work_that_may_not_be_written_is_done_in_a_thread_without_a_deferral(ending: str) -> None:
     promise: Future[bool] = Future()
@@ -178,10 +197,25 @@ def test_nothing_refuses_to_block_outside_of_a_stage() -> None:
     hops.refuse_to_block()
 
 
+def test_what_is_done_for_everybody_within_a_stage_may_block_and_is_no_part_of_it() -> None:
+    found: list[object] = []
+
+    def stage() -> None:
+        with hops.as_a_thread():
+            hops.refuse_to_block()
+            found.append(hops.deferral())
+        found.append(hops.deferral())
+        hops.refuse_to_block()
+
+    with pytest.raises(hops.NeedsThread), hops.refusing(left := hops.Deferral()):
+        stage()
+    assert found == [None, left]
+
+
 def test_calls_from_other_threads_come_in_order_and_share_wake_ups() -> None:
     got: list[int] = []
 
-    async def main() -> int:
+    async def main() -> list[int]:
         loop = asyncio.get_running_loop()
         wakes = 0
         plain = loop.call_soon_threadsafe
@@ -192,14 +226,24 @@ def test_calls_from_other_threads_come_in_order_and_share_wake_ups() -> None:
             return plain(callback, *arguments, **rest)
 
         loop.call_soon_threadsafe = counted  # type: ignore[assignment]
-        for number in range(100):
-            hops.calls_into(loop).post(functools.partial(got.append, number))
-        await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        return wakes
 
-    assert asyncio.run(main()) == 1
-    assert got == list(range(100))
+        def post() -> None:
+            for number in range(100):
+                hops.calls_into(loop).post(functools.partial(got.append, number))
+
+        thread = threading.Thread(target=post)
+        thread.start()
+        thread.join()  # the loop does not come to it meanwhile
+        from_outside = wakes
+        post()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        post()  # from its own thread it need not be woken
+        await asyncio.sleep(0)
+        return [from_outside, wakes]
+
+    assert asyncio.run(main()) == [1, 1]
+    assert got == list(range(100)) * 3
 
 
 def test_a_thread_that_tells_many_things_wakes_the_loop_once_and_when_it_has_told_them() -> None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from perdure_service.rpc import event_loop
+from perdure_service import event_loop
 from perdure_service.rpc.event_loop import UNASKED, SeldomAsking
 
 
