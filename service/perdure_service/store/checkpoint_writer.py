@@ -8,10 +8,9 @@ something to gain: when a whole batch waits, or when the first one takes long.
 **The first writer is a loop's, the second one a thread.** A hand-over from thread to thread, and the wait for the
 interpreter's lock after it, cost more than many a commit. So the agents' loop, where most rows come from, sends a
 batch when it comes to it, and is told of the answer as of any socket's. What a loop should not do is left to the
-thread: to connect, to repeat what failed, to send what the socket does not take at once. And as code of agents may
-block their loop, the thread watches a clock: rows that the loop leaves for longer than 20 ms it writes by itself from
-then on, until the loop moves again; and an answer that the loop leaves it takes. Without such a loop, or with a driver
-that cannot, both writers are threads.
+thread: to connect, and to repeat what failed. And as code of agents may block their loop, the thread watches a clock:
+rows that the loop leaves for longer than 25 ms it writes by itself from then on, until the loop moves again; and an
+answer that the loop leaves it takes. Without such a loop, or with a driver that cannot, both writers are threads.
 
 **Here and now.** When a run moves alone and commits are fast, the loop waits for the answer at once, for `HERE_S` at
 most, and so does a thread that submits a row and runs no loop of its own: nobody else has anything to do meanwhile.
@@ -96,6 +95,9 @@ LOST_ATTEMPTS = 2
 """How often when the connection is lost: the second one is new."""
 FIRST_PAUSE_S = 0.005
 
+CONNECT_EVERY_S = 1.0
+"""How often it is tried to make the loop's connection."""
+
 STOP_S = 5.0
 """How long what waits may take to be written when it is stopped."""
 
@@ -169,6 +171,8 @@ class CheckpointWriter:
         self._busy = 0
         self._busy_since = 0.0
         self._begun = 0.0
+        self._waiting_since = 0.0
+        """When the row came that waits longest, or one that was taken before it."""
         self._took = 0.0
         """How long the last commit took, seconds."""
         self._pace = Pace(moving)
@@ -183,6 +187,7 @@ class CheckpointWriter:
         self._watched: Flight | None = None
         """The flight whose socket the loop has in its selector; the loop's own."""
         self._watched_socket = -1
+        self._connect_from = 0.0
         self._posted = False
         self._timer: asyncio.TimerHandle | None = None
         self._late = False
@@ -228,6 +233,8 @@ class CheckpointWriter:
                 and self._may_wait()
             )
             if not here:
+                if not (self._rows or self._events):
+                    self._waiting_since = time.monotonic()
                 (self._events if type(row) is EventsRow else self._rows).append(row)
                 self._call()
                 return True
@@ -278,7 +285,7 @@ class CheckpointWriter:
                     self._call()  # another one may begin while this one tells
             self._tell(taken, written)
             if written and self._loop is not None and not self._session.connected:
-                self._connect()
+                self._connect_again()
         session.drop()
 
     def _tell(self, rows: Sequence[CheckpointRow], written: dict[str, Written]) -> None:
@@ -303,7 +310,7 @@ class CheckpointWriter:
                     if self._loop_writes and not self._busy:
                         self._note_late()
                     return self._take_batch()
-                if not self._open and not self._rows and not self._events and self._flight is None:
+                if not (self._open or self._rows or self._events or self._flying):
                     return None
                 self._called = False  # from here on a call is needed: it has just looked
                 wait_s = self._clock()
@@ -322,8 +329,10 @@ class CheckpointWriter:
 
     def _clock(self) -> float | None:
         """Returns after how many seconds a thread must look again though nobody calls it; None for never."""
-        due = [self._due_in() + (GRACE_S if self._loop_writes else 0.0)] if self._rows or self._events else []
-        if self._flight is not None:
+        due: list[float] = []
+        if self._rows or self._events:
+            due.append(self._left_in() if self._loop_writes and not self._busy else self._due_in())
+        if self._flying:
             due.append(JOIN_AFTER_S)
         return max(min(due), 0.001) if due else None
 
@@ -363,11 +372,15 @@ class CheckpointWriter:
             return waiting >= MAX_ROWS or self._due_in() <= 0
         if first:
             return waiting >= min(self._pace.rows(), MAX_ROWS) or self._due_in() <= 0
-        return self._due_in() <= -GRACE_S
+        return self._left_in() <= 0
 
     def _due_in(self) -> float:
         """Returns in how many seconds a batch begins that is not whole."""
         return (self._busy_since if self._busy else self._begun) + JOIN_AFTER_S - time.monotonic()
+
+    def _left_in(self) -> float:
+        """Returns in how many seconds the loop has left what it should have taken."""
+        return max(self._begun, self._waiting_since) + JOIN_AFTER_S + GRACE_S - time.monotonic()
 
     def _write(self, session: _Session, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
         """Writes a batch, repeated as the module says; returns what was written, by workflow id."""
@@ -433,7 +446,7 @@ class CheckpointWriter:
         if self._may_take(first=True):
             self._flying = True
             return self._take_batch()
-        if self._loop is not None and (self._rows or self._events):
+        if self._loop is not None and self._timer is None and (self._rows or self._events):
             self._timer = self._loop.call_later(max(0.0, self._due_in()), self._turn, context=contextvars.Context())
         return None
 
@@ -442,7 +455,7 @@ class CheckpointWriter:
         flight = self._send(rows)
         if flight is None:
             return
-        if wait and flight.exchange.sent and flight.exchange.wait(HERE_S):
+        if wait and flight.exchange.wait(HERE_S):
             self._land(flight)
         else:
             self._leave(flight)
@@ -451,7 +464,7 @@ class CheckpointWriter:
         """Sends a batch on the loop's session; None when it could not, and the thread has it."""
         try:
             exchange = self.begin(self._session.connection, rows)
-        except (sa.exc.DBAPIError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - the thread tries it again, and tells
             self._repeat(rows, lost=is_connection_lost(error))
             return None
         if exchange is None:
@@ -460,17 +473,14 @@ class CheckpointWriter:
         return Flight(rows, exchange)
 
     def _leave(self, flight: Flight) -> None:
-        """Leaves a flight to the loop; or to the thread, when the socket has not taken all of it."""
+        """Leaves a flight to the loop."""
         assert self._loop is not None
         flight.exchange.begin_waiting()
-        flight.seen = not flight.exchange.sent
         with self._changed:
             self._flight = flight
-            if (flight.seen or not self._clock_watched) and not self._called:
+            if not self._clock_watched and not self._called:
                 self._called = True
                 self._changed.notify()
-        if flight.seen:
-            return
         if _running_loop() is self._loop:
             self._watch(flight)
         else:
@@ -480,18 +490,27 @@ class CheckpointWriter:
     def _watch(self, flight: Flight) -> None:
         assert self._loop is not None
         self._unwatch()
-        if not flight.adopted:
-            self._watched = flight
+        if flight.adopted:
+            return
+        try:
             self._watched_socket = self._session.socket()
-            self._loop.add_reader(self._watched_socket, self._arrived, flight)
+        except OSError as error:  # the thread will find that nobody looks
+            log.warning("checkpoints.not_watched", error=type(error).__name__)
+            return
+        self._watched = flight
+        self._loop.add_reader(self._watched_socket, self._arrived, flight)
+        if not flight.exchange.sent:
+            self._loop.add_writer(self._watched_socket, self._arrived, flight)
 
     def _unwatch(self) -> None:
         flight, self._watched = self._watched, None
         if flight is not None and self._loop is not None:
             self._loop.remove_reader(self._watched_socket)
+            self._loop.remove_writer(self._watched_socket)
 
     def _arrived(self, flight: Flight) -> None:
-        """Is called on the loop when something has come."""
+        """Is called on the loop when something has come, or can be sent."""
+        assert self._loop is not None
         if flight.adopted:
             self._unwatch()
         elif flight.taking.acquire(blocking=False):  # else the thread is just looking
@@ -502,13 +521,15 @@ class CheckpointWriter:
             if over:
                 self._unwatch()
                 self._land(flight)
+            elif flight.exchange.sent:
+                self._loop.remove_writer(self._watched_socket)
 
     def _land(self, flight: Flight) -> None:
         """Tells what came of a flight; on the loop, by the thread that adopted it, or by whoever waited for it here."""
         flight.exchange.end_waiting()
         try:
             written = written_by(flight.exchange)
-        except (sa.exc.DBAPIError, ValueError) as error:
+        except Exception as error:  # noqa: BLE001 - the thread tries it again, and tells
             self._repeat(flight.rows, lost=is_connection_lost(error))
             return
         rows = None
@@ -543,12 +564,12 @@ class CheckpointWriter:
         flight = self._flight
         if flight is None or not flight.taking.acquire(blocking=False):
             return None
-        left = flight.seen or not self._open
-        if not left and not flight.exchange.over and time.monotonic() >= flight.begun + JOIN_AFTER_S:
-            flight.seen = flight.exchange.has_more()
-        if left and not flight.exchange.over:
-            flight.adopted = True  # and `taking` is kept
-            return flight
+        if not flight.exchange.over:
+            if flight.seen or not self._open:
+                flight.adopted = True  # and `taking` is kept
+                return flight
+            if time.monotonic() >= flight.begun + JOIN_AFTER_S:
+                flight.seen = flight.exchange.has_more()
         flight.taking.release()
         return None
 
@@ -562,6 +583,12 @@ class CheckpointWriter:
             return
         with self._changed:
             self._session = session
+
+    def _connect_again(self) -> None:
+        """Makes it anew, if that was not tried a moment ago: meanwhile the thread is the only writer."""
+        if time.monotonic() >= self._connect_from:
+            self._connect_from = time.monotonic() + CONNECT_EVERY_S
+            self._connect()
 
     def _retire_session(self) -> None:
         """Closes the loop's session, where it may be closed; `_connect` makes another one."""
@@ -594,10 +621,15 @@ class _Session:
         return self._conn is not None
 
     def socket(self) -> int:
-        """Returns a descriptor of the connection's socket that stays open until `drop`."""
+        """Returns a descriptor of the connection's socket that stays open until `drop`.
+
+        Raises:
+            OSError: There is no connection, or no descriptor left.
+        """
         if self._socket is None:
-            driver = self.connection.connection.driver_connection
-            assert driver is not None, "it is connected"
+            driver = None if self._conn is None else self._conn.connection.driver_connection
+            if driver is None:
+                raise OSError("not connected")
             self._socket = os.dup(driver.fileno())
         return self._socket
 

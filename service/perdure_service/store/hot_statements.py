@@ -254,7 +254,10 @@ class Exchange:
 
     def _poll(self, timeout_s: float | None) -> bool:
         ready = select.poll()
-        ready.register(self._connection.socket, select.POLLIN | (0 if self.sent else select.POLLOUT))
+        try:
+            ready.register(self._connection.socket, select.POLLIN | (0 if self.sent else select.POLLOUT))
+        except psycopg.Error:  # it is lost, and `advance` will tell
+            return True
         return bool(ready.poll(None if timeout_s is None else math.ceil(timeout_s * 1_000)))
 
     def rows(self) -> list[Rows]:
