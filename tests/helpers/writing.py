@@ -92,10 +92,10 @@ def writing_on(url: str, loop: asyncio.AbstractEventLoop | None = None) -> Itera
 
 
 @contextmanager
-def a_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """Runs a loop in a thread of its own, named `the loop`."""
+def a_loop(name: str = "the loop") -> Iterator[asyncio.AbstractEventLoop]:
+    """Runs a loop in a thread of its own, with a name."""
     loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, name="the loop", daemon=True)
+    thread = threading.Thread(target=loop.run_forever, name=name, daemon=True)
     thread.start()
     try:
         yield loop

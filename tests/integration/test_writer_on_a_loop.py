@@ -125,7 +125,9 @@ def test_the_loop_writes_what_comes_from_it_and_from_others(writing: Writing, lo
 def test_while_code_blocks_the_loop_the_thread_writes_and_afterwards_the_loop_again(
     writing: Writing, loop: asyncio.AbstractEventLoop
 ) -> None:
-    with blocked(loop):
+    with blocked(loop), pytest.MonkeyPatch.context() as patch:
+        writing.started()
+        patch.setattr(checkpoint_writer, "JOIN_AFTER_S", 3600.0)  # what it knows, it does not wait for again
         for _ in range(3):
             run = writing.started()
             assert None not in writing.submit(a_step(run))
@@ -192,11 +194,22 @@ def test_a_silent_server_loses_a_connection_for_whose_answer_no_thread_waits(dia
     engine.dispose()
 
 
-def test_a_batch_that_the_socket_does_not_take_at_once_is_written(writing: Writing) -> None:
-    runs = [writing.started() for _ in range(6)]
-    long = '"' + "x" * 3_000_000 + '"'
-    assert None not in writing.submit(*(a_step(run, output=long) for run in runs))
-    assert [steps_of(writing, run) for run in runs] == [[1]] * 6
+def test_a_batch_that_the_socket_does_not_take_at_once_is_sent_by_the_loop(
+    writing: Writing, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert writing.submit(a_step(writing.started())) != [None]  # now it is prepared, and does not wait for that
+    steps = [a_step(writing.started(), output='"' + "x" * 3_000_000 + '"') for _ in range(6)]
+    monkeypatch.setattr(checkpoint_writer, "JOIN_AFTER_S", 3600.0)
+    with held_up(writing) as release:
+        writing.give(*steps)
+        eventually(lambda: backends(writing), what="its commit waits")
+        still_sends: list[bool] = []
+        on(loop, lambda: still_sends.append(loop.remove_writer(writing.writer._watched_socket)))
+        assert still_sends == [False], "it would not let the loop rest"
+        release()
+    assert None not in writing.wait_for(*steps)
+    assert writing.threads[-1] == THE_LOOP
+    assert [steps_of(writing, step) for step in steps] == [[1]] * 6
 
 
 # ---- here and now ----------------------------------------------------------------------------------------------------
@@ -230,6 +243,20 @@ def test_a_run_that_moves_alone_is_answered_where_it_submits(writing: Writing, l
     assert writing.all("SELECT status FROM dbos.workflow_status WHERE workflow_uuid = :id", id=start.workflow_id) == [
         ("SUCCESS",)
     ]
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_loop_that_is_not_the_writers_waits_for_nothing(writing: Writing) -> None:
+    writing.alone = True
+    start = a_start()
+    with a_loop("another loop") as other:
+        seen: list[list[str]] = []
+        with held_up(writing) as release:
+            on(other, lambda: seen.append(_submit_and_look(writing, start)))
+            release()
+        assert seen == [[]]
+    assert writing.wait_for(start) != [None]
+    assert writing.threads == [THE_LOOP]
 
 
 def test_a_commit_that_takes_longer_is_left_to_the_loop_and_the_next_one_does_not_try(writing: Writing) -> None:
@@ -289,6 +316,26 @@ def _stopping(writing: Writing) -> threading.Thread:
     return thread
 
 
+@pytest.mark.usefixtures("patient")
+def test_who_waits_when_it_is_stopped_is_answered(dialect_url: str) -> None:
+    with a_loop() as loop, writing_on(dialect_url, loop) as writing:
+        if not hot_statements.is_direct(writing.engine):
+            pytest.skip("psycopg2 is waited for by threads")
+        step = a_step(writing.started())
+        writing.alone = True
+        with held_up(writing) as release:
+            waiting = threading.Thread(target=_submit_and_look, args=(writing, step), name="who waits")
+            waiting.start()
+            eventually(lambda: backends(writing), what="its commit waits")
+            stopping = _stopping(writing)
+            eventually(lambda: not writing.writer._open)
+            release()
+            stopping.join()
+            waiting.join()
+        assert writing.wait_for(step) != [None]
+        assert writing.threads[-1] == "who waits"
+
+
 @pytest.mark.parametrize("blocks", [False, True])
 def test_what_is_under_way_when_it_is_stopped_is_written_and_told(dialect_url: str, blocks: bool) -> None:
     with a_loop() as loop, writing_on(dialect_url, loop) as writing:
@@ -313,7 +360,7 @@ def test_what_is_under_way_when_it_is_stopped_is_written_and_told(dialect_url: s
         assert not writing.writer.submit(a_start())
 
 
-def test_when_the_loop_has_ended_the_thread_writes(dialect_url: str) -> None:
+def test_when_the_loop_has_ended_the_thread_writes(dialect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with a_loop() as loop:
         writing_there = writing_on(dialect_url, loop)
         writing = writing_there.__enter__()
@@ -321,6 +368,9 @@ def test_when_the_loop_has_ended_the_thread_writes(dialect_url: str) -> None:
         writing.started()
     try:
         assert loop.is_closed()
+        writing.started()
+        if direct:
+            monkeypatch.setattr(checkpoint_writer, "JOIN_AFTER_S", 3600.0)
         run = writing.started()
         assert writing.submit(a_step(run)) != [None]
         assert not direct or writing.threads[-1] == THE_THREAD

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 from perdure_service import event_loop
-from perdure_service.rpc.event_loop import UNASKED, SeldomAsking
+from perdure_service.event_loop import UNASKED, SeldomAsking
 
 
 @pytest.fixture

@@ -418,14 +418,12 @@ class CheckpointWriter:
 
     def _post_turn(self) -> None:
         assert self._loop is not None
-        try:
+        with suppress(RuntimeError):  # it is closed; the thread will see that it does nothing
             if _running_loop() is self._loop:
                 self._loop.call_soon(self._turn, context=contextvars.Context())
             else:
                 self._loop.call_soon_threadsafe(self._turn, context=contextvars.Context())
             self._posted = True
-        except RuntimeError:  # it is closed
-            self._late = True
 
     def _turn(self) -> None:
         """Takes a batch, on the loop, if there is one to be taken now; else when the next one is due."""
