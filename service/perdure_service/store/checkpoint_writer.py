@@ -9,7 +9,7 @@ something to gain: when a whole batch waits, or when the first one takes long.
 interpreter's lock after it, cost more than many a commit. So the agents' loop, where most rows come from, sends a
 batch when it comes to it, and is told of the answer as of any socket's. What a loop should not do is left to the
 thread: to connect, and to repeat what failed. And as code of agents may block their loop, the thread watches a clock:
-rows that the loop leaves for longer than 25 ms it writes by itself from then on, until the loop moves again; and an
+rows that the loop leaves for longer than 40 ms it writes by itself from then on, until the loop moves again; and an
 answer that the loop leaves it takes. Without such a loop, or with a driver that cannot, both writers are threads.
 
 **Here and now.** When a run moves alone and commits are fast, the loop waits for the answer at once, for `HERE_S` at
@@ -80,8 +80,8 @@ JOIN_AFTER_S = 0.02
 """How long the first writer must be busy before the second one begins with less than a batch: small batches cost the
 database and us nearly as much as large ones. And how long a batch waits at most for its size, after the one before."""
 
-GRACE_S = 0.005
-"""How much later than the loop the thread takes what is due: else they would race for it."""
+GRACE_S = 0.02
+"""How much later than the loop the thread takes what is due: a turn of a loop that has much to do is long."""
 
 HERE_S = 0.002
 """How long whoever submits a row may wait for it, and how fast the last commit must have been for that to be tried."""
@@ -257,7 +257,7 @@ class CheckpointWriter:
 
         One that was called and has not looked yet will do.
         """
-        if self._loop_writes and not self._flying and not self._posted:
+        if self._loop_writes and not (self._flying or self._posted) and (not self._timer or self._may_take(first=True)):
             self._post_turn()
         if not self._called and (self._may_take(first=not self._loop_writes) or not self._clock_watched):
             self._called = True
