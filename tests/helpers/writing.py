@@ -40,7 +40,7 @@ class Writing:
         self.threads: list[str] = []
         self.alone = False
         self._answered = threading.Condition()
-        reserved = reserve_connections(engine, TIMEOUT, checkpoint_writer.WRITERS)
+        reserved = reserve_connections(engine, TIMEOUT, checkpoint_writer.CONNECTIONS)
         self.writer = CheckpointWriter(reserved, self._answer, alone=lambda _within: self.alone)
 
     def _answer(self, batch: Sequence[tuple[CheckpointRow, Written | None]]) -> None:

@@ -57,7 +57,7 @@ from perdure_service.durable.waking import Waker
 from perdure_service.durable.writer import EventWriter
 from perdure_service.store import queues as store_queues
 from perdure_service.store import runs, traces
-from perdure_service.store.checkpoint_writer import MAX_ROWS, WRITERS, CheckpointWriter
+from perdure_service.store.checkpoint_writer import CONNECTIONS, MAX_ROWS, CheckpointWriter
 from perdure_service.store.dbos_tables import APPLICATION
 from perdure_service.store.engine import is_cockroach, reserve_connections, waits_for_a_connection
 from perdure_service.store.objects import Objects
@@ -237,7 +237,7 @@ class Runtime:
         self._limit = OutputLimit(max_output_bytes)
         self._checkpoint_writer: CheckpointWriter | None = None
         if checkpoint_timeout is not None:
-            reserved = reserve_connections(engine, checkpoint_timeout, WRITERS)
+            reserved = reserve_connections(engine, checkpoint_timeout, CONNECTIONS)
             self._checkpoint_writer = CheckpointWriter(
                 reserved, self.checkpoints.answer, self.executions.moving, self.executions.alone
             )
