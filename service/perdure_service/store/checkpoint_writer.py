@@ -48,6 +48,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import math
 import os
 import threading
 import time
@@ -196,6 +197,8 @@ class CheckpointWriter:
         self._watched: Flight | None = None
         """The flight whose socket the loop has in its selector; the loop's own."""
         self._watched_socket = -1
+        self._closing = False
+        """Whether the loop has yet to close its last connection, without which there is none left for another one."""
         self._connect_from = 0.0
         self._posted = False
         self._timer: asyncio.TimerHandle | None = None
@@ -597,10 +600,13 @@ class CheckpointWriter:
             self._session = session
 
     def _connect_again(self) -> None:
-        """Makes it anew, if that was not tried a moment ago: meanwhile the thread is the only writer."""
-        if time.monotonic() >= self._connect_from:
-            self._connect_from = time.monotonic() + CONNECT_EVERY_S
-            self._connect()
+        """Makes it anew, if that was not tried a moment ago: meanwhile the threads are the only writers."""
+        with self._changed:
+            if self._session.connected or self._closing or time.monotonic() < self._connect_from:
+                return
+            self._connect_from = math.inf  # one thread tries it
+        self._connect()
+        self._connect_from = time.monotonic() + CONNECT_EVERY_S
 
     def _retire_session(self) -> None:
         """Closes the loop's session, where it may be closed; `_connect` makes another one."""
@@ -609,10 +615,12 @@ class CheckpointWriter:
         def close() -> None:
             self._unwatch()
             session.drop()
+            self._closing = False
 
         if self._watched is None or self._loop is None or _running_loop() is self._loop:
             session.drop()
             return
+        self._closing = True
         try:
             self._loop.call_soon_threadsafe(close)
         except RuntimeError:  # it is closed
