@@ -225,6 +225,30 @@ def test_a_batch_that_the_socket_does_not_take_at_once_is_sent_by_the_loop(
     assert [steps_of(writing, step) for step in steps] == [[1]] * 6
 
 
+def test_a_batch_that_cannot_be_watched_is_written_and_keeps_no_other_one_from_being_told(
+    writing: Writing, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *others = (a_step(writing.started()) for _ in range(3))
+
+    def refuse(*_: object) -> None:
+        raise OSError("the selector is full")
+
+    with held_up(writing) as release, monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer, "JOIN_AFTER_S", 3600.0)  # until the first one is answered nobody joins
+        writing.give(first)
+        eventually(lambda: backends(writing), what="its commit waits")
+        with writing.writer._changed:
+            assert all(writing.writer.submit(other) for other in others)
+        patch.setattr(loop, "add_reader", refuse)
+        release()
+        assert writing.wait_for(first) != [None]
+        patch.setattr(checkpoint_writer, "JOIN_AFTER_S", 0.02)
+        with writing.writer._changed:
+            writing.writer._changed.notify_all()  # or the thread would still look after an hour
+        assert None not in writing.wait_for(*others)
+    assert [steps_of(writing, step) for step in (first, *others)] == [[1]] * 3
+
+
 # ---- here and now ----------------------------------------------------------------------------------------------------
 
 

@@ -558,9 +558,11 @@ class CheckpointWriter:
                     rows = self._take_next()
                 else:
                     self._call()
-        if rows is not None:
-            self._fly(rows, wait=False)  # before telling, so that it is under way meanwhile
-        self._tell(flight.rows, written)
+        try:
+            if rows is not None:
+                self._fly(rows, wait=False)  # before telling, so that it is under way meanwhile
+        finally:
+            self._tell(flight.rows, written)
 
     def _repeat(self, rows: Sequence[CheckpointRow], *, lost: bool) -> None:
         """Gives the thread what has failed on the loop's session."""
