@@ -371,6 +371,7 @@ def test_who_waits_when_it_is_stopped_is_answered(dialect_url: str) -> None:
             waiting.join()
         assert writing.wait_for(step) != [None]
         assert writing.threads[-1] == "who waits"
+        assert not any(thread.is_alive() for thread in writing.writer._threads)
 
 
 @pytest.mark.parametrize("blocks", [False, True])

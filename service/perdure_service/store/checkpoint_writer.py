@@ -325,6 +325,7 @@ class CheckpointWriter:
                         self._note_late()
                     return self._take_batch()
                 if not (self._open or self._rows or self._events or self._flying):
+                    self._changed.notify_all()  # the other one may have waited for the same
                     return None
                 self._called = False  # from here on a call is needed: it has just looked
                 wait_s = self._clock()
