@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from contextvars import Context
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -41,6 +42,31 @@ class SeldomAsking(selectors.DefaultSelector):
 def new() -> asyncio.AbstractEventLoop:
     """Returns such a loop."""
     return asyncio.SelectorEventLoop(SeldomAsking())
+
+
+def running() -> asyncio.AbstractEventLoop | None:
+    """Returns the loop that runs in this thread, None when none does."""
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        return None
+
+
+def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object], context: Context | None = None) -> None:
+    """Makes a loop call something soon, from any thread; from its own one it need not be woken.
+
+    Args:
+        loop: It.
+        call: What it calls.
+        context: In which; by default a copy of the caller's.
+
+    Raises:
+        RuntimeError: The loop is closed.
+    """
+    if running() is loop:
+        loop.call_soon(call, context=context)
+    else:
+        loop.call_soon_threadsafe(call, context=context)
 
 
 def run(main: Coroutine[Any, Any, T]) -> T:

@@ -112,35 +112,22 @@ def refuse_to_block() -> None:
 class refusing:
     """Makes what may wait in this thread refuse to; `left` is where work may be left meanwhile. Each step has five."""
 
-    __slots__ = ("_before", "_left")
+    __slots__ = ("_before", "_within")
 
-    def __init__(self, left: Deferral | None = None) -> None:
-        self._left = left
+    def __init__(self, left: Deferral | None = None, *, refuses: bool = True) -> None:
+        self._within = refuses, left
 
     def __enter__(self) -> None:
         self._before = _here.refuses, _here.deferral
-        _here.refuses, _here.deferral = True, self._left
+        _here.refuses, _here.deferral = self._within
 
     def __exit__(self, *_: object) -> None:
         _here.refuses, _here.deferral = self._before
 
 
-@contextmanager
-def as_a_thread() -> Iterator[None]:
+def as_a_thread() -> refusing:
     """Surrounds what is done in a stage for everybody, as a thread of its own would do it: nothing of it is refused."""
-    before = _here.refuses, _here.deferral
-    _here.refuses, _here.deferral = False, None
-    try:
-        yield
-    finally:
-        _here.refuses, _here.deferral = before
-
-
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
+    return refusing(refuses=False)
 
 
 class LoopCalls:
@@ -171,10 +158,7 @@ class LoopCalls:
 
     def wake(self) -> None:
         """Wakes the loop for what was posted."""
-        if _running_loop() is self._loop:
-            self._loop.call_soon(self._empty)
-        else:
-            self._loop.call_soon_threadsafe(self._empty)
+        event_loop.call_soon(self._loop, self._empty)
 
     def _empty(self) -> None:
         self._woken = False
@@ -347,14 +331,18 @@ def start_of_task() -> CodeType:
     return code_within(_core.execute_dequeued_workflow.__code__, "start_workflow_task")
 
 
-class _AsyncioOfOutcomes:
-    """The module `asyncio` as `dbos._outcome` gets it: its `to_thread` needs no thread for stages that are known."""
-
-    def __init__(self, known: Collection[CodeType]) -> None:
-        self._known = known
+class _Asyncio:
+    """The module `asyncio`, for a module of DBOS's that is to get some of it from here."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(asyncio, name)
+
+
+class _AsyncioOfOutcomes(_Asyncio):
+    """As `dbos._outcome` gets it: its `to_thread` needs no thread for stages that are known."""
+
+    def __init__(self, known: Collection[CodeType]) -> None:
+        self._known = known
 
     async def to_thread(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Any:
         if named or getattr(function, "__code__", None) not in self._known:
@@ -362,13 +350,10 @@ class _AsyncioOfOutcomes:
         return await answer(function, *arguments)
 
 
-class _AsyncioOfLoops:
-    """The module `asyncio` as `dbos._event_loop` gets it."""
+class _AsyncioOfLoops(_Asyncio):
+    """As `dbos._event_loop` gets it."""
 
     new_event_loop = staticmethod(event_loop.new)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(asyncio, name)
 
 
 def install(*ours: CodeType) -> None:

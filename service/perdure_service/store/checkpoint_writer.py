@@ -59,6 +59,7 @@ from contextlib import suppress
 import sqlalchemy as sa
 import structlog
 
+from perdure_service import event_loop
 from perdure_service.store import hot_statements
 from perdure_service.store.checkpoints import CheckpointRow, EventsRow, Written, begin_all, commit_all, written_by
 from perdure_service.store.engine import is_cockroach
@@ -124,13 +125,6 @@ Answer = Callable[[Sequence[tuple[CheckpointRow, Written | None]]], None]
 log = structlog.get_logger()
 
 
-def _running_loop() -> asyncio.AbstractEventLoop | None:
-    try:
-        return asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-
-
 class Flight:
     """A batch that was sent on the loop's session; see the module."""
 
@@ -184,8 +178,6 @@ class CheckpointWriter:
         self._took = 0.0
         """How long the last commit took, seconds."""
         self._pace = Pace(moving)
-        self._wanted = 0.0
-        """How many rows a batch had better have, as the pace said last."""
         self._clock_watched = False
         self._called = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -238,11 +230,10 @@ class CheckpointWriter:
         with self._changed:
             if not self._open or len(self._rows) + len(self._events) >= MAX_WAITING:
                 return False
-            self._wanted = self._pace.rows()
             here = (
                 self._loop_writes
                 and not (self._rows or self._events)
-                and _running_loop() in (self._loop, None)
+                and event_loop.running() in (self._loop, None)
                 and self._may_wait()
             )
             if not here:
@@ -258,13 +249,13 @@ class CheckpointWriter:
 
     def _may_wait(self) -> bool:
         """Returns whether whoever begins a batch now may wait for it."""
-        return not self._busy and self._took < HERE_S and self._wanted <= 1 and self._alone(MOVED_WITHIN_S)
+        return not self._busy and self._took < HERE_S and self._pace.rows() <= 1 and self._alone(MOVED_WITHIN_S)
 
     @property
     def _loop_writes(self) -> bool:
         """Whether the loop is the first writer now, and it has what it needs."""
-        few = self._wanted < MANY_ROWS
-        return few and self._loop is not None and not self._late and self._session.connected
+        has_all = self._loop is not None and not self._late and self._session.connected
+        return has_all and self._pace.rows() < MANY_ROWS
 
     def _call(self) -> None:
         """Sees to it that a writer looks if there is something to take, or a clock to watch.
@@ -386,8 +377,7 @@ class CheckpointWriter:
         if self._busy:
             return waiting >= MAX_ROWS or self._due_in() <= 0
         if first:
-            self._wanted = self._pace.rows()
-            return waiting >= min(self._wanted, MAX_ROWS) or self._due_in() <= 0
+            return waiting >= min(self._pace.rows(), MAX_ROWS) or self._due_in() <= 0
         return self._left_in() <= 0
 
     def _due_in(self) -> float:
@@ -435,10 +425,7 @@ class CheckpointWriter:
     def _post_turn(self) -> None:
         assert self._loop is not None
         with suppress(RuntimeError):  # it is closed; the thread will see that it does nothing
-            if _running_loop() is self._loop:
-                self._loop.call_soon(self._turn, context=contextvars.Context())
-            else:
-                self._loop.call_soon_threadsafe(self._turn, context=contextvars.Context())
+            event_loop.call_soon(self._loop, self._turn, contextvars.Context())
             self._posted = True
 
     def _turn(self) -> None:
@@ -494,10 +481,8 @@ class CheckpointWriter:
         flight.exchange.begin_waiting()
         with self._changed:
             self._flight = flight
-            if not self._clock_watched and not self._called:
-                self._called = True
-                self._changed.notify()
-        if _running_loop() is self._loop:
+            self._call()  # the clock must be watched
+        if event_loop.running() is self._loop:
             self._watch(flight)
         else:
             with suppress(RuntimeError):  # it is closed; the thread will see that
@@ -555,7 +540,7 @@ class CheckpointWriter:
             self._flight = None
             self._took = time.monotonic() - flight.begun
             if self._rows or self._events:
-                if self._loop_writes and _running_loop() is self._loop:
+                if self._loop_writes and event_loop.running() is self._loop:
                     rows = self._take_next()
                 else:
                     self._call()
@@ -620,7 +605,7 @@ class CheckpointWriter:
             session.drop()
             self._closing = False
 
-        if self._watched is None or self._loop is None or _running_loop() is self._loop:
+        if self._watched is None or self._loop is None or event_loop.running() is self._loop:
             session.drop()
             return
         self._closing = True

@@ -249,8 +249,8 @@ class Exchange:
         silence.finish(self._engine, id(self))
 
     def has_more(self) -> bool:
-        """Returns whether something has come that nobody has taken."""
-        return bool(self._poll(0))
+        """Returns whether something has come that nobody has taken, or the rest could be sent."""
+        return self._poll(0)
 
     def _poll(self, timeout_s: float | None) -> bool:
         ready = select.poll()

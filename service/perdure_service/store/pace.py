@@ -1,4 +1,4 @@
-"""How large a batch of the checkpoint writer had better be; see there."""
+"""How large a batch of the checkpoint writer had better be; why is said there (`checkpoint_writer`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ seem to move. When the process is not full any more, it should soon be forgotten
 
 
 class Pace:
-    """How many rows a batch had better have, see the module. For one thread at a time.
+    """How many rows a batch had better have. For one thread at a time.
 
     It is asked under the writer's lock, and `moving` may take a lock under which nobody submits a row.
     """
