@@ -30,10 +30,16 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture(scope="module")
-def of_module(dialect_url: str, loop: asyncio.AbstractEventLoop) -> Iterator[Writing]:
-    with writing_on(dialect_url, loop) as writing:
-        if not hot_statements.is_direct(writing.engine):
-            pytest.skip("psycopg2 is waited for by threads")
+def direct_url(dialect_url: str) -> str:
+    """The module's database, where the driver can be asked without waiting."""
+    if sa.make_url(dialect_url).get_driver_name() != "psycopg":
+        pytest.skip("psycopg2 is waited for by threads")
+    return dialect_url
+
+
+@pytest.fixture(scope="module")
+def of_module(direct_url: str, loop: asyncio.AbstractEventLoop) -> Iterator[Writing]:
+    with writing_on(direct_url, loop) as writing:
         yield writing
 
 
@@ -188,10 +194,8 @@ def test_a_connection_that_is_lost_under_a_batch_costs_no_row_and_is_made_again(
     eventually(lambda: _writes_by_loop(writing), what="the loop writes again")
 
 
-def test_a_silent_server_loses_a_connection_for_whose_answer_no_thread_waits(dialect_url: str) -> None:
-    engine = create_engine(dialect_url, pool_size=1, statement_timeout=timedelta(0))
-    if not hot_statements.is_direct(engine):
-        pytest.skip("psycopg2 is waited for by threads")
+def test_a_silent_server_loses_a_connection_for_whose_answer_no_thread_waits(direct_url: str) -> None:
+    engine = create_engine(direct_url, pool_size=1, statement_timeout=timedelta(0))
     watch_for_silence(engine, 0.1, SilenceWatch())
     with engine.connect() as conn:
         conn = conn.execution_options(isolation_level="AUTOCOMMIT")
@@ -296,8 +300,18 @@ def test_a_loop_that_is_not_the_writers_waits_for_nothing(writing: Writing) -> N
     assert writing.threads == [THE_LOOP]
 
 
-def test_a_commit_that_takes_longer_is_left_to_the_loop_and_the_next_one_does_not_try(writing: Writing) -> None:
+def test_a_commit_that_takes_longer_is_left_to_the_loop_and_the_next_one_does_not_try(
+    writing: Writing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float | None] = []
+    wait = hot_statements.Exchange.wait
+
+    def noted(exchange: hot_statements.Exchange, timeout_s: float | None = None) -> bool:
+        waited.append(timeout_s)
+        return wait(exchange, timeout_s)
+
     first, second = writing.started(), writing.started()
+    monkeypatch.setattr(hot_statements.Exchange, "wait", noted)
     writing.alone = True
     writing.writer._took = 0.0
     step = a_step(first)
@@ -310,10 +324,24 @@ def test_a_commit_that_takes_longer_is_left_to_the_loop_and_the_next_one_does_no
     other = a_step(second)
     with held_up(writing) as release:
         assert _submit_and_look(writing, other) == []
-        assert writing.writer._flight is None or writing.writer._flight.rows != [other]
+        assert waited == [checkpoint_writer.HERE_S], "the first one only"
         release()
     assert writing.wait_for(other) != [None]
     assert [steps_of(writing, run) for run in (first, second)] == [[1], [1]]
+
+
+def test_what_was_waited_for_in_vain_is_watched_for_a_loop_that_is_blocked(
+    writing: Writing, loop: asyncio.AbstractEventLoop
+) -> None:
+    step = a_step(writing.started())
+    eventually(lambda: not writing.writer._clock_watched, what="no thread has anything to look at")
+    writing.alone = True
+    writing.writer._took = 0.0
+    with held_up(writing) as release, blocked(loop):
+        assert _submit_and_look(writing, step) == []
+        release()
+        assert writing.wait_for(step) != [None]
+    assert set(writing.threads) <= THREADS
 
 
 @pytest.mark.usefixtures("patient")
@@ -354,10 +382,8 @@ def _stopping(writing: Writing) -> threading.Thread:
 
 
 @pytest.mark.usefixtures("patient")
-def test_who_waits_when_it_is_stopped_is_answered(dialect_url: str) -> None:
-    with a_loop() as loop, writing_on(dialect_url, loop) as writing:
-        if not hot_statements.is_direct(writing.engine):
-            pytest.skip("psycopg2 is waited for by threads")
+def test_who_waits_when_it_is_stopped_is_answered(direct_url: str) -> None:
+    with a_loop() as loop, writing_on(direct_url, loop) as writing:
         step = a_step(writing.started())
         writing.alone = True
         with held_up(writing) as release:
@@ -375,10 +401,8 @@ def test_who_waits_when_it_is_stopped_is_answered(dialect_url: str) -> None:
 
 
 @pytest.mark.parametrize("blocks", [False, True])
-def test_what_is_under_way_when_it_is_stopped_is_written_and_told(dialect_url: str, blocks: bool) -> None:
-    with a_loop() as loop, writing_on(dialect_url, loop) as writing:
-        if not hot_statements.is_direct(writing.engine):
-            pytest.skip("psycopg2 is waited for by threads")
+def test_what_is_under_way_when_it_is_stopped_is_written_and_told(direct_url: str, blocks: bool) -> None:
+    with a_loop() as loop, writing_on(direct_url, loop) as writing:
         step = a_step(writing.started())
         with held_up(writing) as release:
             assert writing.writer.submit(step)
