@@ -14,6 +14,12 @@ is found by the execution after this one.
 
 **What if two do it?** The slot lets one commit of an execution be under way. Two executions of a run differ in their
 token, and the writer's statement asks for the owner's.
+
+**The last step goes with the end.** A workflow's own code goes on with what a step returned while its commit is on its
+way (`hops.Ahead`). If it ends before a writer has taken that row, the step and the end become one row, with one pack
+(`join`): a commit less for each run. The writer's lock decides between the two. What is not written of it is the end's
+to decide, whose operation records the step with it, as everybody who ends this execution's run does from then on
+(`Execution.last_step`): no end is committed whose step is not.
 """
 
 from __future__ import annotations
@@ -46,6 +52,8 @@ class Presented:
         riding: Those that were taken from the execution's buffer.
         execution: Whose it is; of a start the one that begins with it, None when none does.
         call: So that its repeat knows it.
+        ahead: Whether its code has gone on.
+        joins: The step that goes with it.
         written: Whether it is committed; False when that is not known, and an `Operation` must adopt it.
         returned: What the writer's statement returned of it, once it is.
     """
@@ -58,7 +66,11 @@ class Presented:
         *,
         call: Call | None = None,
         riding: Sequence[Event] = (),
+        ahead: bool = False,
+        joins: Presented | None = None,
     ) -> None:
+        self.ahead = ahead
+        self.joins = joins
         self.row = row
         self.pack = row.pack
         self.riding = list(riding)
@@ -79,6 +91,8 @@ class Presented:
         if written is not None:
             self.returned = written
             with metering.telling(self.pack.workflow_id):
+                if self.joins is not None:
+                    self.joins._after(written)
                 self._after(written)
         if owner is None:
             if self.execution is not None:
@@ -86,6 +100,8 @@ class Presented:
         elif written is not None or not owner.leave_unanswered(self):
             owner.slot.release_by(self)
         # Else it keeps the slot until its call adopts it.
+        if self.joins is not None:
+            self.joins.written.cancel()
         self.written.set_result(written is not None)
 
     def note_end(self, written: Written) -> None:
@@ -135,6 +151,8 @@ class Checkpoints:
             None when it must go the other way.
         """
         _refuse_to_wait()
+        if wait:
+            execution.settle()
         writer, slot = self._writer, execution.slot
         if writer is None or self._operations.current is not None:
             return None
@@ -148,11 +166,14 @@ class Checkpoints:
             slot.release()
             return None
         riding, taken = execution.take(), False
+        deferral = hops.deferral()
+        ahead = deferral is not None and deferral.ahead
         try:
             pack = Pack(execution.key.workflow_id, [*riding, *events], first_sequence=end.last + 1)
             if not pack.events or sum(map(event_chars, pack.events)) > MAX_PACK_CHARS:
                 return None
-            presented = Presented(make_row(pack, end.first), execution, after, call=call, riding=riding)
+            row = make_row(pack, end.first)
+            presented = Presented(row, execution, after, call=call, riding=riding, ahead=ahead)
             slot.hand_to(presented)
             taken = self._submit(writer, presented)
             if not taken:
@@ -162,6 +183,59 @@ class Checkpoints:
             if not taken:
                 execution.give_back(riding)
                 slot.release()
+
+    def join(
+        self,
+        call: Call,
+        execution: Execution,
+        events: Sequence[Event],
+        make_row: MakeRow,
+        after: Callable[[Written], None],
+    ) -> Presented | None:
+        """Gives the writer a commit of an execution together with the step that its code is ahead of.
+
+        Arguments as of `present`; the row has `Execution.last_step` in it.
+
+        Returns:
+            None when there is no such step, or it is being written already.
+        """
+        writer, step = self._writer, execution.slot.holder
+        if writer is None or not isinstance(step, Presented) or not self.may_join(execution):
+            return None
+        taken = execution.take()
+        riding = [*step.pack.events, *taken]
+        pack = Pack(execution.key.workflow_id, [*riding, *events], first_sequence=step.pack.first_sequence)
+        joined = None
+        if sum(map(event_chars, pack.events)) <= MAX_PACK_CHARS:
+            execution.last_step = step.row
+            row = make_row(pack, step.row.previous_first)
+            joined = Presented(row, execution, after, call=call, riding=riding, joins=step)
+            if writer.replace(step.row, row, partial(self._pass_on, step, joined)):
+                writer.hurry(row)
+                return joined
+            execution.last_step = None
+        execution.give_back(taken)
+        return None
+
+    @staticmethod
+    def may_join(execution: Execution) -> bool:
+        """Returns whether there is a step that `join` would find."""
+        step = execution.slot.holder
+        return isinstance(step, Presented) and step.ahead and step.row.waits
+
+    def _pass_on(self, step: Presented, joined: Presented) -> None:
+        """Puts what joins a step in its place, while no writer can take it."""
+        assert joined.execution is not None
+        del self._presented[id(step.row)]
+        self._presented[id(joined.row)] = joined
+        joined.execution.slot.pass_on(step, joined)
+
+    def hurry(self, presented: Presented, blocks: bool) -> None:
+        """Is told that somebody waits for a commit now; `blocks` if its thread does nothing else meanwhile."""
+        if self._writer is not None:
+            self._writer.hurry(presented.row)
+            if blocks and not presented.written.done():
+                self._writer.stand_in()
 
     def present_start(
         self, row: CheckpointRow, execution: Execution | None, after: Callable[[Written], None]
@@ -182,7 +256,7 @@ class Checkpoints:
 
     def _submit(self, writer: CheckpointWriter, presented: Presented) -> bool:
         self._presented[id(presented.row)] = presented
-        taken = writer.submit(presented.row)
+        taken = writer.submit(presented.row, soon=not presented.ahead)
         if not taken:
             del self._presented[id(presented.row)]
         return taken

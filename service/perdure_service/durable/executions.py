@@ -27,6 +27,7 @@ from perdure_service.domain.events import MAX_TEXT_CHARS, Event, EventKind, Pack
 from perdure_service.domain.queues import DEFAULT_QUEUE
 from perdure_service.domain.runs import Failure, Run, RunKey, RunState
 from perdure_service.domain.trace_fold import ExecutionFold
+from perdure_service.durable.hops import Ahead, refuse_to_block
 from perdure_service.durable.recording import Recording
 from perdure_service.telemetry import RunSpan
 
@@ -107,14 +108,29 @@ class Slot:
         return self._holder is not None
 
     @property
+    def held_here(self) -> bool:
+        """Whether this thread has it."""
+        return self._holder == threading.get_ident()
+
+    @property
     def nested(self) -> bool:
         """Whether this thread, which has it, has taken it more than once."""
         return self._depth > 1
+
+    @property
+    def holder(self) -> object:
+        """The commit that holds it, or the id of the thread that does; None for nobody."""
+        return self._holder
 
     def hand_to(self, commit: object) -> None:
         """Makes a commit hold what this thread has taken once."""
         assert self._depth == 1, "an outer call of this thread goes on"
         self._holder = commit
+
+    def pass_on(self, commit: object, to: object) -> None:
+        """Makes another commit hold what a commit holds."""
+        assert self._holder is commit, "the commit does not hold it"
+        self._holder = to
 
     def take_over(self, commit: object) -> None:
         """Makes this thread hold what a commit holds."""
@@ -220,11 +236,17 @@ class Execution:
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
+    plain: bool = False
+    """Whether its code is run by `plain_runs`."""
     slot: Slot = field(default_factory=Slot)
     log_end: LogEnd | None = None
     """Where its next pack goes behind; None while it has committed none."""
     unanswered: Any = None
     """What the checkpoint writer was given and did not write, while it waits to be adopted; see `checkpoints`."""
+    ahead: Ahead | None = None
+    """The step whose commit its code has gone ahead of; see `hops`."""
+    last_step: Any = None
+    """The row of the step that goes with its run's end; see `checkpoints`."""
     left: bool = False
     """Whether `Executions` has forgotten it: no call of it comes any more that could adopt something."""
     serialization: str | None = None
@@ -290,6 +312,38 @@ class Execution:
             at_once = self._text_chars >= AT_ONCE_CHARS
         if self._wake_writer is not None:
             self._wake_writer(self, at_once=at_once)
+
+    def settle(self) -> None:
+        """Waits for the commit that its code has gone ahead of, before it does anything durable. Blocks.
+
+        Raises:
+            NeedsThread: It must not block here.
+            BaseException: The commit could not be, as its step says.
+        """
+        ahead = self.ahead
+        if ahead is not None:
+            refuse_to_block()
+            try:
+                ahead.wait()
+            finally:
+                self._caught_up(ahead)
+
+    def go_ahead(self, ahead: Ahead) -> None:
+        """Is told that its code goes on with what is not committed."""
+        self.ahead = ahead
+
+    async def settled(self) -> None:
+        """Does what `settle` does, on the loop."""
+        ahead = self.ahead
+        if ahead is not None:
+            try:
+                await ahead.settled()
+            finally:
+                self._caught_up(ahead)
+
+    def _caught_up(self, ahead: Ahead) -> None:
+        if ahead.over and self.ahead is ahead:
+            self.ahead = None
 
     def meet_step(self) -> int:
         """Counts a step with a body that the code comes to; returns how many they are with it."""

@@ -16,6 +16,12 @@ none ever comes because the batch failed, nothing is known; the same stage runs 
 what it would have done without a batch: it finds what is committed, and decides. If we die before the answer, DBOS has
 not gone on, and the next execution finds the work recorded or does it again: as with a thread. If the task is cancelled
 while it waits, the work still goes its way, as that of a thread would.
+
+**But code may go ahead of a step's commit**, as far as nothing comes of it: a workflow's own code gets what its step
+returned while that is on its way to the database (`Ahead`). Before it does anything else that is durable, or begins the
+body of another step, it waits for it (`Ahead.settled`, `Ahead.wait`). So if we die, the next execution runs the step
+again, whose value nobody has seen but code that is run again, too. If the code ends there, its last step and its end
+are one commit (`checkpoints`), which is what this is for.
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import Any, TypeVar
@@ -44,6 +50,7 @@ DECIDERS = 64
 """Threads for stages whose work a batch did not write; more than there are connections."""
 
 _deciders = ThreadPoolExecutor(DECIDERS, thread_name_prefix="decider-")
+_deciding = threading.Lock()
 _plain_invoke_step = _core.invoke_step
 _plain_submit_coroutine = BackgroundEventLoop.submit_coroutine
 
@@ -52,32 +59,126 @@ class NeedsThread(BaseException):
     """Raised in what is answered inline and would have to block; whoever answers runs it in a thread instead."""
 
 
+def _in_its_time(_blocks: bool) -> None:
+    """Hurries nothing."""
+
+
 class Deferral:
-    """What a stage that is answered inline leaves to be done before its answer counts."""
+    """What a stage that is answered inline leaves to be done before its answer counts.
 
-    __slots__ = ("_promise",)
+    Attributes:
+        ahead: Whether the code that gets the answer may go on with it before that.
+        hurry: Called when somebody comes to wait for it, with whether the thread is held up by that.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_promise", "ahead", "hurry")
+
+    def __init__(self, *, ahead: bool = False) -> None:
         self._promise: Future[bool] | None = None
+        self.ahead = ahead
+        self.hurry: Callable[[bool], None] = _in_its_time
 
-    def wait_for(self, promise: Future[bool]) -> None:
+    def wait_for(self, promise: Future[bool], hurry: Callable[[bool], None] = _in_its_time) -> None:
         """Makes the stage's answer wait; call it once, last, and return as if the work were done.
 
         Args:
             promise: Set to True once the work is committed; to False when it was not written or nobody knows, and
-                then the stage is run in a thread to decide.
+                then the stage is run in a thread to decide. Of a stage whose code has gone ahead it may be cancelled:
+                another stage's commit has the work in it, and decides.
+            hurry: See the class.
 
         Raises:
             RuntimeError: The stage waits for something already: one stage is one commit.
         """
         if self._promise is not None:
             raise RuntimeError("a stage hands over one piece of work")
-        self._promise = promise
+        self._promise, self.hurry = promise, hurry
 
     @property
     def promise(self) -> Future[bool] | None:
         """What the answer waits for, None for nothing."""
         return self._promise
+
+
+class Ahead:
+    """A stage whose answer its code has got before its work was committed: see the module.
+
+    If the work turns out not to be written, or nobody knows, the stage is run in a thread at once, whoever waits.
+    """
+
+    __slots__ = ("_decided", "_decider", "_stage", "_waits")
+
+    def __init__(self, left: Deferral, stage: Callable[[], object]) -> None:
+        assert left.promise is not None
+        self._waits: tuple[Future[bool], Callable[[bool], None]] | None = (left.promise, left.hurry)
+        self._stage: Callable[[], object] | None = stage
+        self._decided: Future[object] | None = None
+        self._decider = 0
+        left.promise.add_done_callback(self._answered)
+
+    @property
+    def over(self) -> bool:
+        """Whether the work is committed, or cannot be."""
+        waits = self._waits
+        return waits is None or (waits[0].done() and (_is_kept(waits[0]) or self._decision().done()))
+
+    def _answered(self, promise: Future[bool]) -> None:
+        if _is_kept(promise):
+            self._waits = self._stage = None  # or they would keep each other until the collector comes
+        else:
+            self._decision()
+
+    def _decision(self) -> Future[object]:
+        """Returns what comes of running the stage in a thread, which is begun by whoever is first to see the need."""
+        with _deciding:
+            if self._decided is None:
+                self._decided = _deciders.submit(self._decide)
+            return self._decided
+
+    def _decide(self) -> object:
+        self._decider = threading.get_ident()
+        assert self._stage is not None
+        return self._stage()
+
+    async def settled(self) -> None:
+        """Waits until the work is committed.
+
+        Raises:
+            BaseException: It could not be, as the stage says.
+        """
+        promise, hurry = self._waits or _KEPT
+        if not promise.done():
+            hurry(False)
+        if promise.done():
+            await asyncio.sleep(0)  # or code whose steps are all answered at once would let nobody else run
+        else:
+            await _settled(promise)
+        if not _is_kept(promise):
+            await result_of(self._decision())
+
+    def wait(self) -> None:
+        """Does what `settled` does, in a thread; for the thread that decides there is nothing to wait for.
+
+        Raises:
+            BaseException: As `settled`.
+        """
+        if self._decider == threading.get_ident():
+            return
+        promise, hurry = self._waits or _KEPT
+        if not promise.done():
+            hurry(True)
+            wait([promise])
+        if not _is_kept(promise):
+            self._decision().result()
+
+
+def _is_kept(promise: Future[bool]) -> bool:
+    """Returns whether nothing is to be decided of a promise that is settled."""
+    return promise.cancelled() or _answer_of(promise)
+
+
+_KEPT: tuple[Future[bool], Callable[[bool], None]] = (Future(), _in_its_time)
+_KEPT[0].set_result(True)
 
 
 class _Here(threading.local):
@@ -195,14 +296,18 @@ def calls_into(loop: asyncio.AbstractEventLoop) -> LoopCalls:
         return found
 
 
-async def answer(function: Callable[..., Any], *arguments: Any) -> Any:
+async def answer(
+    function: Callable[..., Any], *arguments: Any, ahead: Callable[[Ahead], None] | None = None
+) -> Any:
     """Returns or raises what a stage does: inline if it need not block, else as `asyncio.to_thread` does it.
 
     Args:
         function: The stage; running it twice must be the same as once.
         arguments: For it.
+        ahead: Given what the caller must wait for, if it gets its answer before the work is committed; None if it may
+            not.
     """
-    left = Deferral()
+    left = Deferral(ahead=ahead is not None)
     error: BaseException | None = None
     result = None
     try:
@@ -214,6 +319,9 @@ async def answer(function: Callable[..., Any], *arguments: Any) -> Any:
         if left.promise is None:
             raise
         error = raised
+    if left.promise is not None and ahead is not None and error is None:
+        ahead(Ahead(left, functools.partial(contextvars.copy_context().run, function, *arguments)))
+        return result
     if left.promise is not None and not await _kept(left.promise, function, *arguments):
         return await _decide(function, *arguments)
     if error is None:

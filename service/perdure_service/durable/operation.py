@@ -233,7 +233,10 @@ class Operations:
         later must not reach the log before it.
         """
         refuse_to_block()
-        with slot_of(operation.execution, operation.adopted):
+        execution = operation.execution
+        if execution is not None and operation.adopted is None and not execution.slot.held_here:
+            execution.settle()
+        with slot_of(execution, operation.adopted):
             stack = self._stack()
             stack.append(operation)
             try:

@@ -25,6 +25,7 @@ from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, d
 from dbos._tracer import dbos_tracer
 
 from perdure_service.durable import hops
+from perdure_service.durable.executions import Execution
 
 NOT_PLAIN = ("class_name", "config_name", "authenticated_user", "authenticated_roles", "attributes", "shard_key",
              "queue_partition_key")  # fmt: skip
@@ -79,16 +80,24 @@ def is_plain(status: Mapping[str, Any], code: Callable[..., Any]) -> bool:
 
 
 async def run(
-    dbos: Any, status: Mapping[str, Any], code: Callable[..., Any], context: DBOSContext, args: Any, kwargs: Any
+    dbos: Any,
+    status: Mapping[str, Any],
+    code: Callable[..., Any],
+    context: DBOSContext,
+    args: Any,
+    kwargs: Any,
+    execution: Execution | None,
 ) -> Any:
-    """Returns or raises what a workflow does. Arguments as of DBOS's `_execute_workflow_async`."""
+    """Returns or raises what a workflow does. Arguments as of DBOS's `_execute_workflow_async`, and its execution."""
+    if execution is not None:
+        execution.plain = True
     workflow_id, queue = status["workflow_uuid"], status["queue_name"]
     told: Any = {"name": get_dbos_func_name(code), "operationType": "workflow", "queueName": queue}
     with EnterDBOSWorkflow(told, context):
         entry = dbos._active_workflows_set.add(workflow_id, queue, None)
         try:
             persist = _core._get_wf_invoke_func(dbos, status, entry.release)  # type: ignore[arg-type]
-            result = await _ended(dbos, context, persist, functools.partial(code, *args, **kwargs))
+            result = await _ended(dbos, context, persist, functools.partial(code, *args, **kwargs), execution)
             if isinstance(result, DeferredResult):
                 result = await result.resolve_async()
             return result
@@ -100,11 +109,22 @@ async def run(
 
 
 async def _ended(
-    dbos: Any, context: DBOSContext, persist: Callable[[Callable[[], Any]], Any], call: Callable[[], Any]
+    dbos: Any,
+    context: DBOSContext,
+    persist: Callable[[Callable[[], Any]], Any],
+    call: Callable[[], Any],
+    execution: Execution | None = None,
 ) -> Any:
     """Runs the code, and DBOS's last stage with what it did; as in DBOS, also with what the stage itself raises."""
     try:
-        output = await _without_checkpoints(dbos, context, call)
+        try:
+            output = await _without_checkpoints(dbos, context, call)
+        except asyncio.CancelledError:
+            raise
+        except BaseException:
+            await _catch_up(dbos, execution)
+            raise
+        await _catch_up(dbos, execution)
         return await hops.answer(persist, lambda: output)
     except asyncio.CancelledError:
         raise
@@ -116,6 +136,12 @@ async def _ended(
         return await hops.answer(persist, functools.partial(_fail, failed))
     finally:
         del failed  # or its traceback would keep it, and this frame, until the collector comes
+
+
+async def _catch_up(dbos: Any, execution: Execution | None) -> None:
+    """Waits for the commit that code which has ended was ahead of, unless its end can go with that."""
+    if execution is not None and execution.ahead is not None and not dbos._sys_db.checkpoints.may_join(execution):
+        await execution.settled()
 
 
 def _fail(error: BaseException) -> Any:

@@ -55,6 +55,8 @@ async def run(
         body: Runs it, and returns an awaitable.
         began_ms: When it was called.
     """
+    if execution.ahead is not None:
+        await execution.settled()
     execution.work()  # from before its check until after its checkpoint: in between its run is not parked
     try:
         with EnterDBOSStepCtx({"name": name, "operationType": "step"}, context):
@@ -63,7 +65,8 @@ async def run(
                 return _again(dbos, recorded)
             try:
                 output = await body()
-                return await hops.answer(_record, dbos, context, name, began_ms, output, None)
+                ahead = execution.go_ahead if _may_go_ahead(dbos, execution) else None
+                return await hops.answer(_record, dbos, context, name, began_ms, output, None, ahead=ahead)
             except asyncio.CancelledError:
                 raise
             except BaseException as error:  # noqa: BLE001 - raised by what records it
@@ -74,6 +77,15 @@ async def run(
                 del failed  # or its traceback would keep it, and this frame, until the collector comes
     finally:
         execution.rest()
+
+
+def _may_go_ahead(dbos: Any, execution: Execution) -> bool:
+    """Returns whether the code that gets a step's output may go on before that is committed.
+
+    It may if the next thing that is durable waits for it: if it is the workflow's own code, which is run by
+    `plain_runs`, and nothing is written that we do not see, as DBOS's data sources do.
+    """
+    return execution.plain and not dbos._registry.datasources and asyncio.current_task() is execution.task
 
 
 async def _recorded(dbos: Any, context: DBOSContext, name: str) -> RecordedResult | None:

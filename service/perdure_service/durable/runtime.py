@@ -671,7 +671,7 @@ def _observe_workflows(executions: Executions) -> None:
             _stands_alone(execution)
         try:
             if plain_runs.is_plain(status, func):
-                return await plain_runs.run(dbos, status, func, ctx, args, kwargs)
+                return await plain_runs.run(dbos, status, func, ctx, args, kwargs, execution)
             return await _plain_execute_async(dbos, status, func, ctx, args, kwargs)
         except Parked as parked:
             raise DBOSWorkflowCancelledError(str(parked)) from None  # whoever waits for this task turns to the row

@@ -49,7 +49,7 @@ from perdure_service.durable.retries import repeated
 from perdure_service.durable.substitutes import substitute
 from perdure_service.durable.transactions import QUEUE, agent_of
 from perdure_service.store import recordings
-from perdure_service.store.checkpoints import EventsRow, OutcomeRow, StartRow, StepRow, Written
+from perdure_service.store.checkpoints import EventsRow, OutcomeRow, StartRow, StepRow, Written, record_last_step
 from perdure_service.store.recordings import RecordedOperation
 
 GET_RESULT = "DBOS.getResult"
@@ -357,6 +357,7 @@ class PerdureSystemDatabase(WaitingDatabase):
     ) -> RecordedResult | None:
         execution = self._execution_or_refuse(workflow_id)
         if execution is not None:
+            execution.settle()
             self.refuse_dead(execution)
             execution.touch()
             self._move_on(execution)
@@ -485,15 +486,14 @@ class PerdureSystemDatabase(WaitingDatabase):
             else None
         )
 
-    @staticmethod
-    def _committed(presented: Presented | None) -> bool:
+    def _committed(self, presented: Presented | None) -> bool:
         """Waits for what was presented, or has what DBOS runs here wait; returns whether the writer has written it."""
         if presented is None:
             return False
         deferral = hops.deferral()
         if deferral is None:
             return presented.written.result()
-        deferral.wait_for(presented.written)
+        deferral.wait_for(presented.written, partial(self.checkpoints.hurry, presented))
         return True
 
     def record_with_payload(
@@ -720,6 +720,8 @@ class PerdureSystemDatabase(WaitingDatabase):
         def finish(conn: sa.Connection) -> None:
             for ended in self.ledger.ended(conn, [workflow_id]):
                 if ended.status == status:
+                    if execution is not None and execution.last_step is not None:
+                        record_last_step(conn, execution.last_step)
                     events, after = self.ledger.close_own(conn, ended, execution, output, error, self.serializer, shown)
                     operation.add(workflow_id, *events)
                     operation.after(after)
@@ -760,13 +762,15 @@ class PerdureSystemDatabase(WaitingDatabase):
                 error=error,
                 shown=values.output_json(output, serialization, self.serializer),
                 failure=None if failure is None else json.dumps(failure.to_json()),
+                last_step=execution.last_step,
             )
 
         def after(written: Written) -> None:
             told(written)
             self.executions.remove(execution)
 
-        return self.checkpoints.present((OUTCOME, 0), execution, [terminal], row, after)
+        commit = (OUTCOME, 0), execution, [terminal], row, after
+        return self.checkpoints.join(*commit) or self.checkpoints.present(*commit)
 
     def _stow_shown(self, workflow_id: str, output: str | None) -> tuple[str | None, Stowed | None]:
         """Returns what the run's row shows of a large output, its JSON text or a pointer, and what that points to."""

@@ -225,20 +225,21 @@ class CheckpointWriter:
         self._retire_session()
         self._engine.dispose()
 
-    def submit(self, row: CheckpointRow) -> bool:
-        """Takes a row to be written; returns False when it takes none: the caller writes it by itself."""
+    def submit(self, row: CheckpointRow, *, soon: bool = True) -> bool:
+        """Takes a row to be written; returns False when it takes none: the caller writes it by itself.
+
+        Args:
+            row: It.
+            soon: False if its run may have more to say before it waits: then it is not waited for here and now.
+        """
         with self._changed:
             if not self._open or len(self._rows) + len(self._events) >= MAX_WAITING:
                 return False
-            here = (
-                self._loop_writes
-                and not (self._rows or self._events)
-                and event_loop.running() in (self._loop, None)
-                and self._may_wait()
-            )
+            here = soon and not (self._rows or self._events) and self._may_wait_here()
             if not here:
                 if not (self._rows or self._events):
                     self._waiting_since = time.monotonic()
+                row.waits = True
                 (self._events if type(row) is EventsRow else self._rows).append(row)
                 self._call()
                 return True
@@ -246,6 +247,45 @@ class CheckpointWriter:
             self._begin()
         self._fly([row], wait=True)
         return True
+
+    def replace(self, row: CheckpointRow, by: CheckpointRow, then: Callable[[], None]) -> bool:
+        """Writes a row in the place of one that waits, of the same run; returns False if that is taken already.
+
+        Args:
+            row: The one that waits.
+            by: The other one, which is what `answer` is told of.
+            then: Called when it is so, before anybody can take it; must take no lock.
+        """
+        with self._changed:
+            if not row.waits:
+                return False
+            row.waits, by.waits, row.instead = False, True, by
+            then()
+            return True
+
+    def hurry(self, row: CheckpointRow) -> None:
+        """Is told that somebody waits now for a row that was submitted: writes it here if that may be done."""
+        if not (row.waits and self._loop_writes):
+            return
+        with self._changed:
+            alone = row.waits and len(self._rows) + len(self._events) == 1
+            if not (alone and self._may_wait_here()):
+                return
+            self._flying = True
+            rows = self._take_batch()
+        self._fly(rows, wait=True)
+
+    def stand_in(self) -> None:
+        """Is called by whoever is about to wait for a row: if it holds up the loop by that, the threads write."""
+        if self._loop is not None and event_loop.running() is self._loop:
+            with self._changed:
+                self._note_late()
+                self._called = True
+                self._changed.notify_all()
+
+    def _may_wait_here(self) -> bool:
+        """Returns whether this thread may send a lone row on the loop's session, and wait for it."""
+        return self._loop_writes and event_loop.running() in (self._loop, None) and self._may_wait()
 
     def _may_wait(self) -> bool:
         """Returns whether whoever begins a batch now may wait for it."""
@@ -347,12 +387,15 @@ class CheckpointWriter:
         self._begin()
         taken: list[CheckpointRow] = []
         keys: set[str] = set()
-        kind = None if self._mixed else type(self._rows[0] if self._rows else self._events[0])
+        kind = None
         for waiting in (self._rows, self._events):
             left: list[CheckpointRow] = []
             while waiting and len(taken) < MAX_ROWS:
                 row = waiting.popleft()
-                if keys.isdisjoint(row.keys) and kind in (None, type(row)):
+                row = row.instead or row
+                if keys.isdisjoint(row.keys) and (self._mixed or kind in (None, type(row))):
+                    kind = type(row)
+                    row.waits = False
                     taken.append(row)
                     keys.update(row.keys)
                 else:
@@ -449,7 +492,8 @@ class CheckpointWriter:
         if self._may_take(first=True):
             self._flying = True
             return self._take_batch()
-        if self._loop is not None and self._timer is None and (self._rows or self._events):
+        due = (self._rows or self._events) and self._busy < WRITERS  # else it is called when one of them has ended
+        if due and self._loop is not None and self._timer is None:
             self._timer = self._loop.call_later(max(0.0, self._due_in()), self._turn, context=contextvars.Context())
         return None
 
@@ -568,7 +612,7 @@ class CheckpointWriter:
         if flight is None or not flight.taking.acquire(blocking=False):
             return None
         if not flight.exchange.over:
-            if flight.seen or not self._open:
+            if flight.seen or self._late:
                 flight.adopted = True  # and `taking` is kept
                 return flight
             if time.monotonic() >= flight.begun + JOIN_AFTER_S:

@@ -18,7 +18,8 @@ is taken, and the key (workflow_id, first_sequence) refuses the pack. No snapsho
 the owner says where the pack goes, and the pack before it must be there.
 
 One kind a statement, and at most one row of a run or request in it: CockroachDB refuses a statement that changes a
-table twice, and PostgreSQL gives both changes the same snapshot.
+table twice, and PostgreSQL gives both changes the same snapshot. A run's last step and its end may be one row, which
+has one pack.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import sqlalchemy as sa
 
@@ -93,6 +94,17 @@ _STEP = f"""
              SELECT i.workflow_id, i.function_id, i.function_name, i.started_ms, i.completed_ms, i.output, i.error,
                     i.serialization, '{APPLICATION}', {_NOW_MS}
              FROM i JOIN pack ON pack.workflow_id = i.workflow_id
+             RETURNING workflow_uuid)"""
+
+_LAST_STEP_COLUMNS = """(workflow_uuid, function_id, function_name, started_at_epoch_ms, completed_at_epoch_ms, output,
+                  serialization, application_name, retention_timestamp)"""
+
+_LAST_STEP = f"""
+    step AS (INSERT INTO {OUTPUTS} {_LAST_STEP_COLUMNS}
+             SELECT i.workflow_id, i.function_id, i.function_name, i.started_ms, i.completed_ms, i.step_output,
+                    i.step_serialization, '{APPLICATION}', {_NOW_MS}
+             FROM i JOIN pack ON pack.workflow_id = i.workflow_id
+             WHERE i.function_id IS NOT NULL
              RETURNING workflow_uuid)"""
 
 _END = f"""
@@ -196,6 +208,10 @@ class EventsRow:
     event_count: int = field(init=False)
     events: str = field(init=False)
     changes: RunChanges = field(init=False)
+    waits: bool = field(init=False, default=False)
+    """Whether it waits to be taken by a writer; under the writer's lock."""
+    instead: EventsRow | None = field(init=False, default=None)
+    """The row that has taken its place while it waited."""
 
     def __post_init__(self) -> None:
         self.first_sequence, self.event_count = self.pack.first_sequence, len(self.pack.events)
@@ -233,6 +249,17 @@ class StepRow(EventsRow):
     serialization: str | None = None
 
 
+_LAST_STEP_FIELDS: Mapping[str, tuple[str, str]] = {
+    "function_id": ("INT", "function_id"),
+    "function_name": ("TEXT", "function_name"),
+    "started_ms": ("BIGINT", "started_ms"),
+    "completed_ms": ("BIGINT", "completed_ms"),
+    "step_output": ("TEXT", "output"),
+    "step_serialization": ("TEXT", "serialization"),
+}
+"""The columns of an outcome's last step, with what they are of its row. It has no error: its code went on."""
+
+
 @dataclass(slots=True)
 class OutcomeRow(EventsRow):
     """The end of a run whose code has ended, and which has no approval open.
@@ -243,10 +270,12 @@ class OutcomeRow(EventsRow):
         error: What it raised, as DBOS stores it.
         shown: The output as our row has it: JSON.
         failure: Why it failed, as our row has it: JSON.
+        last_step: The step that goes with it, whose events are in the pack; None for none.
     """
 
     columns: ClassVar[Mapping[str, str]] = {
         **_PACK, **_RUN, "status": "TEXT", "output": "TEXT", "error": "TEXT", "shown": "TEXT", "failure": "TEXT",
+        **{name: kind for name, (kind, _) in _LAST_STEP_FIELDS.items()},
     }  # fmt: skip
     statement: ClassVar[Statement] = Statement.over(
         columns,
@@ -254,6 +283,7 @@ class OutcomeRow(EventsRow):
             _OWN,
             _INSERT_PACK.format(join="JOIN perdure.run AS r ON r.workflow_id = i.workflow_id", where=_MAY_END),
             _END,
+            _LAST_STEP,
         ],
         of="run JOIN status ON status.workflow_uuid = run.workflow_id",
     )
@@ -263,6 +293,15 @@ class OutcomeRow(EventsRow):
     error: str | None = None
     shown: str | None = None
     failure: str | None = None
+    last_step: StepRow | None = None
+
+    def __post_init__(self) -> None:
+        step, events = self.last_step, self.pack.events
+        if step is None or events[0] is not step.pack.events[0]:
+            EventsRow.__post_init__(self)
+            return
+        self.first_sequence, self.event_count, self.changes = self.pack.first_sequence, len(events), RunChanges.of(events)
+        self.events = f"{step.events[:-1]},{encode_events(events[step.event_count :])[1:]}"  # its own are JSON already
 
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -336,10 +375,32 @@ def _getter(kind: type[EventsRow], column: str) -> Callable[[EventsRow], Any]:
         return attrgetter(f"changes.{column}")
     if kind is StartRow and column in _START_FIELDS:
         return attrgetter(_START_FIELDS[column][1])
+    if kind is OutcomeRow and column in _LAST_STEP_FIELDS:
+        of_step = attrgetter(_LAST_STEP_FIELDS[column][1])
+        return lambda row: None if (step := cast(OutcomeRow, row).last_step) is None else of_step(step)
     return attrgetter(column)
 
 
 _GETTERS = {kind: {column: _getter(kind, column) for column in kind.columns} for kind in KINDS}
+
+
+def record_last_step(conn: sa.Connection, step: StepRow) -> None:
+    """Records a step in the transaction of its run's owner that ends the run, unless it is recorded."""
+    conn.execute(
+        sa.text(
+            f"INSERT INTO {OUTPUTS} {_LAST_STEP_COLUMNS} VALUES (:workflow_id, :function_id, :function_name, "
+            f":started_ms, :completed_ms, :output, :serialization, '{APPLICATION}', {_NOW_MS}) ON CONFLICT DO NOTHING"
+        ),
+        {
+            "workflow_id": step.workflow_id,
+            "function_id": step.function_id,
+            "function_name": step.function_name,
+            "started_ms": step.started_ms,
+            "completed_ms": step.completed_ms,
+            "output": step.output,
+            "serialization": step.serialization,
+        },
+    )
 
 
 def write_all(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
