@@ -25,13 +25,13 @@ to decide, whose operation records the step with it, as everybody who ends this 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from functools import partial
 
 from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, event_chars
 from perdure_service.durable import hops, metering
 from perdure_service.durable.executions import Execution, LogEnd
 from perdure_service.durable.operation import Operations
+from perdure_service.durable.promises import Promise
 from perdure_service.store import runs
 from perdure_service.store.checkpoint_writer import CheckpointWriter
 from perdure_service.store.checkpoints import CheckpointRow, OutcomeRow, Written
@@ -76,7 +76,7 @@ class Presented:
         self.riding = list(riding)
         self.execution = execution
         self.call = call
-        self.written: Future[bool] = Future()
+        self.written: Promise[bool] = Promise()
         self.returned: Written = {}
         self._after = after
 

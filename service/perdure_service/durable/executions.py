@@ -322,7 +322,8 @@ class Execution:
         """
         ahead = self.ahead
         if ahead is not None:
-            refuse_to_block()
+            if not ahead.over:
+                refuse_to_block()
             try:
                 ahead.wait()
             finally:

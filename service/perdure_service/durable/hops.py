@@ -32,7 +32,7 @@ import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from types import CodeType
 from typing import Any, TypeVar
@@ -42,6 +42,7 @@ from dbos import _core, _event_loop, _outcome
 from dbos._event_loop import BackgroundEventLoop
 
 from perdure_service import event_loop
+from perdure_service.durable.promises import Promise
 from perdure_service.durable.substitutes import substitute
 
 T = TypeVar("T")
@@ -74,11 +75,11 @@ class Deferral:
     __slots__ = ("_promise", "ahead", "hurry")
 
     def __init__(self, *, ahead: bool = False) -> None:
-        self._promise: Future[bool] | None = None
+        self._promise: Promise[bool] | None = None
         self.ahead = ahead
         self.hurry: Callable[[bool], None] = _in_its_time
 
-    def wait_for(self, promise: Future[bool], hurry: Callable[[bool], None] = _in_its_time) -> None:
+    def wait_for(self, promise: Promise[bool], hurry: Callable[[bool], None] = _in_its_time) -> None:
         """Makes the stage's answer wait; call it once, last, and return as if the work were done.
 
         Args:
@@ -95,7 +96,7 @@ class Deferral:
         self._promise, self.hurry = promise, hurry
 
     @property
-    def promise(self) -> Future[bool] | None:
+    def promise(self) -> Promise[bool] | None:
         """What the answer waits for, None for nothing."""
         return self._promise
 
@@ -110,7 +111,7 @@ class Ahead:
 
     def __init__(self, left: Deferral, stage: Callable[[], object]) -> None:
         assert left.promise is not None
-        self._waits: tuple[Future[bool], Callable[[bool], None]] | None = (left.promise, left.hurry)
+        self._waits: tuple[Promise[bool], Callable[[bool], None]] | None = (left.promise, left.hurry)
         self._stage: Callable[[], object] | None = stage
         self._decided: Future[object] | None = None
         self._decider = 0
@@ -122,7 +123,7 @@ class Ahead:
         waits = self._waits
         return waits is None or (waits[0].done() and (_is_kept(waits[0]) or self._decision().done()))
 
-    def _answered(self, promise: Future[bool]) -> None:
+    def _answered(self, promise: Promise[bool]) -> None:
         if _is_kept(promise):
             self._waits = self._stage = None  # or they would keep each other until the collector comes
         else:
@@ -167,17 +168,17 @@ class Ahead:
         promise, hurry = self._waits or _KEPT
         if not promise.done():
             hurry(True)
-            wait([promise])
+            promise.exception()
         if not _is_kept(promise):
             self._decision().result()
 
 
-def _is_kept(promise: Future[bool]) -> bool:
+def _is_kept(promise: Promise[bool]) -> bool:
     """Returns whether nothing is to be decided of a promise that is settled."""
     return promise.cancelled() or _answer_of(promise)
 
 
-_KEPT: tuple[Future[bool], Callable[[bool], None]] = (Future(), _in_its_time)
+_KEPT: tuple[Promise[bool], Callable[[bool], None]] = (Promise(), _in_its_time)
 _KEPT[0].set_result(True)
 
 
@@ -296,9 +297,7 @@ def calls_into(loop: asyncio.AbstractEventLoop) -> LoopCalls:
         return found
 
 
-async def answer(
-    function: Callable[..., Any], *arguments: Any, ahead: Callable[[Ahead], None] | None = None
-) -> Any:
+async def answer(function: Callable[..., Any], *arguments: Any, ahead: Callable[[Ahead], None] | None = None) -> Any:
     """Returns or raises what a stage does: inline if it need not block, else as `asyncio.to_thread` does it.
 
     Args:
@@ -332,7 +331,7 @@ async def answer(
         del error  # or its traceback would keep it, and this frame, until the collector comes
 
 
-async def _kept(promise: Future[bool], function: Callable[..., Any], *arguments: Any) -> bool:
+async def _kept(promise: Promise[bool], function: Callable[..., Any], *arguments: Any) -> bool:
     """Waits for a promise; returns whether it was kept, after one turn of the loop at least.
 
     If the task is cancelled meanwhile and the promise is not kept, the stage still runs in a thread: its work is
@@ -361,18 +360,18 @@ def _decide(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any
     return asyncio.get_running_loop().run_in_executor(_deciders, again)
 
 
-def _answer_of(promise: Future[bool]) -> bool:
+def _answer_of(promise: Promise[bool]) -> bool:
     """Returns the answer of a promise that is settled; one that was cancelled or failed says as little as a False."""
     return not promise.cancelled() and promise.exception() is None and promise.result()
 
 
-async def result_of(promise: Future[T]) -> T:
+async def result_of(promise: Promise[T] | Future[T]) -> T:
     """Waits for a promise that is kept in another thread, which goes its way when nobody waits any more."""
     await _settled(promise)
     return promise.result()
 
 
-async def _settled(promise: Future[T], nobody_waits: Callable[[], None] = lambda: None) -> None:
+async def _settled(promise: Promise[T] | Future[T], nobody_waits: Callable[[], None] = lambda: None) -> None:
     """Waits until a promise is settled in another thread; `nobody_waits` is called on the loop if nobody does then."""
     if promise.done():
         return
@@ -385,7 +384,7 @@ async def _settled(promise: Future[T], nobody_waits: Callable[[], None] = lambda
         else:
             settled.set_result(None)
 
-    def tell(_promise: Future[T]) -> None:
+    def tell(_promise: object) -> None:
         with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
             calls_into(loop).post(settle)
 
@@ -393,8 +392,8 @@ async def _settled(promise: Future[T], nobody_waits: Callable[[], None] = lambda
     await settled
 
 
-def chain(source: Future[T], promise: Future[T]) -> None:
-    """Makes a promise end as another one does."""
+def chain(source: Future[T], promise: Promise[T]) -> None:
+    """Makes a promise end as what a thread does."""
 
     def settle(done: Future[T]) -> None:
         error = done.exception()

@@ -10,7 +10,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -45,6 +45,7 @@ from perdure_service.durable.output_limit import OutputLimit
 from perdure_service.durable.owners import OwnerWatch
 from perdure_service.durable.payloads import Payloads
 from perdure_service.durable.placement import Placement
+from perdure_service.durable.promises import Promise
 from perdure_service.durable.queue_threads import Bells
 from perdure_service.durable.reaper import Reaper
 from perdure_service.durable.spans import Spans, record, traced_run
@@ -469,7 +470,7 @@ class Runtime:
             self._place(prepared, here=here)
             return self._write_start(prepared)
 
-    def start_soon(self, prepared: PreparedStart) -> Future[Started] | None:
+    def start_soon(self, prepared: PreparedStart) -> Promise[Started] | None:
         """Does what `start` does, but does not block: the run begins when the checkpoint writer has written it.
 
         Returns:
@@ -483,13 +484,13 @@ class Runtime:
             presented = self.database.present_start(**prepared.columns)  # its execution now counts for itself
         if presented is None:
             return None
-        promise: Future[Started] = Future()
+        promise: Promise[Started] = Promise()
 
         def go_on() -> Started:
             with self.database.bounded(), waits_for_a_connection(CALLER_POOL_PATIENCE_S):
                 return self._write_start(prepared, presented)
 
-        def answered(written: Future[bool]) -> None:
+        def answered(written: Promise[bool]) -> None:
             # In the checkpoint writer's thread: nobody there would tell who waits of what goes wrong here.
             try:
                 if written.result():

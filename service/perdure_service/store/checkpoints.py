@@ -300,7 +300,11 @@ class OutcomeRow(EventsRow):
         if step is None or events[0] is not step.pack.events[0]:
             EventsRow.__post_init__(self)
             return
-        self.first_sequence, self.event_count, self.changes = self.pack.first_sequence, len(events), RunChanges.of(events)
+        self.first_sequence, self.event_count, self.changes = (
+            self.pack.first_sequence,
+            len(events),
+            RunChanges.of(events),
+        )
         self.events = f"{step.events[:-1]},{encode_events(events[step.event_count :])[1:]}"  # its own are JSON already
 
 

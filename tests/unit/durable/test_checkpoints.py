@@ -62,7 +62,8 @@ class Fast:
     def end(self, *presented: Presented, written: bool = True) -> list[bool]:
         self.writer.ends = lambda _row: written
         self.writer.may_end.set()
-        return [one.written.result(scaled(10)) for one in presented]
+        eventually(lambda: all(one.written.done() for one in presented), what="they are answered")
+        return [one.written.result() for one in presented]
 
 
 def row_of(execution: Execution) -> Callable[[Pack, int | None], CheckpointRow]:
@@ -167,7 +168,7 @@ def test_what_waits_is_answered_when_the_writer_stops_and_it_takes_nothing_more(
     presented = [fast.present(one) for one in others]
     fast.writer.may_end.set()
     fast.writer.stop()
-    assert [one.written.result(0) for one in presented] == [True] * 5
+    assert [one.written.done() and one.written.result() for one in presented] == [True] * 5
     event = fast.execution.event(EventKind.LOG, {"message": "x"})
     assert fast.checkpoints.present(CALL, fast.execution, [event], row_of(fast.execution), lambda _: None) is None
     assert not fast.execution.slot.held

@@ -6,11 +6,11 @@ import asyncio
 import functools
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
 import pytest
 from perdure_service.durable import hops
+from perdure_service.durable.promises import Promise
 
 from tests.helpers.waiting import eventually
 
@@ -18,7 +18,7 @@ from tests.helpers.waiting import eventually
 class Stage:
     """A stage that tells where it ran, and can be told to block or to leave its work."""
 
-    def __init__(self, *, blocks: bool = False, leaves: Future[bool] | None = None, fails: bool = False) -> None:
+    def __init__(self, *, blocks: bool = False, leaves: Promise[bool] | None = None, fails: bool = False) -> None:
         self._blocks = blocks
         self._leaves = leaves
         self._fails = fails
@@ -38,10 +38,10 @@ class Stage:
         return value
 
 
-def settled(answer: bool) -> Future[bool]:
-    future: Future[bool] = Future()
-    future.set_result(answer)
-    return future
+def settled(answer: bool) -> Promise[bool]:
+    promise: Promise[bool] = Promise()
+    promise.set_result(answer)
+    return promise
 
 
 def run(stage: Stage) -> tuple[Any, int]:
@@ -95,7 +95,7 @@ def test_code_whose_work_is_always_written_at_once_lets_others_run() -> None:
 
 @pytest.mark.parametrize("ending", ["false", "failed", "cancelled"])
 def test_work_that_may_not_be_written_is_done_in_a_thread_without_a_deferral(ending: str) -> None:
-    promise: Future[bool] = Future()
+    promise: Promise[bool] = Promise()
     if ending == "false":
         promise.set_result(False)
     elif ending == "failed":
@@ -111,7 +111,7 @@ def test_work_that_may_not_be_written_is_done_in_a_thread_without_a_deferral(end
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_an_answer_waits_until_the_work_is_settled(answer: bool) -> None:
-    promise: Future[bool] = Future()
+    promise: Promise[bool] = Promise()
     stage = Stage(leaves=promise)
 
     async def main() -> tuple[bool, str]:
@@ -140,7 +140,7 @@ def test_what_a_stage_raises_in_its_thread_is_raised() -> None:
 
 @pytest.mark.parametrize("answer", [True, False])
 def test_work_of_a_cancelled_task_goes_its_way(answer: bool) -> None:
-    promise: Future[bool] = Future()
+    promise: Promise[bool] = Promise()
     stage = Stage(leaves=promise)
 
     async def main() -> None:
@@ -156,7 +156,7 @@ def test_work_of_a_cancelled_task_goes_its_way(answer: bool) -> None:
 
 
 def test_an_answer_that_comes_when_the_loop_is_closed_is_nobodys() -> None:
-    promise: Future[bool] = Future()
+    promise: Promise[bool] = Promise()
     stage = Stage(leaves=promise)
 
     async def main() -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from perdure_service.durable import hops, plain_runs
+from perdure_service.durable.promises import Promise
 
 from tests.helpers.waiting import eventually_async
 
@@ -31,7 +31,7 @@ async def _returns() -> str:
 async def test_an_end_that_was_not_written_is_decided_although_its_task_was_cancelled(
     call: Callable[[], Any], told: str
 ) -> None:
-    written: Future[bool] = Future()
+    written: Promise[bool] = Promise()
     handed_over = threading.Event()
     decided: list[str] = []
 
