@@ -143,6 +143,24 @@ async def ahead_waits() -> int:
     return number
 
 
+@agent(name="ahead-twice")
+async def ahead_twice() -> int:
+    """Makes two steps."""
+    return await before(await before())
+
+
+@agent(name="ahead-beside")
+async def ahead_beside() -> int:
+    """Makes a step in another task, whose code goes on by itself."""
+
+    async def beside() -> int:
+        number = await before()
+        went_on[str(DBOS.workflow_id)] += 1
+        return number
+
+    return (await asyncio.gather(beside()))[0]
+
+
 @agent(name="ahead-ends-large")
 async def ahead_ends_large(chars: int) -> str:
     """Makes a step, and ends with so many characters."""

@@ -12,7 +12,19 @@ from perdure_service.store import checkpoint_writer, event_log, pace
 from perdure_service.store.checkpoints import CheckpointRow, EventsRow, OutcomeRow, StepRow, Written
 
 from tests.helpers.rpc import new_id
-from tests.helpers.writing import LOG, Writing, a_loop, a_start, a_step, an_end, behind, log_of, steps_of, writing_on
+from tests.helpers.writing import (
+    LOG,
+    Writing,
+    a_loop,
+    a_start,
+    a_step,
+    an_end,
+    behind,
+    log_of,
+    steps_of,
+    the_end_with,
+    writing_on,
+)
 
 
 @pytest.fixture(scope="module", params=["by threads", "on a loop"])
@@ -42,6 +54,56 @@ def test_rows_of_all_kinds_share_a_commit_and_each_is_there_as_a_whole(writing: 
         "JOIN perdure.run AS r ON r.workflow_id = s.workflow_uuid WHERE s.workflow_uuid = :id"
     )
     assert writing.all(statement, id=second.workflow_id) == [("SUCCESS", None, "1", "1", True)]
+
+
+def test_a_step_and_the_end_behind_it_are_one_row(writing: Writing) -> None:
+    first, second = writing.started(), writing.started()
+    step = a_step(first, 7, output='"o"', serialization="portable_json", started_ms=3, completed_ms=5)
+    with_step, alone = the_end_with(step), an_end(second)
+    assert None not in writing.submit(with_step, alone)
+    statement = (
+        "SELECT function_id, function_name, output, error, serialization, started_at_epoch_ms, completed_at_epoch_ms, "
+        "application_name, retention_timestamp IS NOT NULL, child_workflow_id FROM dbos.operation_outputs "
+        "WHERE workflow_uuid = :id"
+    )
+    assert writing.all(statement, id=first.workflow_id) == [
+        (7, "step", '"o"', None, "portable_json", 3, 5, "perdure", True, None)
+    ]
+    assert steps_of(writing, second) == []
+    assert [log_of(writing, row) for row in (first, second)] == [[1, 2, 3], [1, 2]]
+    statement = "SELECT status FROM dbos.workflow_status WHERE workflow_uuid = :id"
+    assert writing.all(statement, id=first.workflow_id) == [("SUCCESS",)]
+
+
+@pytest.mark.parametrize("spoil", ["owner", "log", "step"])
+def test_neither_is_written_without_the_other(writing: Writing, spoil: str) -> None:
+    run = writing.started()
+    if spoil == "owner":
+        _lose_owner(writing, run)
+    elif spoil == "log":
+        _append(writing, run)
+    step = a_step(run, 1, **({"output": None, "function_name": None} if spoil == "step" else {}))
+    other = a_start()
+    assert [written is None for written in writing.submit(the_end_with(step), other)] == [True, False]
+    assert steps_of(writing, run) == []
+    statement = "SELECT status FROM dbos.workflow_status WHERE workflow_uuid = :id"
+    assert writing.all(statement, id=run.workflow_id) == [("PENDING",)]
+
+
+def test_a_row_goes_in_the_place_of_one_that_waits_and_of_no_other(writing: Writing) -> None:
+    run, other = writing.started(), writing.started()
+    step, told = a_step(run), list[str]()
+    end = the_end_with(step)
+    with writing.writer._changed:  # so that nobody takes it
+        writing.give(step, a_step(other))
+        assert writing.writer.replace(step, end, lambda: told.append("replaced"))
+        assert not writing.writer.replace(step, the_end_with(step), lambda: told.append("again"))
+    assert None not in writing.wait_for(end)
+    assert id(step) not in writing.answers
+    assert told == ["replaced"]
+    assert steps_of(writing, run) == [1]
+    assert not writing.writer.replace(end, end, lambda: told.append("too late"))
+    assert told == ["replaced"]
 
 
 def _lose_owner(writing: Writing, row: CheckpointRow) -> None:

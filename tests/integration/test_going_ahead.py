@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import threading
@@ -17,6 +18,10 @@ import sqlalchemy as sa
 from dbos._dbos import _get_dbos_instance
 from perdure_service.domain.events import EventKind
 from perdure_service.domain.runs import RunState
+from perdure_service.durable import hops
+from perdure_service.durable.checkpoints import Presented
+from perdure_service.durable.executions import Execution
+from perdure_service.durable.promises import Promise
 from perdure_service.durable.runtime import Runtime
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.store.checkpoint_writer import CheckpointWriter
@@ -314,6 +319,27 @@ def test_a_step_that_cannot_be_stored_fails_the_run_whose_code_went_ahead(
     monkeypatch.undo()
 
 
+@pytest.mark.parametrize("what", ahead_agents.NEXT)
+def test_nothing_is_done_after_a_step_that_cannot_be_stored(
+    harness: BlockingHarness, commits: Commits, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    plain = PerdureSystemDatabase._record_operation_result_txn
+
+    def refuses_it(database: Any, result: Any, *arguments: Any, **rest: Any) -> None:
+        if result["function_name"] == "before":
+            raise ValueError("the database does not take it")
+        plain(database, result, *arguments, **rest)
+
+    monkeypatch.setattr(PerdureSystemDatabase, "_record_operation_result_txn", refuses_it)
+    commits.spoils = StepRow
+    run = harness.start("ahead-then", {"what": what})
+    with pytest.raises(RunFailed, match="does not take it"):
+        run.result()
+    assert left(run) == {}
+    assert not bodies(run, "after")
+    assert not run.events(EventKind.STEP_SUCCEEDED)
+
+
 def test_an_execution_that_has_lost_its_run_leaves_nothing(harness: BlockingHarness, commits: Commits) -> None:
     engine = _get_dbos_instance()._sys_db.engine
     status = sa.text("UPDATE dbos.workflow_status SET owner_xid = :owner, status = :status WHERE workflow_uuid = :id")
@@ -330,14 +356,48 @@ def test_an_execution_that_has_lost_its_run_leaves_nothing(harness: BlockingHarn
 
 
 def test_a_run_leaves_nothing_that_only_the_collector_finds(harness: BlockingHarness) -> None:
-    for _ in range(20):
-        harness.start("ahead-ends", {"steps": 3}).result()
+    assert harness.start("ahead-ends", {"steps": 3}).result() == 3
     gc.collect()
     gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
     try:
-        for _ in range(40):
-            harness.start("ahead-ends", {"steps": 3}).result()
-        found = gc.collect()
+        for _ in range(10):
+            assert harness.start("ahead-ends", {"steps": 3}).result() == 3
+        gc.collect()
+        found = {type(one) for one in gc.garbage}
     finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
         gc.enable()
-    assert found < 40 * 20, "a few objects a run are the harness's reads"
+    assert not found & {Presented, Execution, Promise, hops.Ahead, asyncio.Task}
+
+
+def test_nobody_needs_a_thread(harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    plain = asyncio.to_thread
+
+    async def to_thread(function: Callable[..., Any], *arguments: Any, **rest: Any) -> Any:
+        names.append(getattr(function, "__name__", ""))
+        return await plain(function, *arguments, **rest)
+
+    monkeypatch.setattr(asyncio, "to_thread", to_thread)
+
+    def needed(agent: str) -> int:
+        names.clear()
+        harness.start(agent).result()
+        return len(names)
+
+    for agent in ("ahead-ends", "ahead-waits", "ahead-twice"):
+        assert min(needed(agent) for _ in range(5)) == 0, "a writer's thread may be sooner now and then"
+
+
+def test_code_in_a_task_of_its_own_goes_on_when_its_step_is_committed(
+    harness: BlockingHarness, commits: Commits
+) -> None:
+    with held(commits, StepRow):
+        run = harness.start("ahead-beside")
+        assert commits.begun.wait(scaled(15))
+        assert not went_on(run)
+    assert run.result() == 1
+    assert went_on(run) == 1
+    assert_ended_once(run)

@@ -422,6 +422,63 @@ def test_what_is_under_way_when_it_is_stopped_is_written_and_told(direct_url: st
         assert not writing.writer.submit(a_start())
 
 
+def test_a_row_is_waited_for_when_its_run_comes_to_wait_and_not_before(
+    writing: Writing, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "HERE_S", scaled(20))
+    writing.started()  # which was fast enough for the next one to be waited for
+    row, answered = a_step(writing.started()), list[bool]()
+    writing.alone = True
+
+    def submit_and_wait() -> None:
+        assert writing.writer.submit(row, soon=False)
+        answered.append(id(row) in writing.answers)
+        writing.writer.hurry(row)
+        answered.append(id(row) in writing.answers)
+        writing.writer.hurry(row)  # nothing is left to be hurried
+
+    writing.answers.clear()
+    on(loop, submit_and_wait)
+    assert answered == [False, True]
+    assert writing.threads[-1] == THE_LOOP
+
+
+@pytest.mark.parametrize("under_way", [False, True])
+def test_the_threads_write_at_once_for_one_who_is_about_to_block_the_loop(
+    writing: Writing, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch, under_way: bool
+) -> None:
+    row = a_step(writing.started())
+    for name in ("JOIN_AFTER_S", "GRACE_S"):  # that is, they do not come by themselves
+        monkeypatch.setattr(checkpoint_writer, name, scaled(60))
+    if under_way:
+        with held_up(writing) as release:
+            on(loop, lambda: writing.writer.submit(row))
+            eventually(lambda: backends(writing), what="its commit waits")
+
+            def stand_in() -> None:
+                writing.writer.stand_in()
+                release()
+                assert writing.wait_for(row) != [None]
+
+            on(loop, stand_in)
+    else:
+
+        def submit_and_block() -> None:
+            writing.answers.clear()
+            assert writing.writer.submit(row, soon=False)
+            writing.writer.stand_in()
+            assert writing.wait_for(row) != [None]
+
+        on(loop, submit_and_block)
+    assert writing.threads[-1] in THREADS
+
+
+def test_who_does_not_block_the_loop_does_not_send_it_away(writing: Writing) -> None:
+    writing.writer.stand_in()
+    writing.started()
+    assert writing.threads[-1] == THE_LOOP
+
+
 def test_when_the_loop_has_ended_the_thread_writes(dialect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with a_loop() as loop:
         writing_there = writing_on(dialect_url, loop)

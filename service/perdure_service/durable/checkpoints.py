@@ -91,8 +91,6 @@ class Presented:
         if written is not None:
             self.returned = written
             with metering.telling(self.pack.workflow_id):
-                if self.joins is not None:
-                    self.joins._after(written)
                 self._after(written)
         if owner is None:
             if self.execution is not None:
@@ -192,7 +190,7 @@ class Checkpoints:
         make_row: MakeRow,
         after: Callable[[Written], None],
     ) -> Presented | None:
-        """Gives the writer a commit of an execution together with the step that its code is ahead of.
+        """Gives the writer the end of an execution together with the step that its code is ahead of.
 
         Arguments as of `present`; the row has `Execution.last_step` in it.
 
@@ -211,6 +209,7 @@ class Checkpoints:
             row = make_row(pack, step.row.previous_first)
             joined = Presented(row, execution, after, call=call, riding=riding, joins=step)
             if writer.replace(step.row, row, partial(self._pass_on, step, joined)):
+                execution.ahead = None  # nothing but the end waits for it
                 writer.hurry(row)
                 return joined
             execution.last_step = None

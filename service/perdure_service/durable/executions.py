@@ -236,8 +236,6 @@ class Execution:
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
-    plain: bool = False
-    """Whether its code is run by `plain_runs`."""
     slot: Slot = field(default_factory=Slot)
     log_end: LogEnd | None = None
     """Where its next pack goes behind; None while it has committed none."""

@@ -107,27 +107,26 @@ class Ahead:
     If the work turns out not to be written, or nobody knows, the stage is run in a thread at once, whoever waits.
     """
 
-    __slots__ = ("_decided", "_decider", "_stage", "_waits")
+    __slots__ = ("_decided", "_decider", "_hurry", "_promise", "_stage")
 
     def __init__(self, left: Deferral, stage: Callable[[], object]) -> None:
         assert left.promise is not None
-        self._waits: tuple[Promise[bool], Callable[[bool], None]] | None = (left.promise, left.hurry)
-        self._stage: Callable[[], object] | None = stage
+        self._promise = left.promise
+        self._hurry = left.hurry
+        self._stage = stage
         self._decided: Future[object] | None = None
         self._decider = 0
-        left.promise.add_done_callback(self._answered)
+        self._promise.add_done_callback(lambda _: self._is_kept or self._decision())
 
     @property
     def over(self) -> bool:
         """Whether the work is committed, or cannot be."""
-        waits = self._waits
-        return waits is None or (waits[0].done() and (_is_kept(waits[0]) or self._decision().done()))
+        return self._promise.done() and (self._is_kept or self._decision().done())
 
-    def _answered(self, promise: Promise[bool]) -> None:
-        if _is_kept(promise):
-            self._waits = self._stage = None  # or they would keep each other until the collector comes
-        else:
-            self._decision()
+    @property
+    def _is_kept(self) -> bool:
+        """Whether nothing is to be decided; once it is settled."""
+        return self._promise.cancelled() or _answer_of(self._promise)
 
     def _decision(self) -> Future[object]:
         """Returns what comes of running the stage in a thread, which is begun by whoever is first to see the need."""
@@ -138,23 +137,21 @@ class Ahead:
 
     def _decide(self) -> object:
         self._decider = threading.get_ident()
-        assert self._stage is not None
         return self._stage()
 
     async def settled(self) -> None:
-        """Waits until the work is committed.
+        """Waits until the work is committed, one turn of the loop at least.
 
         Raises:
             BaseException: It could not be, as the stage says.
         """
-        promise, hurry = self._waits or _KEPT
-        if not promise.done():
-            hurry(False)
-        if promise.done():
+        if not self._promise.done():
+            self._hurry(False)
+        if self._promise.done():
             await asyncio.sleep(0)  # or code whose steps are all answered at once would let nobody else run
         else:
-            await _settled(promise)
-        if not _is_kept(promise):
+            await _settled(self._promise)
+        if not self._is_kept:
             await result_of(self._decision())
 
     def wait(self) -> None:
@@ -165,21 +162,11 @@ class Ahead:
         """
         if self._decider == threading.get_ident():
             return
-        promise, hurry = self._waits or _KEPT
-        if not promise.done():
-            hurry(True)
-            promise.exception()
-        if not _is_kept(promise):
+        if not self._promise.done():
+            self._hurry(True)
+            self._promise.exception()
+        if not self._is_kept:
             self._decision().result()
-
-
-def _is_kept(promise: Promise[bool]) -> bool:
-    """Returns whether nothing is to be decided of a promise that is settled."""
-    return promise.cancelled() or _answer_of(promise)
-
-
-_KEPT: tuple[Promise[bool], Callable[[bool], None]] = (Promise(), _in_its_time)
-_KEPT[0].set_result(True)
 
 
 class _Here(threading.local):

@@ -89,8 +89,6 @@ async def run(
     execution: Execution | None,
 ) -> Any:
     """Returns or raises what a workflow does. Arguments as of DBOS's `_execute_workflow_async`, and its execution."""
-    if execution is not None:
-        execution.plain = True
     workflow_id, queue = status["workflow_uuid"], status["queue_name"]
     told: Any = {"name": get_dbos_func_name(code), "operationType": "workflow", "queueName": queue}
     with EnterDBOSWorkflow(told, context):

@@ -82,10 +82,10 @@ async def run(
 def _may_go_ahead(dbos: Any, execution: Execution) -> bool:
     """Returns whether the code that gets a step's output may go on before that is committed.
 
-    It may if the next thing that is durable waits for it: if it is the workflow's own code, which is run by
-    `plain_runs`, and nothing is written that we do not see, as DBOS's data sources do.
+    It may if it is the workflow's own, whose end waits for it, and if nothing is written that does not, as DBOS's data
+    sources do.
     """
-    return execution.plain and not dbos._registry.datasources and asyncio.current_task() is execution.task
+    return asyncio.current_task() is execution.task and not dbos._registry.datasources
 
 
 async def _recorded(dbos: Any, context: DBOSContext, name: str) -> RecordedResult | None:

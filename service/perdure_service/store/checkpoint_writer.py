@@ -268,8 +268,7 @@ class CheckpointWriter:
         if not (row.waits and self._loop_writes):
             return
         with self._changed:
-            alone = row.waits and len(self._rows) + len(self._events) == 1
-            if not (alone and self._may_wait_here()):
+            if not (row.waits and self._may_wait_here()):
                 return
             self._flying = True
             rows = self._take_batch()

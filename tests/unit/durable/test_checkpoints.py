@@ -10,10 +10,12 @@ import pytest
 import sqlalchemy as sa
 from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import RunKey
+from perdure_service.durable import hops
 from perdure_service.durable.checkpoints import Checkpoints, Presented, adopted
 from perdure_service.durable.drain import _rests
 from perdure_service.durable.executions import Execution, Executions, LogEnd, slot_of
 from perdure_service.durable.operation import Operations
+from perdure_service.store import checkpoint_writer
 from perdure_service.store.checkpoint_writer import CheckpointWriter
 from perdure_service.store.checkpoints import CheckpointRow, EventsRow
 
@@ -102,6 +104,55 @@ def test_an_execution_whose_code_has_gone_leaves_no_slot_held(fast: Fast, *, lea
     assert not fast.execution.slot.held
     with slot_of(fast.execution, presented):  # a thread that has found it before takes the slot as anybody does
         assert fast.execution.slot.held
+
+
+@pytest.fixture
+def step(fast: Fast, monkeypatch: pytest.MonkeyPatch) -> Presented:
+    """A step whose code has gone ahead, and has said something since; its row waits for another batch's end."""
+    monkeypatch.setattr(checkpoint_writer, "JOIN_AFTER_S", scaled(60))
+    under_way = fast.present(fast.another("other"))
+    eventually(lambda: not under_way.row.waits, what="another batch is under way")
+    with hops.refusing(hops.Deferral(ahead=True)):
+        step = fast.present()
+    assert fast.checkpoints.may_join(fast.execution)
+    fast.execution.note(fast.execution.event(EventKind.LOG, {"message": "between"}))
+    return step
+
+
+def end_of(fast: Fast) -> Presented | None:
+    event = fast.execution.event(EventKind.LOG, {"message": "the end"})
+    return fast.checkpoints.join(("outcome", 0), fast.execution, [event], row_of(fast.execution), lambda _: None)
+
+
+@pytest.mark.parametrize("written", [True, False])
+def test_an_end_takes_the_step_that_waits_with_it(fast: Fast, step: Presented, *, written: bool) -> None:
+    end = end_of(fast)
+    assert end is not None
+    assert [event.data["message"] for event in end.pack.events] == ["x", "between", "the end"]
+    assert end.pack.first_sequence == step.pack.first_sequence
+    assert fast.execution.last_step is step.row
+    assert fast.execution.slot.holder is end
+    assert fast.end(end, written=written) == [written]
+    assert step.written.cancelled(), "the end decides"
+    assert fast.execution.slot.held is not written
+    assert adopted(fast.execution, ("outcome", 0)) is (None if written else end)
+    assert [event.data["message"] for event in end.riding] == ["x", "between"], "what is not written is kept"
+
+
+@pytest.mark.parametrize("why", ["it is taken", "they are too long"])
+def test_an_end_that_cannot_take_the_step_with_it_changes_nothing(
+    fast: Fast, step: Presented, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    if why == "it is taken":
+        monkeypatch.setattr(fast.writer, "replace", lambda *_: False)
+    else:
+        monkeypatch.setattr("perdure_service.durable.checkpoints.MAX_PACK_CHARS", 10)
+    assert end_of(fast) is None
+    assert fast.execution.last_step is None
+    assert fast.execution.slot.holder is step
+    assert fast.end(step) == [True]
+    assert [event.data["message"] for event in fast.execution.take()] == ["between"]
+    assert end_of(fast) is None, "there is no step any more"
 
 
 def test_an_execution_that_is_dead_keeps_the_slot_for_its_call_while_its_code_is_there(fast: Fast) -> None:

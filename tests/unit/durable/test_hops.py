@@ -169,6 +169,151 @@ def test_an_answer_that_comes_when_the_loop_is_closed_is_nobodys() -> None:
     assert len(stage.threads) == 1
 
 
+class Going:
+    """Code that went ahead of a stage."""
+
+    def __init__(self, promise: Promise[bool], *, fails_in_thread: bool = False) -> None:
+        self.promise = promise
+        self.hurried: list[bool] = []
+        self.decides = threading.Event()
+        self.may_decide = threading.Event()
+        self.may_decide.set()
+        self.waited_while_deciding = False
+        self._fails = fails_in_thread
+        self.ahead: hops.Ahead | None = None
+
+    def stage(self) -> str:
+        left = hops.deferral()
+        if left is not None:
+            left.wait_for(self.promise, self.hurried.append)
+            return "answer"
+        assert self.ahead is not None
+        self.ahead.wait()  # of what decides itself
+        self.waited_while_deciding = True
+        self.decides.set()
+        self.may_decide.wait(10)
+        if self._fails:
+            raise ValueError("it cannot be")
+        return "another answer, which nobody hears"
+
+    def go(self, ahead: hops.Ahead) -> None:
+        self.ahead = ahead
+
+    async def answer(self) -> hops.Ahead:
+        assert await hops.answer(self.stage, ahead=self.go) == "answer"
+        assert self.ahead is not None
+        return self.ahead
+
+
+def test_who_goes_ahead_has_the_answer_at_once_and_waits_for_the_work_later() -> None:
+    going = Going(Promise())
+
+    async def main() -> list[bool]:
+        ahead = await going.answer()
+        seen = [ahead.over]
+        waits = asyncio.create_task(ahead.settled())
+        await asyncio.sleep(0)
+        seen.append(waits.done())
+        await asyncio.to_thread(going.promise.set_result, True)
+        await waits
+        return [*seen, ahead.over]
+
+    assert asyncio.run(main()) == [False, False, True]
+    assert going.hurried == [False]
+    assert not going.decides.is_set()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("somebody_waits", [False, True])
+def test_work_that_may_not_be_written_is_decided_whether_or_not_somebody_waits(
+    fails: bool, somebody_waits: bool
+) -> None:
+    going = Going(Promise(), fails_in_thread=fails)
+    going.may_decide.clear()
+
+    async def main() -> None:
+        ahead = await going.answer()
+        waits = asyncio.create_task(ahead.settled()) if somebody_waits else None
+        await asyncio.to_thread(going.promise.set_result, False)
+        await asyncio.to_thread(going.decides.wait, 10)
+        assert not ahead.over
+        assert waits is None or not waits.done()
+        going.may_decide.set()
+        for wait in (waits or ahead.settled(), asyncio.to_thread(ahead.wait)):
+            if fails:
+                with pytest.raises(ValueError, match="it cannot be"):
+                    await wait
+            else:
+                await wait
+        assert ahead.over
+
+    asyncio.run(main())
+    assert going.waited_while_deciding, "who decides does not wait for itself"
+
+
+def test_what_another_commit_takes_with_it_is_nobodys_to_decide() -> None:
+    going = Going(Promise())
+
+    async def main() -> None:
+        ahead = await going.answer()
+        going.promise.cancel()
+        await ahead.settled()
+        await asyncio.to_thread(ahead.wait)
+        assert ahead.over
+
+    asyncio.run(main())
+    assert not going.decides.is_set()
+
+
+def test_code_that_finds_each_commit_done_lets_others_run() -> None:
+    seen: list[str] = []
+
+    async def others() -> None:
+        for _ in range(3):
+            seen.append("another one")
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        task = asyncio.create_task(others())
+        for _ in range(3):
+            await (await Going(settled(True)).answer()).settled()
+            seen.append("settled")
+        await task
+
+    asyncio.run(main())
+    assert seen == ["another one", "settled"] * 3
+
+
+def test_a_thread_that_waits_says_that_it_is_held_up() -> None:
+    going = Going(Promise())
+
+    async def main() -> None:
+        ahead = await going.answer()
+        waits = asyncio.create_task(asyncio.to_thread(ahead.wait))
+        await asyncio.to_thread(eventually, lambda: going.hurried == [True])
+        going.promise.set_result(True)
+        await waits
+
+    asyncio.run(main())
+
+
+def test_what_a_stage_raises_is_not_gone_ahead_of() -> None:
+    promise: Promise[bool] = Promise()
+    stage = Stage(leaves=promise, fails=True)
+    gone: list[hops.Ahead] = []
+
+    async def main() -> None:
+        task = asyncio.create_task(hops.answer(stage, "answer", ahead=gone.append))
+        await asyncio.to_thread(stage.left.wait)
+        assert not task.done()
+        promise.set_result(True)
+        with pytest.raises(ValueError, match=r"^answer$"):
+            await task
+
+    asyncio.run(main())
+    assert not gone
+
+
 def test_a_stage_leaves_one_piece_of_work_and_does_nothing_after_it() -> None:
     def twice() -> None:
         left = hops.deferral()
