@@ -113,6 +113,55 @@ async def ahead_then(what: str) -> int:
     return number
 
 
+NEXT_BLOCKING: dict[str, Callable[[], object]] = {
+    "a step": lambda: after_blocking(),
+    "a message": lambda: DBOS.send(DBOS.workflow_id or "", "hello", "ahead"),
+    "an event": lambda: DBOS.set_event("ahead", 1),
+    "an entry of a stream": lambda: DBOS.write_stream("ahead", 1),
+    "a child": lambda: DBOS.start_workflow(ahead_child_blocking).get_result(),
+    "a signal": lambda: DBOS.recv("ahead", timeout_seconds=0.01),
+    "a sleep": lambda: DBOS.sleep(0.01),
+    "an artifact": lambda: run.artifact("ahead", "text"),
+}
+"""The same for a blocking agent."""
+
+
+@DBOS.step(name="before")
+def before_blocking(number: int = 1) -> int:
+    bodies[f"{DBOS.workflow_id} before"] += 1
+    return number
+
+
+@agent(name="ahead-child-blocking")
+def ahead_child_blocking() -> int:
+    """Returns at once."""
+    bodies[f"{DBOS.workflow_id} after"] += 1
+    return 2
+
+
+@agent(name="ahead-then-blocking")
+def ahead_then_blocking(what: str) -> int:
+    """Does what `ahead-then` does, in a thread."""
+    number = before_blocking()
+    went_on[str(DBOS.workflow_id)] += 1
+    NEXT_BLOCKING[what]()
+    return number
+
+
+@agent(name="ahead-ends-blocking")
+def ahead_ends_blocking(steps: int = 1, fails: bool = False, says: str = "") -> int:
+    """Does what `ahead-ends` does, in a thread."""
+    number = 0
+    for _ in range(steps):
+        number = before_blocking(number + 1)
+    went_on[str(DBOS.workflow_id)] += 1
+    if says:
+        run.progress(says)
+    if fails:
+        raise ValueError("it ends badly")
+    return number
+
+
 @agent(name="ahead-ends")
 async def ahead_ends(steps: int = 1, fails: bool = False, says: str = "") -> int:
     """Makes steps, and ends with what the last one returned, or fails."""

@@ -134,6 +134,7 @@ class Checkpoints:
         after: Callable[[Written], None],
         *,
         wait: bool = True,
+        ahead: bool = False,
     ) -> Presented | None:
         """Gives the writer a commit of an execution.
 
@@ -144,6 +145,7 @@ class Checkpoints:
             make_row: Makes the row of a pack and the first sequence of the one before.
             after: Called after the commit with what the statement returned, while nobody has been told yet.
             wait: Whether to wait for the slot while another commit of the execution is under way.
+            ahead: Whether it is a step that succeeded, and its code goes on before it is committed.
 
         Returns:
             None when it must go the other way.
@@ -164,8 +166,6 @@ class Checkpoints:
             slot.release()
             return None
         riding, taken = execution.take(), False
-        deferral = hops.deferral()
-        ahead = deferral is not None and deferral.ahead
         try:
             pack = Pack(execution.key.workflow_id, [*riding, *events], first_sequence=end.last + 1)
             if not pack.events or sum(map(event_chars, pack.events)) > MAX_PACK_CHARS:

@@ -236,6 +236,11 @@ class Execution:
     task: Any = None
     """The asyncio task of an asynchronous workflow, on DBOS's loop."""
     loop: Any = None
+    thread: int = 0
+    """The id of the thread of a blocking one."""
+    goes_ahead: bool = False
+    """Whether its own code may go on with what a step returned before that is committed: unless something is written
+    that does not wait for that, as DBOS's data sources do."""
     slot: Slot = field(default_factory=Slot)
     log_end: LogEnd | None = None
     """Where its next pack goes behind; None while it has committed none."""

@@ -17,10 +17,10 @@ what it would have done without a batch: it finds what is committed, and decides
 not gone on, and the next execution finds the work recorded or does it again: as with a thread. If the task is cancelled
 while it waits, the work still goes its way, as that of a thread would.
 
-**But code may go ahead of a step's commit**, as far as nothing comes of it: a workflow's own code gets what its step
-returned while that is on its way to the database (`Ahead`). Before it does anything else that is durable, or begins the
-body of another step, it waits for it (`Ahead.settled`, `Ahead.wait`). So if we die, the next execution runs the step
-again, whose value nobody has seen but code that is run again, too. If the code ends there, its last step and its end
+**But code may go ahead of a step's commit**, as far as nothing comes of it: a workflow's own code, also in a thread,
+gets what its step returned while that is on its way to the database (`Ahead`). Before it does anything else that is
+durable, or begins the body of another step, it waits for it. So if we die, the next execution runs the step again, and
+its value has been seen by nobody but code that is run again, too. If the code ends there, its last step and its end
 are one commit (`checkpoints`), which is what this is for.
 """
 
@@ -109,10 +109,10 @@ class Ahead:
 
     __slots__ = ("_decided", "_decider", "_hurry", "_promise", "_stage")
 
-    def __init__(self, left: Deferral, stage: Callable[[], object]) -> None:
-        assert left.promise is not None
-        self._promise = left.promise
-        self._hurry = left.hurry
+    def __init__(self, promise: Promise[bool], hurry: Callable[[bool], None], stage: Callable[[], object]) -> None:
+        """Arguments as of `Deferral.wait_for`; `stage` is it, to be run in a thread, without a deferral."""
+        self._promise = promise
+        self._hurry = hurry
         self._stage = stage
         self._decided: Future[object] | None = None
         self._decider = 0
@@ -306,7 +306,8 @@ async def answer(function: Callable[..., Any], *arguments: Any, ahead: Callable[
             raise
         error = raised
     if left.promise is not None and ahead is not None and error is None:
-        ahead(Ahead(left, functools.partial(contextvars.copy_context().run, function, *arguments)))
+        stage = functools.partial(contextvars.copy_context().run, function, *arguments)
+        ahead(Ahead(left.promise, left.hurry, stage))
         return result
     if left.promise is not None and not await _kept(left.promise, function, *arguments):
         return await _decide(function, *arguments)

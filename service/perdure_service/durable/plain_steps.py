@@ -65,7 +65,8 @@ async def run(
                 return _again(dbos, recorded)
             try:
                 output = await body()
-                ahead = execution.go_ahead if _may_go_ahead(dbos, execution) else None
+                own = execution.goes_ahead and asyncio.current_task() is execution.task
+                ahead = execution.go_ahead if own else None
                 return await hops.answer(_record, dbos, context, name, began_ms, output, None, ahead=ahead)
             except asyncio.CancelledError:
                 raise
@@ -77,15 +78,6 @@ async def run(
                 del failed  # or its traceback would keep it, and this frame, until the collector comes
     finally:
         execution.rest()
-
-
-def _may_go_ahead(dbos: Any, execution: Execution) -> bool:
-    """Returns whether the code that gets a step's output may go on before that is committed.
-
-    It may if it is the workflow's own, whose end waits for it, and if nothing is written that does not, as DBOS's data
-    sources do.
-    """
-    return asyncio.current_task() is execution.task and not dbos._registry.datasources
 
 
 async def _recorded(dbos: Any, context: DBOSContext, name: str) -> RecordedResult | None:

@@ -669,6 +669,7 @@ def _observe_workflows(executions: Executions) -> None:
         execution = executions.find(status["workflow_uuid"], ctx.owner_xid)
         if execution is not None:
             execution.task, execution.loop = asyncio.current_task(), asyncio.get_running_loop()
+            execution.goes_ahead = not dbos._registry.datasources
             _stands_alone(execution)
         try:
             if plain_runs.is_plain(status, func):
@@ -688,6 +689,8 @@ def _observe_workflows(executions: Executions) -> None:
     def execute_thread(dbos: Any, status: Any, func: Any, ctx: Any, *rest: Any) -> Any:
         execution = executions.find(status["workflow_uuid"], ctx.owner_xid)
         if execution is not None:
+            execution.thread = threading.get_ident()
+            execution.goes_ahead = not dbos._registry.datasources
             _stands_alone(execution)
         try:
             return _plain_execute_thread(dbos, status, func, ctx, *rest)

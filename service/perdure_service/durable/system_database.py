@@ -17,6 +17,7 @@ appends, so its snapshot is newer than the lock. Reads of the log's end always c
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import json
 import threading
@@ -438,6 +439,10 @@ class PerdureSystemDatabase(WaitingDatabase):
             events = _sleep_events(result["function_id"], rest.get("completed_at_epoch_ms"))
         if presented is None and execution is not None and stowed is None and events is None and not rest:
             presented = self._present_step(execution, result, call)
+            if presented is not None and presented.ahead and hops.deferral() is None:
+                again = partial(contextvars.copy_context().run, self.record_operation_result, result)
+                execution.go_ahead(hops.Ahead(presented.written, partial(self.checkpoints.hurry, presented), again))
+                return
         if not self._committed(presented):
             if presented is not None:  # what the writer may have committed has this time
                 rest["completed_at_epoch_ms"] = cast(StepRow, presented.row).completed_ms
@@ -478,12 +483,17 @@ class PerdureSystemDatabase(WaitingDatabase):
                 serialization=result["serialization"],
             )
 
-        return (
-            self.checkpoints.present(
-                call, execution, events, row, lambda _: self.ledger.step_done(execution, function_id)
-            )
-            if events
-            else None
+        if not events:
+            return None
+        deferral = hops.deferral()
+        own = deferral.ahead if deferral is not None else execution.thread == threading.get_ident()
+        return self.checkpoints.present(
+            call,
+            execution,
+            events,
+            row,
+            lambda _: self.ledger.step_done(execution, function_id),
+            ahead=own and execution.goes_ahead and result["error"] is None,
         )
 
     def _committed(self, presented: Presented | None) -> bool:

@@ -10,7 +10,6 @@ import pytest
 import sqlalchemy as sa
 from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import RunKey
-from perdure_service.durable import hops
 from perdure_service.durable.checkpoints import Checkpoints, Presented, adopted
 from perdure_service.durable.drain import _rests
 from perdure_service.durable.executions import Execution, Executions, LogEnd, slot_of
@@ -54,10 +53,12 @@ class Fast:
         execution.log_end = LogEnd(1, 1)
         return self.executions.add(execution)
 
-    def present(self, execution: Execution | None = None, after: Callable[[Any], None] = lambda _: None) -> Presented:
+    def present(
+        self, execution: Execution | None = None, after: Callable[[Any], None] = lambda _: None, *, ahead: bool = False
+    ) -> Presented:
         one = execution or self.execution
         event = one.event(EventKind.LOG, {"message": "x"})
-        presented = self.checkpoints.present(CALL, one, [event], row_of(one), after)
+        presented = self.checkpoints.present(CALL, one, [event], row_of(one), after, ahead=ahead)
         assert presented is not None
         return presented
 
@@ -112,8 +113,7 @@ def step(fast: Fast, monkeypatch: pytest.MonkeyPatch) -> Presented:
     monkeypatch.setattr(checkpoint_writer, "JOIN_AFTER_S", scaled(60))
     under_way = fast.present(fast.another("other"))
     eventually(lambda: not under_way.row.waits, what="another batch is under way")
-    with hops.refusing(hops.Deferral(ahead=True)):
-        step = fast.present()
+    step = fast.present(ahead=True)
     assert fast.checkpoints.may_join(fast.execution)
     fast.execution.note(fast.execution.event(EventKind.LOG, {"message": "between"}))
     return step
