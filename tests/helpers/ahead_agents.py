@@ -210,6 +210,36 @@ async def ahead_beside() -> int:
     return (await asyncio.gather(beside()))[0]
 
 
+@DBOS.step(name="fails")
+async def fails() -> int:
+    raise ValueError("it fails")
+
+
+@DBOS.step(name="fails")
+def fails_blocking() -> int:
+    raise ValueError("it fails")
+
+
+@agent(name="ahead-after-a-failure")
+async def ahead_after_a_failure() -> str:
+    """Makes a step that fails, and ends with why."""
+    try:
+        await fails()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@agent(name="ahead-after-a-failure-blocking")
+def ahead_after_a_failure_blocking() -> str:
+    """Does the same in a thread."""
+    try:
+        fails_blocking()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @agent(name="ahead-ends-large")
 async def ahead_ends_large(chars: int) -> str:
     """Makes a step, and ends with so many characters."""

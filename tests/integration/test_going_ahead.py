@@ -356,6 +356,17 @@ def test_nothing_is_done_after_a_step_that_cannot_be_stored(
     assert not run.events(EventKind.STEP_SUCCEEDED)
 
 
+def test_a_step_that_failed_is_never_ahead(harness: BlockingHarness, commits: Commits) -> None:
+    for agent in ("ahead-after-a-failure", "ahead-after-a-failure-blocking"):
+        run = harness.start(agent)
+        assert run.result() == "it fails"
+        assert commits.of(run) == [StartRow, StepRow, OutcomeRow]
+        assert [step.state.value for step in run.steps()] == ["FAILED"]
+        with _get_dbos_instance()._sys_db.engine.connect() as conn:
+            found = sa.text("SELECT error IS NOT NULL FROM dbos.operation_outputs WHERE workflow_uuid = :id")
+            assert conn.execute(found, {"id": run.run.key.workflow_id}).scalars().all() == [True]
+
+
 def test_an_execution_that_has_lost_its_run_leaves_nothing(harness: BlockingHarness, commits: Commits) -> None:
     engine = _get_dbos_instance()._sys_db.engine
     status = sa.text("UPDATE dbos.workflow_status SET owner_xid = :owner, status = :status WHERE workflow_uuid = :id")
@@ -381,6 +392,7 @@ def test_a_run_leaves_nothing_that_only_the_collector_finds(harness: BlockingHar
             run = harness.start("ahead-ends", {"steps": 3})
             assert run.result() == 3
             ids.add(run.run.key.workflow_id)
+        _get_dbos_instance()._sys_db.executions.forget_end(ids)
         gc.collect()
         # What earlier tests have left may be found only now.
         found = [

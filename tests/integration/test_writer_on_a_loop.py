@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -477,6 +478,26 @@ def test_who_does_not_block_the_loop_does_not_send_it_away(writing: Writing) -> 
     writing.writer.stand_in()
     writing.started()
     assert writing.threads[-1] == THE_LOOP
+
+
+def test_the_loop_sets_no_clock_while_two_write_already(writing: Writing, loop: asyncio.AbstractEventLoop) -> None:
+    writer, row = writing.writer, a_step(writing.started())
+    clocks: list[object] = []
+
+    def look() -> None:
+        with writer._changed:  # as if both threads were at it, and had been for long
+            writer._busy, writer._busy_since = checkpoint_writer.WRITERS, time.monotonic() - scaled(60)
+            writer._rows.append(row)
+        writer._turn()
+        clocks.append(writer._timer)
+        with writer._changed:
+            writer._busy = 0
+            writer._call()
+
+    writing.answers.clear()
+    on(loop, look)
+    assert clocks == [None]
+    assert writing.wait_for(row) != [None]
 
 
 def test_when_the_loop_has_ended_the_thread_writes(dialect_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

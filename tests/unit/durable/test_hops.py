@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from perdure_service.domain.runs import RunKey
 from perdure_service.durable import hops
+from perdure_service.durable.executions import Execution
 from perdure_service.durable.promises import Promise
 
 from tests.helpers.waiting import eventually
@@ -235,7 +237,7 @@ def test_work_that_may_not_be_written_is_decided_whether_or_not_somebody_waits(
         ahead = await going.answer()
         waits = asyncio.create_task(ahead.settled()) if somebody_waits else None
         await asyncio.to_thread(going.promise.set_result, False)
-        await asyncio.to_thread(going.decides.wait, 10)
+        assert await asyncio.to_thread(going.decides.wait, 10)
         assert not ahead.over
         assert waits is None or not waits.done()
         going.may_decide.set()
@@ -263,6 +265,32 @@ def test_what_another_commit_takes_with_it_is_nobodys_to_decide() -> None:
 
     asyncio.run(main())
     assert not going.decides.is_set()
+
+
+def test_an_execution_is_ahead_until_the_work_is_committed_whoever_has_stopped_waiting() -> None:
+    going = Going(Promise())
+    execution = Execution(RunKey.of_api("default", "run"), "token", "agent", "1", 1, "0" * 32)
+
+    async def main() -> None:
+        await execution.settled()  # of nothing
+        execution.go_ahead(await going.answer())
+        waits = asyncio.create_task(execution.settled())
+        await asyncio.sleep(0)
+        waits.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waits
+        assert execution.ahead is going.ahead
+        with hops.refusing(), pytest.raises(hops.NeedsThread):
+            execution.settle()
+        blocks = asyncio.create_task(asyncio.to_thread(execution.settle))
+        await asyncio.to_thread(eventually, lambda: True in going.hurried)
+        going.promise.set_result(True)
+        await blocks
+        assert execution.ahead is None
+        with hops.refusing():
+            execution.settle()
+
+    asyncio.run(main())
 
 
 def test_code_that_finds_each_commit_done_lets_others_run() -> None:

@@ -59,6 +59,29 @@ async def test_an_end_that_was_not_written_is_decided_although_its_task_was_canc
     assert decided == [told]
 
 
+@pytest.mark.parametrize("joins", [True, False])
+async def test_an_end_waits_for_the_step_that_its_code_is_ahead_of_unless_it_goes_with_it(joins: bool) -> None:
+    told: list[str] = []
+
+    async def settled() -> None:
+        told.append("settled")
+
+    execution: Any = SimpleNamespace(ahead=object(), settled=settled)
+    may_join = SimpleNamespace(may_join=lambda one: joins and one is execution)
+    dbos = SimpleNamespace(_sys_db=SimpleNamespace(checkpoints=may_join))
+    for call, outcome in ((_returns, "output"), (_fails, "ValueError: as the code says")):
+        told.clear()
+
+        def persist(function: Callable[[], Any]) -> None:
+            try:
+                told.append(function())
+            except ValueError as error:
+                told.append(f"ValueError: {error}")
+
+        await plain_runs._ended(dbos, CONTEXT, persist, call, execution)
+        assert told == ([outcome] if joins else ["settled", outcome])
+
+
 async def test_what_recording_raises_is_recorded_as_the_failure() -> None:
     seen: list[str] = []
 
