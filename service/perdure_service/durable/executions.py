@@ -536,6 +536,15 @@ class Execution:
         return bool(self._buffer)
 
 
+@dataclass(frozen=True, slots=True)
+class JustEnded:
+    """A run that ended here, without all that its execution was."""
+
+    key: RunKey
+    end: Callable[[], Run]
+    """Returns it as it is since."""
+
+
 class Working:
     """See `Execution.working`. No generator: each step has three of these."""
 
@@ -569,7 +578,7 @@ class Executions:
         """Those that were killed, while their code still has them."""
         self._newest: dict[str, Execution] = {}
         """The one that lives, by workflow id."""
-        self._ends: dict[str, tuple[float, Execution]] = {}
+        self._ends: dict[str, tuple[float, JustEnded]] = {}
         self._of_queue: Counter[str] = Counter()
         self._of_agent: Counter[AgentKey] = Counter()
         self._lock = threading.Lock()
@@ -653,18 +662,19 @@ class Executions:
 
     def _keep_end(self, execution: Execution) -> None:
         """Keeps how a run ended for those who ask in a moment: they were on their way when it did."""
+        assert execution.end is not None
         now = time.monotonic()
-        self._ends[execution.key.workflow_id] = now + KEEP_END_S, execution
+        self._ends[execution.key.workflow_id] = now + KEEP_END_S, JustEnded(execution.key, execution.end)
         while self._ends:
             oldest = next(iter(self._ends))
             if self._ends[oldest][0] > now and len(self._ends) <= MAX_ENDS:
                 break
             del self._ends[oldest]
 
-    def just_ended(self, workflow_id: str) -> Execution | None:
-        """Returns the execution that ended a run a moment ago, and knows how; from any thread."""
-        until, execution = self._ends.get(workflow_id, (0.0, None))
-        return execution if time.monotonic() < until else None
+    def just_ended(self, workflow_id: str) -> JustEnded | None:
+        """Returns how an execution here ended a run a moment ago; from any thread."""
+        until, ended = self._ends.get(workflow_id, (0.0, None))
+        return ended if time.monotonic() < until else None
 
     def forget_end(self, workflow_ids: Iterable[str]) -> None:
         """Is told of runs that are deleted."""

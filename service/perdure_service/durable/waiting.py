@@ -20,7 +20,7 @@ from functools import partial
 from typing import Protocol
 
 from perdure_service.domain.runs import Run, RunKey
-from perdure_service.durable.executions import Execution, Executions
+from perdure_service.durable.executions import Execution, Executions, JustEnded
 from perdure_service.store.tailer import Tailer
 
 RECHECK_S = 5.0
@@ -53,7 +53,7 @@ class Waiting:
         workflow_id = RunKey.of_api(namespace, run_id).workflow_id
         wait = self._tailer.await_end(workflow_id, partial(self._executes, workflow_id))
         try:
-            execution = self._going_on(namespace, run_id, workflow_id)
+            execution: Execution | JustEnded | None = self._going_on(namespace, run_id, workflow_id)
             goes_on = execution is not None
             execution = execution or self._just_ended(namespace, run_id, workflow_id)
             while True:
@@ -81,11 +81,11 @@ class Waiting:
         """Returns whether a run executes in this process; from any thread."""
         return self._executions.newest(workflow_id) is not None
 
-    def _just_ended(self, namespace: str, run_id: str, workflow_id: str) -> Execution | None:
-        execution = self._executions.just_ended(workflow_id)
-        if execution is None or (execution.key.namespace, execution.key.run_id) != (namespace, run_id):
+    def _just_ended(self, namespace: str, run_id: str, workflow_id: str) -> JustEnded | None:
+        ended = self._executions.just_ended(workflow_id)
+        if ended is None or (ended.key.namespace, ended.key.run_id) != (namespace, run_id):
             return None
-        return execution
+        return ended
 
     def _going_on(self, namespace: str, run_id: str, workflow_id: str) -> Execution | None:
         """Returns the execution of a run in this process, of whose end nobody has been told yet."""
