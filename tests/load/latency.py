@@ -1,6 +1,7 @@
 """Latency: how long after a step's commit its event is at a client, with few and with very many open watches.
 
-A run makes a short step after a pause, again and again, and notes when each one was committed (its code goes on then).
+A run makes a short step after a pause, again and again, and notes when each one was committed (code in a task of its
+own goes on then).
 A watcher on the same machine, by the same clock, notes when the step's event arrives: from the server that executes the
 run, or from another one. The other open watches are of runs that wait. DBOS's `read_stream` is given the same task.
 """
