@@ -204,7 +204,8 @@ async def test_a_drain_answers_what_was_read_and_then_says_unavailable(service):
         failure = await failing(call)
         assert (failure.info.reason, failure.retry_delay_s) == ("DRAINING", 0.5)
         assert served.server.streams.count == 0
-        assert (await failing(served.runs.StartAgents(iter([item(3)])))).info.reason == "DRAINING"
+        # Without an item: to write to a call that has ended meanwhile is an error of gRPC's own.
+        assert (await failing(served.runs.StartAgents())).info.reason == "DRAINING"
     assert len(service.calls) == 2
 
 
