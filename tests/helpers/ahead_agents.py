@@ -148,18 +148,23 @@ def ahead_then_blocking(what: str) -> int:
     return number
 
 
-@agent(name="ahead-ends-blocking")
-def ahead_ends_blocking(steps: int = 1, fails: bool = False, says: str = "") -> int:
-    """Does what `ahead-ends` does, in a thread."""
-    number = 0
-    for _ in range(steps):
-        number = before_blocking(number + 1)
+def _end(number: int, *, fails: bool, says: str) -> int:
+    """Ends a run's code."""
     went_on[str(DBOS.workflow_id)] += 1
     if says:
         run.progress(says)
     if fails:
         raise ValueError("it ends badly")
     return number
+
+
+@agent(name="ahead-ends-blocking")
+def ahead_ends_blocking(steps: int = 1, fails: bool = False, says: str = "") -> int:
+    """Does what `ahead-ends` does, in a thread."""
+    number = 0
+    for _ in range(steps):
+        number = before_blocking(number + 1)
+    return _end(number, fails=fails, says=says)
 
 
 @agent(name="ahead-ends")
@@ -168,12 +173,7 @@ async def ahead_ends(steps: int = 1, fails: bool = False, says: str = "") -> int
     number = 0
     for _ in range(steps):
         number = await before(number + 1)
-    went_on[str(DBOS.workflow_id)] += 1
-    if says:
-        run.progress(says)
-    if fails:
-        raise ValueError("it ends badly")
-    return number
+    return _end(number, fails=fails, says=says)
 
 
 @agent(name="ahead-blocks")

@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import psycopg
+import sqlalchemy as sa
 
 from tests.helpers.server import sql
 
 OF_A_WORKFLOW = ("workflow_uuid", "destination_uuid", "workflow_id")
 """The columns by which a table, DBOS's or ours, says of which workflow its rows are."""
+
+
+OF_CODE = {
+    "dbos.operation_outputs": "workflow_uuid",
+    "dbos.notifications": "destination_uuid",
+    "dbos.workflow_events": "workflow_uuid",
+    "dbos.streams": "workflow_uuid",
+    "perdure.approval": "workflow_id",
+    "perdure.payload_use": "workflow_id",
+}
+"""Where the code of a run leaves something, beside its log, and by which column."""
+
+
+def counted(engine: sa.Engine, workflow_id: str, tables: Mapping[str, str]) -> dict[str, int]:
+    """Returns how many rows each of some tables, given with their columns, has of a run."""
+    with engine.connect() as conn:
+        return {
+            table: conn.execute(
+                sa.text(f"SELECT count(*) FROM {table} WHERE {column} = :id"), {"id": workflow_id}
+            ).scalar_one()
+            for table, column in tables.items()
+        }
 
 
 def tables(connection: psycopg.Connection) -> list[tuple[str, str, str]]:

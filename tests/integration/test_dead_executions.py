@@ -6,23 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 from dbos._dbos import _get_dbos_instance
 from perdure_service.durable.system_database import PerdureSystemDatabase
 from perdure_service.testing import BlockingHarness
 
-from tests.helpers import dead_agents
+from tests.helpers import dead_agents, rows
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.waiting import eventually, scaled
 
-ROWS = {
-    "dbos.operation_outputs": "workflow_uuid",
-    "dbos.notifications": "destination_uuid",
-    "dbos.workflow_events": "workflow_uuid",
-    "dbos.streams": "workflow_uuid",
-    "perdure.approval": "workflow_id",
-    "perdure.run_event": "workflow_id",
-}
+ROWS = {**rows.OF_CODE, "perdure.run_event": "workflow_id"}
 """Where an execution could leave something, and by which column."""
 
 
@@ -51,17 +43,6 @@ def _harness(database_server: DatabaseServer) -> Iterator[BlockingHarness]:
         yield harness
 
 
-def rows_of(engine: sa.Engine, workflow_id: str) -> dict[str, int]:
-    """Returns how many rows of each table a run has."""
-    with engine.connect() as conn:
-        return {
-            table: conn.execute(
-                sa.text(f"SELECT count(*) FROM {table} WHERE {column} = :id"), {"id": workflow_id}
-            ).scalar_one()
-            for table, column in ROWS.items()
-        }
-
-
 @pytest.mark.parametrize("what", [*dead_agents.CALLS, "get_result"])
 def test_a_dead_execution_cannot_go_on(harness: BlockingHarness, what: str) -> None:
     dead_agents.DONE.clear()
@@ -74,8 +55,8 @@ def test_a_dead_execution_cannot_go_on(harness: BlockingHarness, what: str) -> N
     assert refused[-1] == "DBOSWorkflowConflictIDError", "each call of it is refused, also the last"
     assert dead_agents.DONE == [], "no body began"
     engine = harness.harness._engine.database  # type: ignore[union-attr]
-    rows = rows_of(engine, workflow_id)
-    assert rows == {
+    found = rows.counted(engine, workflow_id, ROWS)
+    assert found == {
         **dict.fromkeys(ROWS, 0),
         "dbos.operation_outputs": 1 if what == "get_result" else 0,
         "perdure.run_event": 2 if what == "get_result" else 1,
@@ -88,8 +69,8 @@ def test_a_step_that_a_dead_execution_has_left_behind_records_nothing(harness: B
     executions = _get_dbos_instance()._sys_db.executions
     eventually(lambda: workflow_id in ENDED and not executions.of(workflow_id), what="it has left")
     engine = harness.harness._engine.database  # type: ignore[union-attr]
-    before = rows_of(engine, workflow_id)
+    before = rows.counted(engine, workflow_id, ROWS)
     dead_agents.MAY_END.set()
     eventually(lambda: len(dead_agents.LEFT_BEHIND) == 1)
     assert dead_agents.LEFT_BEHIND == ["DBOSWorkflowConflictIDError"]
-    assert rows_of(engine, workflow_id) == before, "although its token is still good"
+    assert rows.counted(engine, workflow_id, ROWS) == before, "although its token is still good"

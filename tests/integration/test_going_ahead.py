@@ -28,19 +28,9 @@ from perdure_service.store.checkpoints import CheckpointRow, OutcomeRow, StartRo
 from perdure_service.testing import BlockingHarness, BlockingRun, RunFailed
 from perdure_service.testing import engine as testing_engine
 
-from tests.helpers import ahead_agents, judge
+from tests.helpers import ahead_agents, judge, rows
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.waiting import eventually, scaled
-
-ROWS = {
-    "dbos.operation_outputs": "workflow_uuid",
-    "dbos.notifications": "destination_uuid",
-    "dbos.workflow_events": "workflow_uuid",
-    "dbos.streams": "workflow_uuid",
-    "perdure.approval": "workflow_id",
-    "perdure.payload_use": "workflow_id",
-}
-"""Where code leaves something, and by which column."""
 
 NEXT = [("ahead-then", what) for what in ahead_agents.NEXT] + [
     ("ahead-then-blocking", what) for what in ahead_agents.NEXT_BLOCKING
@@ -86,20 +76,20 @@ class Commits:
         plain: Callable[..., dict[str, Written]],
         writer: CheckpointWriter,
         conn: Any,
-        rows: Sequence[CheckpointRow],
+        batch: Sequence[CheckpointRow],
     ) -> dict[str, Written]:
-        self.rows += rows
-        if self.holds is not None and any(type(row) is self.holds for row in rows):
+        self.rows += batch
+        if self.holds is not None and any(type(row) is self.holds for row in batch):
             self.begun.set()
             assert self.may_go_on.wait(scaled(15))
-        if self.spoils is not None and any(type(row) is self.spoils for row in rows):
+        if self.spoils is not None and any(type(row) is self.spoils for row in batch):
             if not self.lost:
                 return {}
-            plain(writer, conn, rows)
+            plain(writer, conn, batch)
             raise sa.exc.OperationalError(
                 "COMMIT", None, psycopg.OperationalError("the reply is lost"), connection_invalidated=True
             )
-        return plain(writer, conn, rows)
+        return plain(writer, conn, batch)
 
     def of(self, run: BlockingRun) -> list[type[CheckpointRow]]:
         """Returns the kinds of a run's rows that were to be committed."""
@@ -139,17 +129,9 @@ def went_on(run: BlockingRun) -> int:
 
 
 def left(run: BlockingRun) -> dict[str, int]:
-    """Returns how many rows of each table a run has."""
-    with _get_dbos_instance()._sys_db.engine.connect() as conn:
-        return {
-            table: found
-            for table, column in ROWS.items()
-            if (
-                found := conn.execute(
-                    sa.text(f"SELECT count(*) FROM {table} WHERE {column} = :id"), {"id": run.run.key.workflow_id}
-                ).scalar_one()
-            )
-        }
+    """Returns how many rows of each table in which its code leaves something a run has."""
+    found = rows.counted(_get_dbos_instance()._sys_db.engine, run.run.key.workflow_id, rows.OF_CODE)
+    return {table: count for table, count in found.items() if count}
 
 
 def packs(run: BlockingRun) -> list[list[str]]:

@@ -25,6 +25,7 @@ to decide, whose operation records the step with it, as everybody who ends this 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from perdure_service.domain.events import MAX_PACK_CHARS, Event, Pack, event_chars
@@ -41,6 +42,25 @@ MakeRow = Callable[[Pack, int | None], CheckpointRow]
 
 Call = tuple[str, int]
 """Which call of DBOS's a commit is of: its kind, and the number of the operation; 0 for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    """What an execution, which lives here, has to commit.
+
+    Attributes:
+        call: See `Call`.
+        execution: It.
+        events: Of the commit itself; those in its buffer go before them.
+        make_row: Makes the row of a pack and the first sequence of the one before.
+        after: Called after the commit with what the statement returned, while nobody has been told yet.
+    """
+
+    call: Call
+    execution: Execution
+    events: Sequence[Event]
+    make_row: MakeRow
+    after: Callable[[Written], None]
 
 
 class Presented:
@@ -125,25 +145,11 @@ class Checkpoints:
         """Sets the writer, whose `answer` is this object's."""
         self._writer = writer
 
-    def present(
-        self,
-        call: Call,
-        execution: Execution,
-        events: Sequence[Event],
-        make_row: MakeRow,
-        after: Callable[[Written], None],
-        *,
-        wait: bool = True,
-        ahead: bool = False,
-    ) -> Presented | None:
+    def present(self, commit: Commit, *, wait: bool = True, ahead: bool = False) -> Presented | None:
         """Gives the writer a commit of an execution.
 
         Args:
-            call: See `Call`.
-            execution: Which lives here.
-            events: Of the commit itself; those in its buffer go before them.
-            make_row: Makes the row of a pack and the first sequence of the one before.
-            after: Called after the commit with what the statement returned, while nobody has been told yet.
+            commit: It.
             wait: Whether to wait for the slot while another commit of the execution is under way.
             ahead: Whether it is a step that succeeded, and its code goes on before it is committed.
 
@@ -151,6 +157,7 @@ class Checkpoints:
             None when it must go the other way.
         """
         _refuse_to_wait()
+        execution = commit.execution
         if wait:
             execution.settle()
         writer, slot = self._writer, execution.slot
@@ -167,11 +174,11 @@ class Checkpoints:
             return None
         riding, taken = execution.take(), False
         try:
-            pack = Pack(execution.key.workflow_id, [*riding, *events], first_sequence=end.last + 1)
+            pack = Pack(execution.key.workflow_id, [*riding, *commit.events], first_sequence=end.last + 1)
             if not pack.events or sum(map(event_chars, pack.events)) > MAX_PACK_CHARS:
                 return None
-            row = make_row(pack, end.first)
-            presented = Presented(row, execution, after, call=call, riding=riding, ahead=ahead)
+            row = commit.make_row(pack, end.first)
+            presented = Presented(row, execution, commit.after, call=commit.call, riding=riding, ahead=ahead)
             slot.hand_to(presented)
             taken = self._submit(writer, presented)
             if not taken:
@@ -182,32 +189,23 @@ class Checkpoints:
                 execution.give_back(riding)
                 slot.release()
 
-    def join(
-        self,
-        call: Call,
-        execution: Execution,
-        events: Sequence[Event],
-        make_row: MakeRow,
-        after: Callable[[Written], None],
-    ) -> Presented | None:
-        """Gives the writer the end of an execution together with the step that its code is ahead of.
-
-        Arguments as of `present`; the row has `Execution.last_step` in it.
+    def join(self, commit: Commit) -> Presented | None:
+        """Gives the writer the end of an execution, whose row has `Execution.last_step` in it, together with that step.
 
         Returns:
-            None when there is no such step, or it is being written already.
+            None when its code is ahead of no step, or that is being written already.
         """
-        writer, step = self._writer, execution.slot.holder
-        if writer is None or not isinstance(step, Presented) or not self.may_join(execution):
+        execution = commit.execution
+        writer, step = self._writer, _waiting_step(execution)
+        if writer is None or step is None:
             return None
         taken = execution.take()
         riding = [*step.pack.events, *taken]
-        pack = Pack(execution.key.workflow_id, [*riding, *events], first_sequence=step.pack.first_sequence)
-        joined = None
+        pack = Pack(execution.key.workflow_id, [*riding, *commit.events], first_sequence=step.pack.first_sequence)
         if sum(map(event_chars, pack.events)) <= MAX_PACK_CHARS:
             execution.last_step = step.row
-            row = make_row(pack, step.row.previous_first)
-            joined = Presented(row, execution, after, call=call, riding=riding, joins=step)
+            row = commit.make_row(pack, step.row.previous_first)
+            joined = Presented(row, execution, commit.after, call=commit.call, riding=riding, joins=step)
             if writer.replace(step.row, row, partial(self._pass_on, step, joined)):
                 execution.ahead = None  # nothing but the end waits for it
                 writer.hurry(row)
@@ -219,8 +217,7 @@ class Checkpoints:
     @staticmethod
     def may_join(execution: Execution) -> bool:
         """Returns whether there is a step that `join` would find."""
-        step = execution.slot.holder
-        return isinstance(step, Presented) and step.ahead and step.row.waits
+        return _waiting_step(execution) is not None
 
     def _pass_on(self, step: Presented, joined: Presented) -> None:
         """Puts what joins a step in its place, while no writer can take it."""
@@ -279,6 +276,12 @@ class Checkpoints:
         for one, written in answered:
             with metering.telling(one.pack.workflow_id):
                 one.done(written)
+
+
+def _waiting_step(execution: Execution) -> Presented | None:
+    """Returns the step that an execution's code is ahead of, if its row still waits."""
+    step = execution.slot.holder
+    return step if isinstance(step, Presented) and step.ahead and step.row.waits else None
 
 
 def _refuse_to_wait() -> None:

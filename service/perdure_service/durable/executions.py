@@ -332,10 +332,6 @@ class Execution:
             finally:
                 self._caught_up(ahead)
 
-    def go_ahead(self, ahead: Ahead) -> None:
-        """Is told that its code goes on with what is not committed."""
-        self.ahead = ahead
-
     async def settled(self) -> None:
         """Does what `settle` does, on the loop."""
         ahead = self.ahead

@@ -60,40 +60,33 @@ class NeedsThread(BaseException):
     """Raised in what is answered inline and would have to block; whoever answers runs it in a thread instead."""
 
 
-def _in_its_time(_blocks: bool) -> None:
-    """Hurries nothing."""
-
-
 class Deferral:
     """What a stage that is answered inline leaves to be done before its answer counts.
 
     Attributes:
-        ahead: Whether the code that gets the answer may go on with it before that.
-        hurry: Called when somebody comes to wait for it, with whether the thread is held up by that.
+        ahead: Whether the code that gets the answer may go on with it before that; then the stage may leave an `Ahead`
+            with its execution instead.
     """
 
-    __slots__ = ("_promise", "ahead", "hurry")
+    __slots__ = ("_promise", "ahead")
 
     def __init__(self, *, ahead: bool = False) -> None:
         self._promise: Promise[bool] | None = None
         self.ahead = ahead
-        self.hurry: Callable[[bool], None] = _in_its_time
 
-    def wait_for(self, promise: Promise[bool], hurry: Callable[[bool], None] = _in_its_time) -> None:
+    def wait_for(self, promise: Promise[bool]) -> None:
         """Makes the stage's answer wait; call it once, last, and return as if the work were done.
 
         Args:
             promise: Set to True once the work is committed; to False when it was not written or nobody knows, and
-                then the stage is run in a thread to decide. Of a stage whose code has gone ahead it may be cancelled:
-                another stage's commit has the work in it, and decides.
-            hurry: See the class.
+                then the stage is run in a thread to decide.
 
         Raises:
             RuntimeError: The stage waits for something already: one stage is one commit.
         """
         if self._promise is not None:
             raise RuntimeError("a stage hands over one piece of work")
-        self._promise, self.hurry = promise, hurry
+        self._promise = promise
 
     @property
     def promise(self) -> Promise[bool] | None:
@@ -102,18 +95,24 @@ class Deferral:
 
 
 class Ahead:
-    """A stage whose answer its code has got before its work was committed: see the module.
+    """Work that code has gone ahead of: see the module.
 
-    If the work turns out not to be written, or nobody knows, the stage is run in a thread at once, whoever waits.
+    If it turns out not to be written, or nobody knows, that is decided in a thread at once, whoever waits.
     """
 
-    __slots__ = ("_decided", "_decider", "_hurry", "_promise", "_stage")
+    __slots__ = ("_again", "_decided", "_decider", "_hurry", "_promise")
 
-    def __init__(self, promise: Promise[bool], hurry: Callable[[bool], None], stage: Callable[[], object]) -> None:
-        """Arguments as of `Deferral.wait_for`; `stage` is it, to be run in a thread, without a deferral."""
+    def __init__(self, promise: Promise[bool], hurry: Callable[[bool], None], again: Callable[[], object]) -> None:
+        """Notes what is to be waited for.
+
+        Args:
+            promise: As of `Deferral.wait_for`. If it is cancelled, another commit has the work in it, and decides.
+            hurry: Called when somebody comes to wait, with whether the thread is held up by that.
+            again: Decides: does the work without a batch, in a thread.
+        """
         self._promise = promise
         self._hurry = hurry
-        self._stage = stage
+        self._again = again
         self._decided: Future[object] | None = None
         self._decider = 0
         self._promise.add_done_callback(lambda _: self._is_kept or self._decision())
@@ -129,7 +128,7 @@ class Ahead:
         return self._promise.cancelled() or _answer_of(self._promise)
 
     def _decision(self) -> Future[object]:
-        """Returns what comes of running the stage in a thread, which is begun by whoever is first to see the need."""
+        """Returns what comes of deciding it, which is begun by whoever is first to see the need."""
         with _deciding:
             if self._decided is None:
                 self._decided = _deciders.submit(self._decide)
@@ -137,13 +136,13 @@ class Ahead:
 
     def _decide(self) -> object:
         self._decider = threading.get_ident()
-        return self._stage()
+        return self._again()
 
     async def settled(self) -> None:
         """Waits until the work is committed, one turn of the loop at least.
 
         Raises:
-            BaseException: It could not be, as the stage says.
+            BaseException: It could not be, as is said then.
         """
         if not self._promise.done():
             self._hurry(False)
@@ -284,16 +283,15 @@ def calls_into(loop: asyncio.AbstractEventLoop) -> LoopCalls:
         return found
 
 
-async def answer(function: Callable[..., Any], *arguments: Any, ahead: Callable[[Ahead], None] | None = None) -> Any:
+async def answer(function: Callable[..., Any], *arguments: Any, ahead: bool = False) -> Any:
     """Returns or raises what a stage does: inline if it need not block, else as `asyncio.to_thread` does it.
 
     Args:
         function: The stage; running it twice must be the same as once.
         arguments: For it.
-        ahead: Given what the caller must wait for, if it gets its answer before the work is committed; None if it may
-            not.
+        ahead: See `Deferral`.
     """
-    left = Deferral(ahead=ahead is not None)
+    left = Deferral(ahead=ahead)
     error: BaseException | None = None
     result = None
     try:
@@ -305,10 +303,6 @@ async def answer(function: Callable[..., Any], *arguments: Any, ahead: Callable[
         if left.promise is None:
             raise
         error = raised
-    if left.promise is not None and ahead is not None and error is None:
-        stage = functools.partial(contextvars.copy_context().run, function, *arguments)
-        ahead(Ahead(left.promise, left.hurry, stage))
-        return result
     if left.promise is not None and not await _kept(left.promise, function, *arguments):
         return await _decide(function, *arguments)
     if error is None:

@@ -65,9 +65,8 @@ async def run(
                 return _again(dbos, recorded)
             try:
                 output = await body()
-                own = execution.goes_ahead and asyncio.current_task() is execution.task
-                ahead = execution.go_ahead if own else None
-                return await hops.answer(_record, dbos, context, name, began_ms, output, None, ahead=ahead)
+                own = asyncio.current_task() is execution.task
+                return await hops.answer(_record, dbos, context, name, began_ms, output, None, ahead=own)
             except asyncio.CancelledError:
                 raise
             except BaseException as error:  # noqa: BLE001 - raised by what records it

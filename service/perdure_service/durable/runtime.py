@@ -669,8 +669,7 @@ def _observe_workflows(executions: Executions) -> None:
         execution = executions.find(status["workflow_uuid"], ctx.owner_xid)
         if execution is not None:
             execution.task, execution.loop = asyncio.current_task(), asyncio.get_running_loop()
-            execution.goes_ahead = not dbos._registry.datasources
-            _stands_alone(execution)
+            _stands_alone(dbos, execution)
         try:
             if plain_runs.is_plain(status, func):
                 return await plain_runs.run(dbos, status, func, ctx, args, kwargs, execution)
@@ -690,8 +689,7 @@ def _observe_workflows(executions: Executions) -> None:
         execution = executions.find(status["workflow_uuid"], ctx.owner_xid)
         if execution is not None:
             execution.thread = threading.get_ident()
-            execution.goes_ahead = not dbos._registry.datasources
-            _stands_alone(execution)
+            _stands_alone(dbos, execution)
         try:
             return _plain_execute_thread(dbos, status, func, ctx, *rest)
         except Parked as parked:
@@ -705,9 +703,10 @@ def _observe_workflows(executions: Executions) -> None:
     substitute(_core, "_execute_workflow_wthread", execute_thread)
 
 
-def _stands_alone(execution: Execution) -> None:
+def _stands_alone(dbos: Any, execution: Execution) -> None:
     """Notes that an execution has a task or thread of its own, whose logs are about it."""
     execution.inline = False
+    execution.goes_ahead = not dbos._registry.datasources
     execution.leave_parent()
     structlog.contextvars.bind_contextvars(
         run_id=execution.key.run_id, execution=execution.number, trace_id=execution.trace_id

@@ -38,7 +38,7 @@ from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
 from perdure_service.durable import hops, metering, replay, values
-from perdure_service.durable.checkpoints import Call, Presented, adopted
+from perdure_service.durable.checkpoints import Call, Commit, Presented, adopted
 from perdure_service.durable.executions import Execution, now_ms
 from perdure_service.durable.hops import refuse_to_block
 from perdure_service.durable.ledger import StartRecord
@@ -439,9 +439,9 @@ class PerdureSystemDatabase(WaitingDatabase):
             events = _sleep_events(result["function_id"], rest.get("completed_at_epoch_ms"))
         if presented is None and execution is not None and stowed is None and events is None and not rest:
             presented = self._present_step(execution, result, call)
-            if presented is not None and presented.ahead and hops.deferral() is None:
+            if presented is not None and presented.ahead:
                 again = partial(contextvars.copy_context().run, self.record_operation_result, result)
-                execution.go_ahead(hops.Ahead(presented.written, partial(self.checkpoints.hurry, presented), again))
+                execution.ahead = hops.Ahead(presented.written, partial(self.checkpoints.hurry, presented), again)
                 return
         if not self._committed(presented):
             if presented is not None:  # what the writer may have committed has this time
@@ -487,23 +487,19 @@ class PerdureSystemDatabase(WaitingDatabase):
             return None
         deferral = hops.deferral()
         own = deferral.ahead if deferral is not None else execution.thread == threading.get_ident()
-        return self.checkpoints.present(
-            call,
-            execution,
-            events,
-            row,
-            lambda _: self.ledger.step_done(execution, function_id),
-            ahead=own and execution.goes_ahead and result["error"] is None,
-        )
+        ahead = own and execution.goes_ahead and result["error"] is None
+        commit = Commit(call, execution, events, row, lambda _: self.ledger.step_done(execution, function_id))
+        return self.checkpoints.present(commit, ahead=ahead)
 
-    def _committed(self, presented: Presented | None) -> bool:
+    @staticmethod
+    def _committed(presented: Presented | None) -> bool:
         """Waits for what was presented, or has what DBOS runs here wait; returns whether the writer has written it."""
         if presented is None:
             return False
         deferral = hops.deferral()
         if deferral is None:
             return presented.written.result()
-        deferral.wait_for(presented.written, partial(self.checkpoints.hurry, presented))
+        deferral.wait_for(presented.written)
         return True
 
     def record_with_payload(
@@ -779,8 +775,8 @@ class PerdureSystemDatabase(WaitingDatabase):
             told(written)
             self.executions.remove(execution)
 
-        commit = (OUTCOME, 0), execution, [terminal], row, after
-        return self.checkpoints.join(*commit) or self.checkpoints.present(*commit)
+        commit = Commit((OUTCOME, 0), execution, [terminal], row, after)
+        return self.checkpoints.join(commit) or self.checkpoints.present(commit)
 
     def _stow_shown(self, workflow_id: str, output: str | None) -> tuple[str | None, Stowed | None]:
         """Returns what the run's row shows of a large output, its JSON text or a pointer, and what that points to."""
@@ -807,9 +803,8 @@ class PerdureSystemDatabase(WaitingDatabase):
         if presented is None:
             if execution.dead or not execution.has_events:
                 return True
-            presented = self.checkpoints.present(
-                EVENTS, execution, [], partial(_events_row, execution), lambda _: None, wait=False
-            )
+            commit = Commit(EVENTS, execution, [], partial(_events_row, execution), lambda _: None)
+            presented = self.checkpoints.present(commit, wait=False)
             if presented is not None:
                 presented.written.add_done_callback(lambda done: done.result() or self.write_alone(execution))
                 return True

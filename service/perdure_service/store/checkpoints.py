@@ -87,24 +87,15 @@ _CHANGE_RUN = f"""
               AND (i.moves OR i.progress IS NOT NULL OR i.input_tokens > 0 OR i.output_tokens > 0)
             RETURNING r.workflow_id)"""
 
-_STEP = f"""
-    step AS (INSERT INTO {OUTPUTS}
+_INTO_OUTPUTS = f"""INSERT INTO {OUTPUTS}
                  (workflow_uuid, function_id, function_name, started_at_epoch_ms, completed_at_epoch_ms, output, error,
-                  serialization, application_name, retention_timestamp)
-             SELECT i.workflow_id, i.function_id, i.function_name, i.started_ms, i.completed_ms, i.output, i.error,
-                    i.serialization, '{APPLICATION}', {_NOW_MS}
-             FROM i JOIN pack ON pack.workflow_id = i.workflow_id
-             RETURNING workflow_uuid)"""
-
-_LAST_STEP_COLUMNS = """(workflow_uuid, function_id, function_name, started_at_epoch_ms, completed_at_epoch_ms, output,
                   serialization, application_name, retention_timestamp)"""
 
-_LAST_STEP = f"""
-    step AS (INSERT INTO {OUTPUTS} {_LAST_STEP_COLUMNS}
-             SELECT i.workflow_id, i.function_id, i.function_name, i.started_ms, i.completed_ms, i.step_output,
-                    i.step_serialization, '{APPLICATION}', {_NOW_MS}
-             FROM i JOIN pack ON pack.workflow_id = i.workflow_id
-             WHERE i.function_id IS NOT NULL
+_INSERT_STEP = f"""
+    step AS ({_INTO_OUTPUTS}
+             SELECT i.workflow_id, i.function_id, i.function_name, i.started_ms, i.completed_ms, {{result}},
+                    '{APPLICATION}', {_NOW_MS}
+             FROM i JOIN pack ON pack.workflow_id = i.workflow_id {{where}}
              RETURNING workflow_uuid)"""
 
 _END = f"""
@@ -215,7 +206,10 @@ class EventsRow:
 
     def __post_init__(self) -> None:
         self.first_sequence, self.event_count = self.pack.first_sequence, len(self.pack.events)
-        self.events, self.changes = encode_events(self.pack.events), RunChanges.of(self.pack.events)
+        self.events, self.changes = self._encoded(), RunChanges.of(self.pack.events)
+
+    def _encoded(self) -> str:
+        return encode_events(self.pack.events)
 
     @property
     def pack_id(self) -> str:
@@ -237,7 +231,14 @@ class StepRow(EventsRow):
         "completed_ms": "BIGINT", "output": "TEXT", "error": "TEXT", "serialization": "TEXT",
     }  # fmt: skip
     statement: ClassVar[Statement] = Statement.over(
-        columns, [_OWN, _INSERT_PACK.format(join="", where=""), _CHANGE_RUN, _STEP], of="step"
+        columns,
+        [
+            _OWN,
+            _INSERT_PACK.format(join="", where=""),
+            _CHANGE_RUN,
+            _INSERT_STEP.format(result="i.output, i.error, i.serialization", where=""),
+        ],
+        of="step",
     )
 
     function_id: int = 0
@@ -283,7 +284,10 @@ class OutcomeRow(EventsRow):
             _OWN,
             _INSERT_PACK.format(join="JOIN perdure.run AS r ON r.workflow_id = i.workflow_id", where=_MAY_END),
             _END,
-            _LAST_STEP,
+            _INSERT_STEP.format(
+                result="i.step_output, CAST(NULL AS TEXT), i.step_serialization",
+                where="WHERE i.function_id IS NOT NULL",
+            ),
         ],
         of="run JOIN status ON status.workflow_uuid = run.workflow_id",
     )
@@ -295,17 +299,11 @@ class OutcomeRow(EventsRow):
     failure: str | None = None
     last_step: StepRow | None = None
 
-    def __post_init__(self) -> None:
+    def _encoded(self) -> str:
         step, events = self.last_step, self.pack.events
         if step is None or events[0] is not step.pack.events[0]:
-            EventsRow.__post_init__(self)
-            return
-        self.first_sequence, self.event_count, self.changes = (
-            self.pack.first_sequence,
-            len(events),
-            RunChanges.of(events),
-        )
-        self.events = f"{step.events[:-1]},{encode_events(events[step.event_count :])[1:]}"  # its own are JSON already
+            return encode_events(events)
+        return f"{step.events[:-1]},{encode_events(events[step.event_count :])[1:]}"  # the step's are JSON already
 
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
@@ -392,18 +390,10 @@ def record_last_step(conn: sa.Connection, step: StepRow) -> None:
     """Records a step in the transaction of its run's owner that ends the run, unless it is recorded."""
     conn.execute(
         sa.text(
-            f"INSERT INTO {OUTPUTS} {_LAST_STEP_COLUMNS} VALUES (:workflow_id, :function_id, :function_name, "
-            f":started_ms, :completed_ms, :output, :serialization, '{APPLICATION}', {_NOW_MS}) ON CONFLICT DO NOTHING"
+            f"{_INTO_OUTPUTS} VALUES (:workflow_id, :function_id, :function_name, :started_ms, :completed_ms, "
+            f":step_output, NULL, :step_serialization, '{APPLICATION}', {_NOW_MS}) ON CONFLICT DO NOTHING"
         ),
-        {
-            "workflow_id": step.workflow_id,
-            "function_id": step.function_id,
-            "function_name": step.function_name,
-            "started_ms": step.started_ms,
-            "completed_ms": step.completed_ms,
-            "output": step.output,
-            "serialization": step.serialization,
-        },
+        {"workflow_id": step.workflow_id, **{name: getattr(step, of) for name, (_, of) in _LAST_STEP_FIELDS.items()}},
     )
 
 

@@ -10,7 +10,7 @@ import pytest
 import sqlalchemy as sa
 from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import RunKey
-from perdure_service.durable.checkpoints import Checkpoints, Presented, adopted
+from perdure_service.durable.checkpoints import Checkpoints, Commit, Presented, adopted
 from perdure_service.durable.drain import _rests
 from perdure_service.durable.executions import Execution, Executions, LogEnd, slot_of
 from perdure_service.durable.operation import Operations
@@ -58,7 +58,7 @@ class Fast:
     ) -> Presented:
         one = execution or self.execution
         event = one.event(EventKind.LOG, {"message": "x"})
-        presented = self.checkpoints.present(CALL, one, [event], row_of(one), after, ahead=ahead)
+        presented = self.checkpoints.present(Commit(CALL, one, [event], row_of(one), after), ahead=ahead)
         assert presented is not None
         return presented
 
@@ -121,7 +121,8 @@ def step(fast: Fast, monkeypatch: pytest.MonkeyPatch) -> Presented:
 
 def end_of(fast: Fast) -> Presented | None:
     event = fast.execution.event(EventKind.LOG, {"message": "the end"})
-    return fast.checkpoints.join(("outcome", 0), fast.execution, [event], row_of(fast.execution), lambda _: None)
+    commit = Commit(("outcome", 0), fast.execution, [event], row_of(fast.execution), lambda _: None)
+    return fast.checkpoints.join(commit)
 
 
 @pytest.mark.parametrize("written", [True, False])
@@ -170,7 +171,7 @@ def test_a_row_that_cannot_be_made_costs_neither_the_slot_nor_the_events_that_wa
 
     event = fast.execution.event(EventKind.LOG, {"message": "x"})
     with pytest.raises(TypeError, match="no JSON"):
-        fast.checkpoints.present(CALL, fast.execution, [event], fails, lambda _: None)
+        fast.checkpoints.present(Commit(CALL, fast.execution, [event], fails, lambda _: None))
     assert not fast.execution.slot.held
     assert [event.data["message"] for event in fast.execution.take()] == ["waits"]
 
@@ -221,7 +222,8 @@ def test_what_waits_is_answered_when_the_writer_stops_and_it_takes_nothing_more(
     fast.writer.stop()
     assert [one.written.done() and one.written.result() for one in presented] == [True] * 5
     event = fast.execution.event(EventKind.LOG, {"message": "x"})
-    assert fast.checkpoints.present(CALL, fast.execution, [event], row_of(fast.execution), lambda _: None) is None
+    commit = Commit(CALL, fast.execution, [event], row_of(fast.execution), lambda _: None)
+    assert fast.checkpoints.present(commit) is None
     assert not fast.execution.slot.held
 
 
