@@ -1,8 +1,8 @@
 """A promise: what one thread will know, and others wait for.
 
-It does what a `concurrent.futures.Future` does, with one lock for all promises instead of a condition for each (which
-costs more than everything else that is done with it, five times a run), and lets go of its callbacks when it has called
-them: who is told often has the promise itself, and they would keep each other until the collector comes.
+It does what a `concurrent.futures.Future` does, with one lock for all promises instead of a condition for each, which
+was a thirtieth of what held the interpreter's lock with 128 clients (ADR 28), and lets go of its callbacks when it has
+called them: who is told often has the promise itself, and they would keep each other until the collector comes.
 """
 
 from __future__ import annotations
