@@ -32,8 +32,11 @@ from tests.helpers.waiting import eventually
 MAX_POINTS = 40
 """More points than any of the runs here has."""
 
-PLAIN_POINTS = 24
-"""Points of the workflow that uses all of DBOS; some more lie behind its end."""
+PLAIN_POINTS = 20
+"""Points that every run has of the workflow that uses all of DBOS.
+
+Some more lie before its end, or behind it: whether its children's last steps are commits of their own is a matter of
+timing."""
 
 ALL_POINTS = bool(os.environ.get("PERDURE_TEST_ALL_POINTS"))
 """Whether to die at all of them (`make chaos`), not at some that the seed chooses."""
@@ -142,10 +145,12 @@ def test_a_plain_workflow_that_uses_all_of_dbos_survives_a_kill(
     server: ServerProcess, url: str, rng: random.Random
 ) -> None:
     run_input: dict[str, object] = {"name": "x"}
-    points = range(1, PLAIN_POINTS + 1)
-    for point in points if ALL_POINTS else sorted(rng.sample(points, 5)):
+    points = range(1, MAX_POINTS) if ALL_POINTS else sorted(rng.sample(range(1, PLAIN_POINTS + 1), 5))
+    for point in points:
         run_id = f"kill-plain-{point}"
-        assert not _survives(server, point, "plain", run_input, run_id)
+        if _survives(server, point, "plain", run_input, run_id):
+            assert point > PLAIN_POINTS
+            break
         assert server.wait_for_end() == KILLED, server.log[-3000:]
         server.start()
         _finish(server, "plain", run_input, run_id)

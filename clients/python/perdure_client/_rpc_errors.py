@@ -86,7 +86,9 @@ _CONNECTION_BROKE = re.compile(
 _TOO_LARGE = re.compile(
     r"(?P<what>Received|Sent|Decompressed) message larger than max(?: \((?P<size>\d+) vs\.? (?P<limit>\d+)\))?"
 )
-_BROKEN_CODES = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
+_BROKEN_CODES = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
+# What gRPC says of a call that this side ended (grpc/_channel.py, grpc/aio/_call.py).
+_CANCELLED_HERE = "Locally cancelled by application!"
 
 
 def from_rpc_error(error: grpc.RpcError, address: str) -> PerdureError:
@@ -170,6 +172,10 @@ def _status_bytes(error: grpc.RpcError) -> bytes:
 def _from_transport(code: grpc.StatusCode, text: str, address: str) -> PerdureError:
     """Returns the error for a status without a reason of ours: gRPC's own, or a proxy's."""
     if code is grpc.StatusCode.UNAVAILABLE or (code in _BROKEN_CODES and _CONNECTION_BROKE.search(text)):
+        return _unreachable(text, address)
+    if code is grpc.StatusCode.CANCELLED and text != _CANCELLED_HERE:
+        # The other side's doing. A server that stops refuses so what reached it too late to be taken on (gRPC's own
+        # server, src/core/server), and so do proxies.
         return _unreachable(text, address)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (found := _TOO_LARGE.search(text)):
         return _too_large(text, found)

@@ -85,6 +85,7 @@ async def test_a_start_has_ids_of_its_own(server: ScriptedServer, client: AsyncC
         DRAINING,
         Fail(grpc.StatusCode.UNAVAILABLE, message="Connection reset by peer"),
         Fail(grpc.StatusCode.INTERNAL, message="Received RST_STREAM with error code 2"),
+        Fail(grpc.StatusCode.CANCELLED, message="CANCELLED"),
         Fail(grpc.StatusCode.ABORTED, "CONTENTION", retry_delay_s=0.2),
         Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "OVERLOADED", retry_delay_s=1.0),
         Fail(grpc.StatusCode.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED", retry_delay_s=1.0),

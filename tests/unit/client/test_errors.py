@@ -155,6 +155,8 @@ async def test_all_that_the_server_says_is_there(server: ScriptedServer, client:
         (C.INTERNAL, "Received RST_STREAM with error code 2", ServerUnavailable, True),
         (C.UNKNOWN, "Stream removed", ServerUnavailable, True),
         (C.CANCELLED, "RST_STREAM with error code 8", ServerUnavailable, True),
+        (C.CANCELLED, "CANCELLED", ServerUnavailable, True),
+        (C.CANCELLED, "Locally cancelled by application!", PerdureError, False),
         (C.UNKNOWN, "Unexpected <class 'ValueError'>: x", PerdureError, False),
         (C.INTERNAL, "something of a proxy", InternalError, False),
         (C.RESOURCE_EXHAUSTED, "Bandwidth exhausted", ResourceExhausted, False),
