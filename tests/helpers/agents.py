@@ -170,6 +170,11 @@ async def plain_child(number: int, seconds: float) -> str:
     return f"child {number}"
 
 
+@agent(name="silent")
+async def silent() -> None:
+    """Returns nothing."""
+
+
 @agent(name="failing")
 async def failing(message: str = "no way") -> None:
     """Fails."""

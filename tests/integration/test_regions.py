@@ -18,7 +18,7 @@ from perdure.v1 import approval_service_pb2 as approval_pb
 from tests.helpers.cells import Cluster, cluster_of_copies
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.regions import write_regions
-from tests.helpers.rpc import Reading, Rpc, events_of, new_id, only, refused, sequences, state_of
+from tests.helpers.rpc import Reading, Rpc, duration, events_of, new_id, only, refused, sequences, state_of
 from tests.helpers.server import ServerProcess, create_effects_table, effects, sql
 from tests.helpers.waiting import eventually, scaled
 
@@ -219,6 +219,11 @@ def test_a_forwarded_wait_answers_before_its_callers_deadline(two: Two) -> None:
     answer = two.at_south.runs.WaitRun(pb.WaitRunRequest(run_id=run_id), timeout=scaled(1.5))
     assert answer.timed_out
     two.at_north.cancel(run_id)
+
+
+def test_a_start_from_afar_that_waits_has_the_output(two: Two) -> None:
+    run = two.at_south.start_call("counter", {"steps": 2}, wait=duration(scaled(20))).run
+    assert (run.output_json, run.home_region) == ('{"total":1}', "north")
 
 
 def test_a_run_that_was_started_from_afar_has_the_callers_trace(two: Two) -> None:

@@ -1,4 +1,4 @@
-"""Load on a server through gRPC: `StartAgent` and `WaitRun`, or the bulk streams `StartAgents` and `WaitRuns`.
+"""Load on a server through gRPC: `StartAgent` and `WaitRun`, a `StartAgent` that waits, or the streams for many.
 
 One process with one event loop and one channel, so that on two cores it takes little from the server; its own CPU is
 counted. Generators of single calls do not fit: each client waits for the end of the run that it has just started.
@@ -23,6 +23,7 @@ from tests.load.loop import answer, closed_loop, serve
 TIMEOUT_S = 60.0
 REPEATED = frozenset({grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ABORTED})
 REPEAT_PAUSE_S = 0.1
+WAIT_S = 30
 BULK = hasattr(pb, "StartAgentsRequest")
 """Whether this version of the API has `StartAgents`."""
 
@@ -42,9 +43,15 @@ class Load:
         if order.get("bulk"):
             return await self.bulk(order["agent"], order["clients"], order["seconds"])
 
+        waits = bool(order.get("waits"))
+
         async def once() -> None:
-            started = await self.call(self.stub.StartAgent, self.request(order["agent"]))
-            await self.end_of(started.run.run_id)
+            request = self.request(order["agent"])
+            if waits:
+                request.wait.seconds = WAIT_S
+            started = await self.call(self.stub.StartAgent, request)
+            if not waits or started.run.state != run_pb.AGENT_RUN_STATE_SUCCEEDED:
+                await self.end_of(started.run.run_id)
 
         repeats = self.repeats
         return {**await closed_loop(once, order["clients"], order["seconds"]), "repeats": self.repeats - repeats}

@@ -20,11 +20,13 @@ from tests.load import grpc_load
 from tests.load.generators import Answer, Generator
 from tests.load.usage import Meter, database_processes, spent
 
-ASYNC, SYNC, BULK = "gRPC, async agent", "gRPC, sync agent", "gRPC, bulk start"
+ASYNC, SYNC, ONE_CALL, BULK = "gRPC, async agent", "gRPC, sync agent", "gRPC, one call", "gRPC, bulk start"
 DBOS_ASYNC, DBOS_SYNC = "plain DBOS, async", "plain DBOS, sync"
 RESTATE, CEILING = "Restate 1.7", "the batched SQL alone"
-NAMES = (ASYNC, BULK, SYNC, DBOS_ASYNC, DBOS_SYNC, RESTATE, CEILING)
-BASELINE = {ASYNC: DBOS_ASYNC, BULK: DBOS_ASYNC, SYNC: DBOS_SYNC, RESTATE: DBOS_ASYNC, CEILING: DBOS_ASYNC}
+NAMES = (ASYNC, ONE_CALL, BULK, SYNC, DBOS_ASYNC, DBOS_SYNC, RESTATE, CEILING)
+BASELINE = {
+    ASYNC: DBOS_ASYNC, ONE_CALL: DBOS_ASYNC, BULK: DBOS_ASYNC, SYNC: DBOS_SYNC, RESTATE: DBOS_ASYNC, CEILING: DBOS_ASYNC
+}  # fmt: skip
 """What a variant is compared with as plain DBOS."""
 SERVER_SETTINGS = {"PERDURE_LOG_LEVEL": "warning", "PERDURE_LOG_FORMAT": "json", "PERDURE_MAX_RUNNING": "2000"}
 WARM_S = 0.5
@@ -90,7 +92,7 @@ class Fleet:
         """Starts some, and what they need."""
         database = database_processes(self.server.url)
         for name in names:
-            if name in (ASYNC, SYNC, BULK):
+            if name in (ASYNC, SYNC, ONE_CALL, BULK):
                 self._add_grpc(name, database)
             elif name in (DBOS_ASYNC, DBOS_SYNC):
                 self.add_dbos(name, database)
@@ -138,7 +140,9 @@ class Fleet:
         generator = self.generator("grpc_load", process.address)
         agent = "two-steps-blocking" if name == SYNC else "two-steps"
         groups = {"client": [generator.process], "server": [psutil.Process(process._process.pid)], "database": database}
-        self.variants.append(Variant(name, generator, {"agent": agent, "bulk": name == BULK}, groups, url))
+        self.variants.append(
+            Variant(name, generator, {"agent": agent, "bulk": name == BULK, "waits": name == ONE_CALL}, groups, url)
+        )
 
     def _add_ceiling(self, database: Sequence[psutil.Process]) -> None:
         if importlib.util.find_spec("perdure_service.store.checkpoint_writer") is None:

@@ -229,7 +229,7 @@ class Client:
         priority: int = 0,
         home_region: str = "",
     ) -> JsonValue:
-        """Starts an agent, waits for its end, and returns its output.
+        """Starts an agent, waits for its end, and returns its output: one call to the server if it ends within 5 s.
 
         Args:
             agent: As in `start`.

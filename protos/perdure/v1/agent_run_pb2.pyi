@@ -179,7 +179,7 @@ class AgentRun(_message.Message):
     input_json: _builtins.str
     """The input as JSON text. Only under view FULL."""
     output_json: _builtins.str
-    """The output as JSON text, once SUCCEEDED. Only under view FULL."""
+    """The output as JSON text, once SUCCEEDED. Only under view FULL, and from a start that waited for it."""
     context_id: _builtins.str
     """The caller's grouping of runs (a conversation, a case); empty for none."""
     parent_run_id: _builtins.str

@@ -188,6 +188,7 @@ class StartAgentRequest(_message.Message):
     QUEUE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     HOME_REGION_FIELD_NUMBER: _builtins.int
+    WAIT_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """The namespace; empty means `default`."""
     agent: _builtins.str
@@ -236,6 +237,12 @@ class StartAgentRequest(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """At most 32, keys up to 63 characters, values up to 256."""
 
+    @_builtins.property
+    def wait(self) -> _duration_pb2.Duration:
+        """Answer when the run has ended, so that a short run takes one call instead of two; but after this long at the latest,
+        and after 60 s or 90% of the caller's deadline. Unset means when the start is committed. Not in StartAgents.
+        """
+
     def __init__(
         self,
         *,
@@ -256,10 +263,11 @@ class StartAgentRequest(_message.Message):
         queue: _builtins.str = ...,
         priority: _builtins.int = ...,
         home_region: _builtins.str = ...,
+        wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "schedule", b"schedule", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "delay", b"delay", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "schedule", b"schedule", "start_time", b"start_time", "wait", b"wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "conflict_policy", b"conflict_policy", "context_id", b"context_id", "deadline_time", b"deadline_time", "delay", b"delay", "home_region", b"home_region", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "run_id", b"run_id", "schedule", b"schedule", "start_time", b"start_time", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_version", b"agent_version", "conflict_policy", b"conflict_policy", "context_id", b"context_id", "deadline_time", b"deadline_time", "delay", b"delay", "home_region", b"home_region", "input", b"input", "input_format", b"input_format", "input_json", b"input_json", "labels", b"labels", "namespace", b"namespace", "priority", b"priority", "queue", b"queue", "request_id", b"request_id", "run_id", b"run_id", "schedule", b"schedule", "start_time", b"start_time", "validate_only", b"validate_only", "wait", b"wait"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input_format: _TypeAlias = _typing.Literal["input", "input_json"]  # noqa: Y015
     _WhichOneofArgType_input_format: _TypeAlias = _typing.Literal["input_format", b"input_format"]  # noqa: Y015
@@ -284,7 +292,9 @@ class StartAgentResponse(_message.Message):
     """Whether this call, or an earlier repeat of it with the same request_id, created the run."""
     @_builtins.property
     def run(self) -> _agent_run_pb2.AgentRun:
-        """The run."""
+        """The run, under view BASIC. If its end was waited for and it has ended, also its output; if it has not, for whatever
+        reason, it was started all the same: go on with WaitRun.
+        """
 
     def __init__(
         self,

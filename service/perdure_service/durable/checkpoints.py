@@ -37,6 +37,9 @@ from perdure_service.store import runs
 from perdure_service.store.checkpoint_writer import CheckpointWriter
 from perdure_service.store.checkpoints import CheckpointRow, OutcomeRow, Written
 
+MAX_KEPT_OUTPUT = 2**14
+"""Characters of an output that is kept for who asks for it at once; a longer one is read."""
+
 MakeRow = Callable[[Pack, int | None], CheckpointRow]
 
 
@@ -129,7 +132,9 @@ class Presented:
             return
         execution.log_end = LogEnd.of(self.pack)
         if isinstance(self.row, OutcomeRow):
-            execution.end = partial(runs.as_ended, written, self.row.status, execution.log_end.last)
+            shown = self.row.shown
+            known = written if shown is None or len(shown) > MAX_KEPT_OUTPUT else {**written, "output": shown}
+            execution.end = partial(runs.as_ended, known, self.row.status, execution.log_end.last)
 
 
 class Checkpoints:

@@ -23,6 +23,7 @@ class StartCommand:
         run_input: The input as parsed JSON, exactly as sent.
         trace_parent: The caller's W3C `traceparent`, or empty.
         queue: Empty means that of the agent.
+        wait_s: How long the caller would wait for the end as well; 0 for not at all.
     """
 
     namespace: str
@@ -42,6 +43,7 @@ class StartCommand:
     trace_parent: str = ""
     queue: str = ""
     priority: int = 0
+    wait_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

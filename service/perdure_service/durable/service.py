@@ -308,8 +308,9 @@ class RunService:
         """Returns a run; an input or output that is too large for a message is left out."""
         self._check_namespace(namespace)
         run = await self._find(namespace, run_id, full=full)
-        if not full:
-            return run
+        return await self._fitted(run) if full else run
+
+    async def _fitted(self, run: Run) -> Run:
         if artifacts.fits_by_itself(run):
             return artifacts.fit(self._runtime.payloads, run)
         return await self._call(artifacts.fit, self._runtime.payloads, run)
@@ -373,6 +374,24 @@ class RunService:
         """Waits for a run's end; returns the run and whether the time was up first."""
         self._check_namespace(namespace)
         return await self._waiting.wait(namespace, run_id, full=full, timeout_s=timeout_s)
+
+    async def outcome(self, run: Run, *, timeout_s: float) -> Run:
+        """Waits for the end of a run, and returns it with its output; or as it is when the time is up.
+
+        Of a run that ends in this process nothing is read.
+
+        Args:
+            run: As it was.
+            timeout_s: How long to wait.
+
+        Raises:
+            RunNotFound: It was deleted meanwhile.
+        """
+        namespace, run_id = run.key.namespace, run.key.run_id
+        run, _ = await self._waiting.wait(namespace, run_id, full=False, timeout_s=timeout_s)
+        if run.state is RunState.SUCCEEDED and run.output_json is None:
+            run = await self._find(namespace, run_id, full=True)
+        return await self._fitted(run)
 
     async def list_events(
         self, namespace: str, run_id: str, kinds: frozenset[EventKind], *, page_size: int, page_token: str

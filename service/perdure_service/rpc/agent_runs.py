@@ -6,15 +6,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 
 from perdure.v1 import agent_run_service_pb2 as pb
+from perdure.v1.agent_run_pb2 import AgentRun
 from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
 
+from perdure_service.domain.runs import Run
 from perdure_service.durable.service import ForkCommand, RunService, StartCommand
-from perdure_service.errors import InvalidArgument
+from perdure_service.errors import InvalidArgument, PerdureError
+from perdure_service.logs import audit_written
 from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
+from perdure_service.rpc.audit import audit
 from perdure_service.rpc.bulk_starts import BulkStarts, Item
 from perdure_service.rpc.bulk_waits import BulkWaits
 from perdure_service.rpc.calls import current_call
@@ -25,9 +30,9 @@ from perdure_service.rpc.streams import RESPONSE_BYTES, Streams, closing
 from perdure_service.settings import Settings
 
 MAX_WAIT_S = 60.0
-"""The longest WaitRun waits."""
+"""The longest that a call waits for a run's end."""
 WAIT_SHARE = 0.9
-"""The share of the caller's deadline that WaitRun uses, so that its answer still arrives."""
+"""The share of the caller's deadline that such a call uses, so that its answer still arrives."""
 LARGE_REQUEST_BYTES = 2**16
 TRACE_BYTES = 3 * 2**20
 """About the most that a trace takes: clients take 4 MiB unless they say otherwise."""
@@ -45,8 +50,22 @@ class AgentRuns(AgentRunServiceServicer):
         self._trace_bytes = min(TRACE_BYTES, settings.max_message_bytes * 3 // 4)
 
     async def StartAgent(self, request: pb.StartAgentRequest, context: RpcContext) -> pb.StartAgentResponse:
-        """Starts an agent."""
-        return await self._start(request, current_call().trace_parent)
+        """Starts an agent, and waits for its end if it is asked to."""
+        command, run, created = await self._started(request, current_call().trace_parent)
+        waits = bool(command.wait_s) and not command.validate_only
+        if waits:
+            await self._audit(request, run)
+            # It is started: what keeps us from waiting (this server stops, say) is told to who asks for the end.
+            with suppress(PerdureError), self._streams.wait():
+                run = await self._service.outcome(run, timeout_s=min(command.wait_s, _longest_wait_s(context)))
+        return pb.StartAgentResponse(run=convert.agent_run(run, full=False, output=waits), created=created)
+
+    async def _audit(self, request: pb.StartAgentRequest, run: Run) -> None:
+        """Writes a start's line now, not when its call is over: that may be long after, and on no server at all."""
+        call = current_call()
+        audit(call, request, pb.StartAgentResponse(run=AgentRun(run_id=run.key.run_id)), "OK")
+        call.audited = True
+        await audit_written()
 
     async def StartAgents(
         self, request_iterator: AsyncIterator[Item], context: RpcContext
@@ -58,6 +77,10 @@ class AgentRuns(AgentRunServiceServicer):
                 yield answer
 
     async def _start(self, request: pb.StartAgentRequest, trace_parent: str) -> pb.StartAgentResponse:
+        _, run, created = await self._started(request, trace_parent)
+        return pb.StartAgentResponse(run=convert.agent_run(run, full=False), created=created)
+
+    async def _started(self, request: pb.StartAgentRequest, trace_parent: str) -> tuple[StartCommand, Run, bool]:
         # A large input takes up to half a second to check, in which other calls shall be served.
         large = request.ByteSize() > LARGE_REQUEST_BYTES
         if large:
@@ -65,7 +88,7 @@ class AgentRuns(AgentRunServiceServicer):
         else:
             command = self._command(request, trace_parent)
         run, created = await self._service.start(command)
-        return pb.StartAgentResponse(run=convert.agent_run(run, full=False), created=created)
+        return command, run, created
 
     def _command(self, request: pb.StartAgentRequest, trace_parent: str) -> StartCommand:
         if request.home_region and self._router is None:
@@ -133,8 +156,7 @@ class AgentRuns(AgentRunServiceServicer):
     async def WaitRun(self, request: pb.WaitRunRequest, context: RpcContext) -> pb.WaitRunResponse:
         """Waits for a run's end, for as long as the caller's deadline lets it answer."""
         which = requests.get_run(request)
-        remaining_s: float | None = context.time_remaining()
-        timeout_s = MAX_WAIT_S if remaining_s is None else min(MAX_WAIT_S, WAIT_SHARE * remaining_s)
+        timeout_s = _longest_wait_s(context)
         with self._streams.wait():
             run, timed_out = await self._service.wait(
                 which.namespace, which.run_id, full=which.full, timeout_s=timeout_s
@@ -221,3 +243,9 @@ class AgentRuns(AgentRunServiceServicer):
             unfinished_run_ids=deleted.unfinished_run_ids,
             missing_run_ids=deleted.missing_run_ids,
         )
+
+
+def _longest_wait_s(context: RpcContext) -> float:
+    """Returns how long a call may wait for a run's end."""
+    remaining_s: float | None = context.time_remaining()
+    return MAX_WAIT_S if remaining_s is None else min(MAX_WAIT_S, WAIT_SHARE * remaining_s)

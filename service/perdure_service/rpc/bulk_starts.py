@@ -73,6 +73,8 @@ class BulkStarts:
             if isinstance(item, InvalidArgument):
                 raise item
             access.check(call.method, rights_of(call), item.start, self._namespaces)
+            if item.start.HasField("wait"):
+                raise InvalidArgument("wait", "is for StartAgent alone; name the run in WaitRuns instead")
             started = await self._start_in_time(item.start, _trace_parent(item))
         except BaseException as error:
             if passes(error):

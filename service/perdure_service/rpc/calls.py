@@ -24,7 +24,7 @@ MAX_REQUEST_ID = 128
 
 @dataclass(slots=True)
 class Call:
-    """A call. Only `identify` changes it.
+    """A call. Only `identify` changes it, and who writes its line of audit.
 
     Attributes:
         method: E.g. `perdure.v1.AgentRunService/StartAgent`.
@@ -33,6 +33,7 @@ class Call:
         trace_parent: The caller's W3C `traceparent` as it came, or empty.
         parent: What it says; None for none.
         rights: What the caller may do; None until that is known.
+        audited: Whether its line of audit is written.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Call:
     trace_parent: str = ""
     parent: TraceParent | None = None
     rights: Caller | None = None
+    audited: bool = False
 
 
 _current: ContextVar[Call] = ContextVar("perdure_call")

@@ -18,8 +18,8 @@ _SELDOM_NUMBERS = ("pending_approvals", "forked_from_step_id", "priority")
 _NOTHING_USED = Usage()
 
 
-def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
-    """Returns a run as a message; with input and output only when `full`.
+def agent_run(run: Run, *, full: bool, output: bool = False) -> agent_run_pb2.AgentRun:
+    """Returns a run as a message; with input and output only when `full`, or with its output alone.
 
     Fields that most runs have nothing in are set only when there is something: each costs.
     """
@@ -54,8 +54,9 @@ def agent_run(run: Run, *, full: bool) -> agent_run_pb2.AgentRun:
         message.labels[fields.text(key)] = fields.text(value)
     if full:
         message.input_json = fields.text(run.input_json)
-        message.output_json = fields.text(run.output_json)
         message.input_bytes = fields.int64(run.input_bytes)
+    if full or output:
+        message.output_json = fields.text(run.output_json)
         message.output_bytes = fields.int64(run.output_bytes)
     return message
 

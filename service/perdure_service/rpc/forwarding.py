@@ -311,7 +311,8 @@ class Router:
         if cell.name == self._own.name:
             return self._stamped(await method.serve(request, context))
         forward = Forward.of(context)
-        with self._streams.wait() if method.waits else nullcontext():
+        waits = method.waits or (isinstance(request, pb.StartAgentRequest) and request.HasField("wait"))
+        with self._streams.wait() if waits else nullcontext():
             return await self._peers.unary(
                 cell, method.path, request, method.answer, forward if within_s is None else forward.within(within_s)
             )

@@ -170,7 +170,6 @@ class Handlers(grpc.GenericRpcHandler):
         call = enter_call(path.removeprefix("/"), metadata)
         span = self._open_span(path, call)
         request: Any = None
-        audited = False
         try:
             if not path.startswith(OUR_METHODS):
                 result = await serve(_decoded(handler, data or b""), context)
@@ -181,9 +180,9 @@ class Handlers(grpc.GenericRpcHandler):
                     request = _decoded(handler, data)  # only now: who may not call shall not make work
                 access.check(call.method, caller, request, self._namespaces)
                 result = await serve(request, context)
-                if data is not None:
+                if data is not None and not call.audited:
                     audit(call, request, result, "OK")
-                    audited = True
+                    call.audited = True
                     await audit_written()
         except BaseException as error:
             if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
@@ -195,7 +194,7 @@ class Handlers(grpc.GenericRpcHandler):
                 _ended(span, path, call, "CANCELLED", began)
                 span.end()
                 # Whether it was done is not known; it may have been.
-                if not audited:
+                if not call.audited:
                     audit(call, request, None, "CANCELLED")
                 if gone:
                     # A write failed, as the client went away and gRPC has not cancelled this task yet: nobody listens.
@@ -203,7 +202,7 @@ class Handlers(grpc.GenericRpcHandler):
                 raise
             try:
                 failure, reason = described(error, call, time.monotonic() - began)
-                if not audited:
+                if not call.audited:
                     audit(call, request, None, failure.code.name, reason)
                     await audit_written()
             except Exception:  # noqa: BLE001 - an error that cannot even be described or logged is still answered

@@ -138,6 +138,9 @@ def start_command(
         found.add("deadline_time", "must be after start_time")
     if request.home_region and request.run_id:
         found.add("home_region", "excludes run_id: an id of one's own lives in the home of its namespace")
+    wait_s = found.duration_s("wait", request.wait) if request.HasField("wait") else None
+    if wait_s is not None and wait_s < 0:
+        found.add("wait", "must not be negative")
     if request.priority < 0:
         found.add("priority", f"must be from 0 to {MAX_PRIORITY}; the lower the sooner")
     start = partial(
@@ -158,6 +161,7 @@ def start_command(
         trace_parent=trace_parent,
         queue=found.name("queue", request.queue),
         priority=request.priority,
+        wait_s=wait_s or 0.0,
     )
     found.raise_any()
     return start(run_input=_read_input(request, max_input_bytes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -44,6 +45,7 @@ from perdure_client._transport import (
     LIST_RUN_EVENTS,
     LIST_RUNS,
     LIST_STEPS,
+    READ_ARTIFACT,
     SIGNAL_RUN,
     START_AGENT,
     WAIT_RUN,
@@ -359,6 +361,41 @@ async def test_run_returns_the_output(server: ScriptedServer, client: AsyncClien
     server.script(WAIT_RUN, waited("SUCCEEDED", output_json="[1]"), waited("SUCCEEDED", output_json="null"))
     assert await client.run("research", {"q": 1}) == [1]
     assert await asyncio.to_thread(blocking_client.run, "research", {"q": 1}) is None
+
+
+@pytest.mark.parametrize(("patience_s", "asked_s"), [(None, 5), (60, 5), (2, 2), (0, 0)])
+async def test_run_of_a_short_run_is_one_call(
+    server: ScriptedServer, client: AsyncClient, patience_s: float | None, asked_s: float
+) -> None:
+    run = run_message(state="SUCCEEDED", output_json='{"a":1}', output_bytes=7)
+    server.script(START_AGENT, DRAINING, runs.StartAgentResponse(run=run, created=True))
+    assert await client.run("research", timeout=patience_s) == {"a": 1}
+    first, second = server.asked(START_AGENT)
+    assert first == second
+    assert first.wait.ToTimedelta().total_seconds() == asked_s
+    assert not server.asked(WAIT_RUN)
+
+
+async def test_run_reads_an_output_that_did_not_fit_the_answer(server: ScriptedServer, client: AsyncClient) -> None:
+    run = run_message("x", state="SUCCEEDED", output_bytes=3)
+    server.script(START_AGENT, runs.StartAgentResponse(run=run))
+    info = runs.ArtifactInfo(size_bytes=3, sha256=hashlib.sha256(b"123").hexdigest())
+    server.script(READ_ARTIFACT, [runs.ReadArtifactResponse(artifact=info), runs.ReadArtifactResponse(data=b"123")])
+    assert await client.run("research") == 123
+
+
+async def test_run_asks_a_server_that_does_not_know_waiting_for_the_output(
+    server: ScriptedServer, client: AsyncClient
+) -> None:
+    server.script(START_AGENT, runs.StartAgentResponse(run=run_message("x", state="SUCCEEDED")))
+    server.script(WAIT_RUN, waited("SUCCEEDED", output_json="2"))
+    assert await client.run("research", run_id="x") == 2
+
+
+async def test_a_start_by_itself_does_not_wait(server: ScriptedServer, client: AsyncClient) -> None:
+    server.script(START_AGENT, started)
+    await client.start("research")
+    assert not server.asked(START_AGENT)[0].HasField("wait")
 
 
 @pytest.mark.parametrize("state", ["FAILED", "CANCELLED", "EXPIRED"])

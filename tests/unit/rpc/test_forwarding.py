@@ -13,6 +13,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2 as approval_pb
 from perdure.v1 import operator_service_pb2 as operator_pb
@@ -308,18 +309,23 @@ async def test_a_stream_that_broke_is_not_begun_anew_at_the_standby() -> None:
 
 async def test_a_server_that_drains_ends_the_waits_it_has_sent_on() -> None:
     async with two() as cells:
-        begun = asyncio.Event()
+        begun = 0
 
         async def wait(*_: Any, **__: Any) -> Any:
-            begun.set()
+            nonlocal begun
+            begun += 1
             await asyncio.Event().wait()
 
-        cells.north.script["wait"] = wait
-        call = cells.at_south.runs.WaitRun(pb.WaitRunRequest(run_id="mine"))
-        waiting = asyncio.ensure_future(failing(call))
-        await begun.wait()
+        cells.north.script |= {"wait": wait, "start": lambda *_: (a_run(), True), "outcome": wait}
+        calls = [
+            cells.at_south.runs.WaitRun(pb.WaitRunRequest(run_id="mine")),
+            # The repeat, at another server, finds the run by its ids.
+            cells.at_south.runs.StartAgent(pb.StartAgentRequest(agent="research", wait=Duration(seconds=50))),
+        ]
+        waiting = [asyncio.ensure_future(failing(call)) for call in calls]
+        await eventually_async(lambda: begun == 2)
         await cells.at_south.server.drain()
-        assert (await waiting).info.reason == "DRAINING"
+        assert [(await one).info.reason for one in waiting] == ["DRAINING", "DRAINING"]
 
 
 # ---- no second hop ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 import structlog
+from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from perdure.v1 import agent_catalog_service_pb2 as catalog_pb
@@ -249,6 +250,26 @@ async def test_nobody_is_answered_before_the_line_is_written_and_a_call_has_one_
         written.set()
         assert (await call).created
     assert [line["outcome"] for line in audited] == ["OK", "OK"]
+
+
+async def test_a_start_that_waits_has_its_line_when_it_is_started_and_no_other(service, audited):
+    end = asyncio.Event()
+
+    async def outcome(*_: Any, **__: Any) -> Any:
+        await end.wait()
+        return a_run(state=RunState.SUCCEEDED, output_json="1", output_bytes=1)
+
+    service.script |= {"start": lambda *_, **__: (a_run(), True), "outcome": outcome}
+    request = pb.StartAgentRequest(agent="research", wait=Duration(seconds=20))
+    async with serving(service, caller="dev") as served:
+        call, gone = served.runs.StartAgent(request), served.runs.StartAgent(request)
+        await eventually_async(lambda: len(audited) == 2)
+        gone.cancel()
+        await eventually_async(lambda: served.server.streams.count == 1)
+        end.set()
+        answer = await call
+    assert (answer.created, answer.run.output_json) == (True, "1")
+    assert [(line["run_id"], line["outcome"]) for line in audited] == [("foo", "OK")] * 2
 
 
 async def test_a_line_that_cannot_be_written_is_an_error_of_the_server(service, audited, monkeypatch):

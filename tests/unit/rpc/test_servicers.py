@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.struct_pb2 import Value
 from perdure.v1 import agent_catalog_service_pb2 as catalog_pb
 from perdure.v1 import agent_run_pb2, approval_pb2, run_event_pb2
@@ -18,10 +19,11 @@ from perdure_service.domain.approvals import ApprovalState, Decision
 from perdure_service.domain.events import EventKind, Step, StepState
 from perdure_service.domain.runs import RunState
 from perdure_service.durable.service import DeleteCommand, Deleted, ForkCommand, Page, RunFilter
+from perdure_service.errors import StoreUnavailable
 from perdure_service.rpc import agent_runs
 from perdure_service.rpc.calls import current_call
 
-from tests.unit.rpc.doubles import a_run, an_approval, an_event, failing, serving
+from tests.unit.rpc.doubles import a_run, an_approval, an_event, failing, fails_with, serving
 
 TRACE_PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -138,6 +140,32 @@ async def test_wait_leaves_a_tenth_of_the_deadline_and_takes_a_minute_at_most(se
     [(name, args, kwargs)] = service.calls
     assert (name, args, kwargs["full"]) == ("wait", ("default", "foo"), True)
     assert least_s <= kwargs["timeout_s"] <= most_s
+
+
+@pytest.mark.parametrize(
+    ("wait_s", "deadline_s", "most_s"), [(5, None, 5), (600, None, 60), (30, 10, 9), (2, 10, 2), (0, 10, None)]
+)
+async def test_a_start_waits_no_longer_than_a_wait_does(service, wait_s, deadline_s, most_s):
+    service.script["start"] = lambda *_: (a_run(), True)
+    service.script["outcome"] = lambda run, timeout_s: a_run(state=RunState.SUCCEEDED, output_json="1")
+    async with serving(service) as served:
+        request = pb.StartAgentRequest(agent="research", input_json='{"a":1}', wait=Duration(seconds=wait_s))
+        answer = await served.runs.StartAgent(request, timeout=deadline_s)
+    assert (answer.created, answer.run.output_json, answer.run.input_json) == (True, "1" if most_s else "", "")
+    waits = [kwargs["timeout_s"] for name, _, kwargs in service.calls if name == "outcome"]
+    assert [most_s - 1 < one <= most_s for one in waits] == ([True] if most_s else [])
+
+
+async def test_a_start_whose_wait_fails_is_answered_all_the_same(service):
+    service.script["start"] = lambda *_: (a_run(), True)
+    service.script["outcome"] = fails_with(StoreUnavailable("the database is away"))
+    async with serving(service) as served:
+        answer = await served.runs.StartAgent(pb.StartAgentRequest(agent="research", wait=Duration(seconds=9)))
+        await served.server.drain()
+        service.script["outcome"] = fails_with(AssertionError("nothing is waited for any more"))
+        again = await served.runs.StartAgent(pb.StartAgentRequest(agent="research", wait=Duration(seconds=9)))
+    assert answer == again
+    assert (answer.created, answer.run.run_id) == (True, "foo")
 
 
 async def test_signal_and_cancel_say_who_did_it(service):
