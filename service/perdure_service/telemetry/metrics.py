@@ -120,7 +120,8 @@ RETENTION_LOGS = Metric(
 )
 RPC_DURATION = Metric(
     "rpc.server.call.duration", "histogram", "s", (RPC_SYSTEM, RPC_METHOD, RPC_STATUS),
-    "How long calls took; a stream, until it ended; each item of StartAgents and WaitRuns, not their streams",
+    "How long calls took, with what StartAgent and WaitRun waited for the end; a stream, until it ended; "
+    "each item of StartAgents and WaitRuns, not their streams",
     LONG_S,
 )  # fmt: skip
 
