@@ -222,7 +222,7 @@ def test_a_batch_that_the_socket_does_not_take_at_once_is_sent_by_the_loop(
         writing.give(*steps)
         eventually(lambda: backends(writing), what="its commit waits")
         still_sends: list[bool] = []
-        on(loop, lambda: still_sends.append(loop.remove_writer(writing.writer._watched_socket)))
+        on(loop, lambda: still_sends.append(loop.remove_writer(writing.writer._session.watched_socket)))
         assert still_sends == [False], "it would not let the loop rest"
         release()
     assert None not in writing.wait_for(*steps)

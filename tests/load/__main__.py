@@ -52,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             say(f"== {name}")
             results[name] = BENCHMARKS[name].run(options, server, say)
             print(f"\n{results[name].markdown()}\n", flush=True)
-    frame.write_results(results, options.json, frame.DOCUMENT if options.write else None)
+            # Each time, or the next one's failure would take with it what was measured for half an hour.
+            frame.write_results(results, options.json, frame.DOCUMENT if options.write else None)
 
 
 def say(text: str) -> None:

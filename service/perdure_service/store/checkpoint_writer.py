@@ -37,9 +37,8 @@ that ride alone.
 
 **Who has what.** Under the lock `_changed` a row goes from the queue to one batch. A batch belongs to the thread that
 took it; the loop's, a *flight*, from when it was left to the loop, to whoever holds `taking`: the loop while it looks,
-or the thread from when it adopts the flight, for good. The loop's session has one flight at a time. What the loop
-has in its selector is a descriptor of that session's socket that is closed on the loop only: libpq closes its own when
-the connection is lost, and its number is soon somebody else's.
+or the thread from when it adopts the flight, for good. The loop's session has one flight at a time; who may close it
+is said in `writer_sessions`.
 
 **If the process dies**, a batch is committed as a whole or not at all; who waited for it is gone, too.
 """
@@ -48,13 +47,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import math
-import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import sqlalchemy as sa
 import structlog
@@ -73,6 +71,7 @@ from perdure_service.store.sqlstates import (
     is_connection_lost,
     sqlstate_of,
 )
+from perdure_service.store.writer_sessions import LoopSession, Session
 from perdure_service.telemetry.metrics import DB_RETRIES, METERS, SQLSTATE
 
 WRITERS = 2
@@ -104,21 +103,11 @@ LOST_ATTEMPTS = 2
 """How often when the connection is lost: the second one is new."""
 FIRST_PAUSE_S = 0.005
 
-CONNECT_EVERY_S = 1.0
-"""How often it is tried to make the loop's connection."""
-
 STOP_S = 5.0
 """How long what waits may take to be written when it is stopped."""
 
 TOO_SLOW = frozenset({QUERY_CANCELED, LOCK_NOT_AVAILABLE})
 """Nobody knows because of which row; each goes on alone, at its own pace."""
-
-_SESSION = (
-    # A plan made while the tables were empty would scan them for ever; these statements live on their keys.
-    "SET plan_cache_mode = force_generic_plan", "SET enable_seqscan = off", "SET enable_hashjoin = off",
-    "SET enable_mergejoin = off", "SET lock_timeout = '1s'",
-)  # fmt: skip
-"""Of PostgreSQL's sessions only; CockroachDB refuses most of them."""
 
 Answer = Callable[[Sequence[tuple[CheckpointRow, Written | None]]], None]
 
@@ -180,18 +169,10 @@ class CheckpointWriter:
         self._pace = Pace(moving)
         self._clock_watched = False
         self._called = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._session = _Session(engine, tuned=self._mixed)
-        """The loop's."""
+        self._session = LoopSession(engine)
         self._flight: Flight | None = None
         self._flying = False
         """Whether the loop's session is in use."""
-        self._watched: Flight | None = None
-        """The flight whose socket the loop has in its selector; the loop's own."""
-        self._watched_socket = -1
-        self._closing = False
-        """Whether the loop has yet to close its last connection, without which there is none left for another one."""
-        self._connect_from = 0.0
         self._posted = False
         self._timer: asyncio.TimerHandle | None = None
         self._late = False
@@ -205,8 +186,7 @@ class CheckpointWriter:
             loop: Whose turns it may use; None to write from threads only.
         """
         if loop is not None and hot_statements.is_direct(self._engine):
-            self._loop = loop
-            self._connect()
+            self._session.attach(loop)
         self._open = True
         for number in range(WRITERS):
             thread = threading.Thread(target=self._run, name=f"checkpoint-writer-{number}", daemon=True)
@@ -222,7 +202,7 @@ class CheckpointWriter:
         latest = time.monotonic() + STOP_S
         for thread in self._threads:
             thread.join(timeout=max(0.0, latest - time.monotonic()))
-        self._retire_session()
+        self._session.retire()
         self._engine.dispose()
 
     def submit(self, row: CheckpointRow, *, soon: bool = True) -> bool:
@@ -291,10 +271,13 @@ class CheckpointWriter:
         return not self._busy and self._took < HERE_S and self._pace.rows() <= 1 and self._alone(MOVED_WITHIN_S)
 
     @property
+    def _loop(self) -> asyncio.AbstractEventLoop | None:
+        return self._session.loop
+
+    @property
     def _loop_writes(self) -> bool:
         """Whether the loop is the first writer now, and it has what it needs."""
-        has_all = self._loop is not None and not self._late and self._session.connected
-        return has_all and self._pace.rows() < MANY_ROWS
+        return not self._late and self._session.connected and self._pace.rows() < MANY_ROWS
 
     def _call(self) -> None:
         """Sees to it that a writer looks if there is something to take, or a clock to watch.
@@ -309,7 +292,7 @@ class CheckpointWriter:
 
     def _run(self) -> None:
         """What the threads do."""
-        session = _Session(self._engine, tuned=self._mixed)
+        session = Session(self._engine)
         while (taken := self._take()) is not None:
             if isinstance(taken, Flight):
                 taken.exchange.wait()
@@ -328,8 +311,8 @@ class CheckpointWriter:
                 if self._rows or self._events:
                     self._call()  # another one may begin while this one tells
             self._tell(taken, written)
-            if written and self._loop is not None and not self._session.connected:
-                self._connect_again()
+            if written and not self._session.connected:
+                self._session.connect_again()
         session.drop()
 
     def _tell(self, rows: Sequence[CheckpointRow], written: dict[str, Written]) -> None:
@@ -430,7 +413,7 @@ class CheckpointWriter:
         """Returns in how many seconds the loop has left what it should have taken."""
         return max(self._begun, self._waiting_since) + JOIN_AFTER_S + GRACE_S - time.monotonic()
 
-    def _write(self, session: _Session, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
+    def _write(self, session: Session, rows: Sequence[CheckpointRow]) -> dict[str, Written]:
         """Writes a batch, repeated as the module says; returns what was written, by workflow id."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
@@ -532,41 +515,24 @@ class CheckpointWriter:
                 self._loop.call_soon_threadsafe(self._watch, flight, context=contextvars.Context())
 
     def _watch(self, flight: Flight) -> None:
-        assert self._loop is not None
-        self._unwatch()
-        if flight.adopted:
-            return
-        try:
-            self._watched_socket = self._session.socket()
-        except OSError as error:  # the thread will find that nobody looks
-            log.warning("checkpoints.not_watched", error=type(error).__name__)
-            return
-        self._watched = flight
-        self._loop.add_reader(self._watched_socket, self._arrived, flight)
-        if not flight.exchange.sent:
-            self._loop.add_writer(self._watched_socket, self._arrived, flight)
-
-    def _unwatch(self) -> None:
-        flight, self._watched = self._watched, None
-        if flight is not None and self._loop is not None:
-            self._loop.remove_reader(self._watched_socket)
-            self._loop.remove_writer(self._watched_socket)
+        self._session.unwatch()
+        if not flight.adopted:  # and if it cannot be watched, the thread will find that nobody looks
+            self._session.watch(partial(self._arrived, flight), sending=not flight.exchange.sent)
 
     def _arrived(self, flight: Flight) -> None:
         """Is called on the loop when something has come, or can be sent."""
-        assert self._loop is not None
         if flight.adopted:
-            self._unwatch()
+            self._session.unwatch()
         elif flight.taking.acquire(blocking=False):  # else the thread is just looking
             try:
                 over = flight.exchange.advance()
             finally:
                 flight.taking.release()
             if over:
-                self._unwatch()
+                self._session.unwatch()
                 self._land(flight)
             elif flight.exchange.sent:
-                self._loop.remove_writer(self._watched_socket)
+                self._session.sent()
 
     def _land(self, flight: Flight) -> None:
         """Tells what came of a flight; on the loop, by the thread that adopted it, or by whoever waited for it here."""
@@ -596,7 +562,7 @@ class CheckpointWriter:
     def _repeat(self, rows: Sequence[CheckpointRow], *, lost: bool) -> None:
         """Gives the thread what has failed on the loop's session."""
         if lost:
-            self._retire_session()
+            self._session.retire()
         with self._changed:
             self._busy -= 1
             self._flying = False
@@ -618,95 +584,3 @@ class CheckpointWriter:
                 flight.seen = flight.exchange.has_more()
         flight.taking.release()
         return None
-
-    def _connect(self) -> None:
-        """Makes the loop's session, in a thread; if it cannot be, that is tried again when something was written."""
-        session = _Session(self._engine, tuned=self._mixed)
-        try:
-            _ = session.connection
-        except sa.exc.SQLAlchemyError as error:
-            log.warning("checkpoints.not_connected", error=type(error).__name__)
-            return
-        with self._changed:
-            self._session = session
-
-    def _connect_again(self) -> None:
-        """Makes it anew, if that was not tried a moment ago: meanwhile the threads are the only writers."""
-        with self._changed:
-            if self._session.connected or self._closing or time.monotonic() < self._connect_from:
-                return
-            self._connect_from = math.inf  # one thread tries it
-        self._connect()
-        self._connect_from = time.monotonic() + CONNECT_EVERY_S
-
-    def _retire_session(self) -> None:
-        """Closes the loop's session, where it may be closed; `_connect` makes another one."""
-        session, self._session = self._session, _Session(self._engine, tuned=self._mixed)
-
-        def close() -> None:
-            self._unwatch()
-            session.drop()
-            self._closing = False
-
-        if self._watched is None or self._loop is None or event_loop.running() is self._loop:
-            session.drop()
-            return
-        self._closing = True
-        try:
-            self._loop.call_soon_threadsafe(close)
-        except RuntimeError:  # it is closed
-            session.drop()
-
-
-class _Session:
-    """A writer's connection, which commits each statement by itself; made anew when it is lost."""
-
-    def __init__(self, engine: sa.Engine, *, tuned: bool) -> None:
-        self._engine = engine
-        self._tuned = tuned
-        self._conn: sa.Connection | None = None
-        self._socket: int | None = None
-
-    @property
-    def connected(self) -> bool:
-        return self._conn is not None
-
-    def socket(self) -> int:
-        """Returns a descriptor of the connection's socket that stays open until `drop`.
-
-        Raises:
-            OSError: There is no connection, or no descriptor left.
-        """
-        if self._socket is None:
-            driver = None if self._conn is None else self._conn.connection.driver_connection
-            if driver is None:
-                raise OSError("not connected")
-            self._socket = os.dup(driver.fileno())
-        return self._socket
-
-    @property
-    def connection(self) -> sa.Connection:
-        if self._conn is None:
-            self._conn = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            for statement in _SESSION if self._tuned else ():
-                self._conn.exec_driver_sql(statement)
-        return self._conn
-
-    def roll_back(self) -> None:
-        """Ends what failed; drops the connection if it cannot."""
-        try:
-            self.connection.rollback()
-        except sa.exc.SQLAlchemyError:
-            self.drop()
-
-    def drop(self) -> None:
-        """Ends the connection."""
-        conn, self._conn = self._conn, None
-        descriptor, self._socket = self._socket, None
-        if descriptor is not None:
-            os.close(descriptor)
-        if conn is not None:
-            with suppress(sa.exc.SQLAlchemyError):
-                conn.invalidate()
-            with suppress(sa.exc.SQLAlchemyError):
-                conn.close()
