@@ -87,6 +87,14 @@ class Load:
             assert self._client.wait(run).output == {"total": sum(range(STEPS))}
             self.runs[run.run_id] = []
 
+    def run(self) -> None:
+        """Runs counters, each in one call."""
+        while not self._over.is_set():
+            run_id = new_id("in-one-call")
+            run_input = {"steps": STEPS, "delay_s": 0.05, "text": "word "}
+            assert self._client.run("counter", run_input, run_id=run_id) == {"total": sum(range(STEPS))}
+            self.runs[run_id] = []
+
     def steer(self) -> None:
         """Starts runs that wait for signals, and sends those."""
         while not self._over.is_set():
@@ -105,7 +113,7 @@ def under_load(client: Client) -> Iterator[tuple[Load, Callable[[], None]]]:
     """Makes callers call until the end of the `with`; yields them, and what fails when one of them has failed."""
     load = Load(client)
     with ThreadPoolExecutor(5) as pool:
-        callers: list[Future[None]] = [pool.submit(one) for one in (load.watch, load.watch, load.wait, load.steer)]
+        callers: list[Future[None]] = [pool.submit(one) for one in (load.watch, load.wait, load.run, load.steer)]
 
         def check() -> None:
             for caller in callers:

@@ -17,7 +17,7 @@ from perdure_service.store.engine import parse_url
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.far_regions import AT_HOME, AWAY, MOVED, Counts, FarRegions, Region, far_regions
 from tests.helpers.proxy import DatabaseProxy
-from tests.helpers.rpc import TIMEOUT_S, new_id, only
+from tests.helpers.rpc import TIMEOUT_S, duration, new_id, only
 from tests.helpers.waiting import scaled
 
 RUNS = 12
@@ -63,6 +63,19 @@ def test_a_run_of_two_steps_is_three_commits_of_one_round_trip_each_and_reads_no
 
 def test_sent_on_it_costs_one_call_for_each_that_its_caller_makes_and_nothing_else(regions: FarRegions) -> None:
     assert without_hints(fewest(lambda: a_run(regions, regions.standby, AT_HOME))) == (2, 3, 3, 0)
+
+
+def test_a_start_that_waits_is_one_call_and_reads_nothing(regions: FarRegions) -> None:
+    def one_call(caller: Region) -> Counts:
+        run_id = new_id("two-steps")
+        with regions.counted() as counts:
+            wait = duration(scaled(TIMEOUT_S))
+            answer = caller.rpc.start_call("two-steps", {"number": 1}, run_id=run_id, namespace=AT_HOME, wait=wait)
+            assert answer.run.output_json
+            return counts(run_id)
+
+    assert without_hints(fewest(lambda: one_call(regions.home))) == (0, 3, 3, 0)
+    assert without_hints(fewest(lambda: one_call(regions.standby))) == (1, 3, 3, 0)
 
 
 def test_away_from_its_database_a_run_makes_no_more_round_trips_than_at_home(regions: FarRegions) -> None:

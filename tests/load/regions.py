@@ -26,20 +26,21 @@ from perdure.v1 import agent_run_service_pb2 as pb
 
 from tests.helpers.databases import DatabaseServer
 from tests.helpers.far_regions import AT_HOME, AWAY, MOVED, Counts, FarRegions, far_regions
-from tests.helpers.rpc import TIMEOUT_S, Rpc, new_id, only, states_in
+from tests.helpers.rpc import TIMEOUT_S, Rpc, duration, new_id, only, states_in
 from tests.helpers.waiting import scaled
 from tests.load.frame import Benchmark, load
 from tests.load.grid import Grid, Measure
 from tests.load.throughput import slow_commits
 
-START, STEP, RUN, OPEN, EVENT = (
+START, STEP, RUN, ONE_CALL, OPEN, EVENT = (
     "a start, until it is answered",
     "a step, until it is committed",
     "a run of two steps, until its end is known",
+    "the same in one call, a start that waits",
     "a watch, until it is current",
     "an event, from its step's commit to a watcher",
 )
-KINDS = (START, STEP, RUN, OPEN, EVENT)
+KINDS = (START, STEP, RUN, ONE_CALL, OPEN, EVENT)
 NEAR, SENT_ON, FORMER, OUT = "at home", "sent on", "a namespace that has moved", "away"
 ROWS = {NEAR: (False, AT_HOME), SENT_ON: (True, AT_HOME), FORMER: (False, MOVED), OUT: (True, AWAY)}
 """Whether the standby's server is asked, and in which namespace."""
@@ -151,6 +152,7 @@ def _measure(regions: FarRegions, quiet: Mapping[str, str], trials: int) -> Mapp
         for where, (elsewhere, namespace) in ROWS.items():
             rpc = (regions.standby if elsewhere else regions.home).rpc
             _run(seen, where, regions, rpc, namespace)
+            _run_in_one_call(seen, where, regions, rpc, namespace)
             _open(seen, where, regions, rpc, namespace, quiet[namespace])
             _pulse(seen, where, regions, rpc, namespace)
     return seen
@@ -165,6 +167,17 @@ def _run(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rpc,
         answer = rpc.runs.WaitRun(pb.WaitRunRequest(run_id=run_id, namespace=namespace), timeout=scaled(TIMEOUT_S))
         seen[RUN, where].add([perf_counter() - began], **_columns(counts(run_id)))
     assert not answer.timed_out
+
+
+def _run_in_one_call(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rpc, namespace: str) -> None:
+    """Starts a run of two steps, which is answered at its end."""
+    run_id = new_id("two-steps")
+    with regions.counted() as counts:
+        began = perf_counter()
+        wait = duration(scaled(TIMEOUT_S))
+        answer = rpc.start_call("two-steps", {"number": 1}, run_id=run_id, namespace=namespace, wait=wait)
+        seen[ONE_CALL, where].add([perf_counter() - began], **_columns(counts(run_id)))
+    assert answer.run.output_json
 
 
 def _open(seen: Mapping[Place, _Seen], where: str, regions: FarRegions, rpc: Rpc, namespace: str, run_id: str) -> None:

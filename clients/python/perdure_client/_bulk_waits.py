@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from perdure_client import _requests
 from perdure_client._config import Config
 from perdure_client._convert import run_from
 from perdure_client._errors import PerdureError, ServerUnavailable
-from perdure_client._retry import Backoff, Patience
-from perdure_client._rpc_errors import from_status
+from perdure_client._retry import HELD_S, Backoff, Patience
+from perdure_client._rpc_errors import from_status, had_connection
 from perdure_client._transport import WAIT_RUNS, Exchange, Silence, Transport
 from perdure_client._types import Run
 from perdure_client._watch import call_metadata, failure_from
@@ -55,6 +56,9 @@ class BulkWaiter:
         self._backoff = Backoff()
         self._answered = False
         self._closed = False
+        self._held = False
+        """Whether the stream that broke had stood for a while."""
+        self._opened_s = 0.0
         self._stream: Exchange[pb.WaitRunsRequest, pb.WaitRunsResponse] | None = None
 
     async def read(self) -> WaitResult | None:
@@ -74,6 +78,8 @@ class BulkWaiter:
                 self._cancel()
                 if self._closed:
                     return None
+                if self._held:  # the server has had nothing to tell, which is no outage
+                    self._answered, outage = True, None
                 outage = outage or Patience.of_outage(self._config, self._backoff, answered=self._answered)
                 delay_s = outage.delay_before_repeat_s(failure)
                 if delay_s is None:
@@ -99,10 +105,12 @@ class BulkWaiter:
         try:
             response = await self._open().read(_SILENCE_S)
         except grpc.RpcError as error:
+            self._held = time.monotonic() - self._opened_s >= HELD_S and had_connection(error)
             raise failure_from(error, self._config) from error
         except Silence:
             self._cancel()  # nothing is wrong: the next one opens another
             return
+        self._held = False
         if response is None:
             raise ServerUnavailable(f"{self._config.address} ended the stream too early")
         self._answered = True
@@ -123,6 +131,7 @@ class BulkWaiter:
 
     def _open(self) -> Exchange[pb.WaitRunsRequest, pb.WaitRunsResponse]:
         if self._stream is None:
+            self._opened_s = time.monotonic()
             self._stream = self._transport.exchange(WAIT_RUNS, metadata=call_metadata(self._config))
             run_ids = list(self._unanswered)
             for first in range(0, len(run_ids), _NAMED_AT_ONCE):

@@ -11,6 +11,8 @@ from perdure_client._errors import DeadlineExceeded, PerdureError, ServerUnavail
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
+HELD_S = 1.0
+"""A connection on which a call waited so long was one to a server; what is none hangs up at once."""
 _GROWTH = 2.0
 _JITTER = 0.5
 """A delay is drawn from the upper half of its range, so that a fleet's repeats spread but no one hurries."""
@@ -52,6 +54,10 @@ class Patience:
         self._connect_s = min(total_s, connect_s)
         self._backoff = backoff or Backoff()
         self._began_s = time.monotonic()
+
+    def reached(self) -> None:
+        """Is told that a server was there: from then on only the total counts."""
+        self._connect_s = self._total_s
 
     @classmethod
     def of_outage(cls, config: Config, backoff: Backoff, *, answered: bool) -> Patience:

@@ -82,6 +82,8 @@ _CONNECTION_BROKE = re.compile(
     # What grpc.aio says of a stream that ended under a write, whatever it ended with.
     r"Internal error from Core",
 )
+# What it says of one that never stood.
+_NOT_CONNECTED = re.compile(r"[Ff]ailed to connect|[Rr]esol(?:ution|ver)|[Hh]andshake")
 # How gRPC names a message that is over a limit (src/core/ext/filters/message_size); whose limit, it says before that.
 _TOO_LARGE = re.compile(
     r"(?P<what>Received|Sent|Decompressed) message larger than max(?: \((?P<size>\d+) vs\.? (?P<limit>\d+)\))?"
@@ -105,6 +107,11 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> PerdureError:
         status.Clear()
     text = error.details() or ""
     return _from_details(status, error.code().name, text) or _from_transport(error.code(), text, address)
+
+
+def had_connection(error: grpc.RpcError) -> bool:
+    """Returns whether a call that failed had come as far as to a connection, by what gRPC says of it."""
+    return not _NOT_CONNECTED.search(error.details() or "")
 
 
 def from_status(status: status_pb2.Status) -> PerdureError:

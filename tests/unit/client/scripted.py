@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2, status_pb2
 from perdure.v1 import agent_run_pb2, agent_run_service_pb2, run_event_pb2
@@ -243,6 +245,23 @@ class CuttableProxy:
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The time, some seconds ahead."""
+
+    ahead_s = 0.0
+
+    @classmethod
+    def of(cls, *modules: str, patch: pytest.MonkeyPatch) -> Clock:
+        """Returns the clock of some modules of the client."""
+        clock = cls()
+        for module in modules:
+            patch.setattr(f"perdure_client.{module}.time", clock)
+        return clock
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.ahead_s
 
 
 def run_message(run_id: str = "r", state: str = "RUNNING", **fields: Any) -> agent_run_pb2.AgentRun:

@@ -12,7 +12,7 @@ from perdure.v1 import agent_run_service_pb2 as pb
 from perdure_client import AsyncClient, InvalidArgument, PermissionDenied, RunNotFound, ServerUnavailable, WaitResult
 from perdure_client._transport import WAIT_RUNS
 
-from tests.unit.client.scripted import Fail, ScriptedServer, run_message
+from tests.unit.client.scripted import Clock, Fail, ScriptedServer, run_message
 
 GONE = Fail(grpc.StatusCode.UNAVAILABLE, "DRAINING", retry_delay_s=0.01)
 MISSING = Fail(grpc.StatusCode.NOT_FOUND, "RUN_NOT_FOUND")
@@ -83,6 +83,19 @@ async def test_a_runs_error_is_its_result_unless_repeating_it_may_help(
     assert isinstance(results["a"].error, RunNotFound)
     assert results["b"].error is None
     assert len(ids(server)) == 2
+
+
+async def test_a_stream_that_had_nothing_to_tell_for_long_was_no_outage(
+    server: ScriptedServer, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock.of("_retry", "_bulk_waits", patch=monkeypatch)
+
+    def dies(_request: pb.WaitRunsRequest) -> Fail:
+        clock.ahead_s += 20
+        return Fail(grpc.StatusCode.UNAVAILABLE, message="Socket closed")
+
+    server.script(WAIT_RUNS, dies, dies, dies, backwards)
+    assert [result.run_id for result in await all_of(server, ["a", "b"])] == ["b", "a"]
 
 
 async def test_many_are_named_in_several_messages(server: ScriptedServer) -> None:

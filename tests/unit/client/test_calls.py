@@ -28,6 +28,7 @@ from perdure_client import (
     InvalidArgument,
     PayloadTooLarge,
     RevisionConflict,
+    Run,
     RunFailed,
     RunState,
     ServerUnavailable,
@@ -51,7 +52,7 @@ from perdure_client._transport import (
     WAIT_RUN,
 )
 
-from tests.unit.client.scripted import CuttableProxy, Fail, Hang, ScriptedServer, log_event, run_message
+from tests.unit.client.scripted import Clock, CuttableProxy, Fail, Hang, ScriptedServer, log_event, run_message
 
 SERVER_MADE = re.compile(r"[a-z0-9]+-[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 DRAINING = Fail(grpc.StatusCode.UNAVAILABLE, "DRAINING", retry_delay_s=0.5)
@@ -345,6 +346,46 @@ async def test_a_wait_asks_again_until_the_run_has_ended(server: ScriptedServer,
     run = await client.wait("r")
     assert (run.state, run.output) == (RunState.SUCCEEDED, {"a": 1})
     assert all(deadline_s is not None and 50 < deadline_s < 61 for deadline_s in server.deadlines_s)
+
+
+@pytest.mark.parametrize("of", ["wait", "run"])
+async def test_a_server_that_dies_under_a_long_wait_was_reached_and_is_looked_for_as_long_as_it_takes(
+    server: ScriptedServer, slept: list[float], monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    clock = Clock.of("_retry", "_core", patch=monkeypatch)
+    proxy, hang = CuttableProxy(server.port), Hang()
+    await proxy.start()
+    if of == "wait":
+        server.script(WAIT_RUN, hang, waited("SUCCEEDED", output_json="1"))
+    else:
+        run = run_message(state="SUCCEEDED", output_json="1", output_bytes=1)
+        server.script(START_AGENT, hang, runs.StartAgentResponse(run=run))
+    try:
+        async with AsyncClient(f"127.0.0.1:{proxy.port}", connect_timeout=4) as client:
+            waiting = asyncio.ensure_future(client.wait("r") if of == "wait" else client.run("research"))
+            await hang.reached.wait()
+            clock.ahead_s = 4.9
+            proxy.cut()
+            found = await waiting
+        assert found == 1 or (isinstance(found, Run) and found.output == 1)
+    finally:
+        await proxy.stop()
+
+
+async def test_what_hangs_up_at_once_is_not_asked_for_longer_than_it_takes_to_connect(
+    server: ScriptedServer, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock.of("_retry", "_core", patch=monkeypatch)
+
+    def hang_up(_request: Any) -> Fail:
+        clock.ahead_s += 0.9
+        return Fail(grpc.StatusCode.UNAVAILABLE, message="Socket closed")
+
+    server.script(WAIT_RUN, *[hang_up] * 50)
+    async with AsyncClient(server.address, connect_timeout=4) as client:
+        with pytest.raises(ServerUnavailable):
+            await client.wait("r")
+    assert 3 <= len(server.asked(WAIT_RUN)) <= 5
 
 
 @pytest.mark.parametrize("answers", [True, False])
