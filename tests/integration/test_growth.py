@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 from perdure_service.durable.migrate import migrate_all
-from perdure_service.store import checkpoint_writer, checkpoints
+from perdure_service.store import checkpoints, writer_sessions
 
 from tests.helpers.databases import DatabaseServer, given_server
 from tests.helpers.rpc import Rpc, new_id
@@ -62,7 +62,7 @@ def test_the_writers_statements_go_by_keys_before_there_are_any_statistics(
     """The plan of a prepared statement is kept; one that goes through an index of all runs costs more with each run."""
     url = database_server.migrated("planned", lambda url: migrate_all(url, lambda _line: None))
     with sql(url) as connection:
-        for setting in checkpoint_writer._SESSION:
+        for setting in writer_sessions.SESSION_SETTINGS:
             connection.execute(setting)
         text = kind.statement.json.replace("%(rows)s", "$1")
         plan = "\n".join(row[0] for row in connection.execute(f"EXPLAIN (GENERIC_PLAN) {text}"))

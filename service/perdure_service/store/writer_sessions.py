@@ -24,7 +24,7 @@ from perdure_service.store.engine import is_cockroach
 CONNECT_EVERY_S = 1.0
 """How often it is tried to make the loop's connection."""
 
-_SETTINGS = (
+SESSION_SETTINGS = (
     # A plan made while the tables were empty would scan them for ever; these statements live on their keys.
     "SET plan_cache_mode = force_generic_plan", "SET enable_seqscan = off", "SET enable_hashjoin = off",
     "SET enable_mergejoin = off", "SET lock_timeout = '1s'",
@@ -52,7 +52,7 @@ class Session:
         """It."""
         if self._conn is None:
             self._conn = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            for statement in () if is_cockroach(self._engine) else _SETTINGS:
+            for statement in () if is_cockroach(self._engine) else SESSION_SETTINGS:
                 self._conn.exec_driver_sql(statement)
         return self._conn
 
