@@ -47,7 +47,7 @@ async def cancels_itself() -> None:
 
 @DBOS.step(name="slow")
 async def slow(number: int) -> int:
-    await asyncio.sleep(0.01 * number)
+    await asyncio.sleep(0.1 * number)  # so far apart that a busy machine keeps their order
     return number
 
 

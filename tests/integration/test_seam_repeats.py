@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 from dbos import _core
 from dbos._dbos import _get_dbos_instance
+from dbos._sys_db import SystemDatabase
 from perdure_service.domain.events import Event, EventKind, Pack
 from perdure_service.domain.runs import Run
 from perdure_service.durable import metering
@@ -195,7 +196,7 @@ def test_results_that_are_taken_at_once_are_each_recorded_and_told(
 def test_a_wait_that_is_woken_before_it_waits_goes_on_waiting(
     harness: BlockingHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, woken = PerdureSystemDatabase.recv_setup, threading.Event()
+    plain, woken = SystemDatabase.recv_setup, threading.Event()
 
     def setup(*arguments: Any, **rest: Any) -> Any:
         found = plain(*arguments, **rest)
@@ -203,9 +204,10 @@ def test_a_wait_that_is_woken_before_it_waits_goes_on_waiting(
         woken.set()
         return found
 
-    monkeypatch.setattr(PerdureSystemDatabase, "recv_setup", setup)
+    monkeypatch.setattr(SystemDatabase, "recv_setup", setup)
     run = harness.start("harness-listener")
     assert woken.wait(scaled(10))
+    run.until("AWAITING_INPUT")
     harness.signal(run, "word", "hello")
     assert run.result() == "hello"
 

@@ -36,7 +36,7 @@ from dbos._outcome import DeferredResult, NoResult
 from dbos._utils import LoopAwareEvent
 
 from perdure_service.domain.events import EventKind
-from perdure_service.domain.runs import WAITING_APPROVAL, RunState
+from perdure_service.domain.runs import WAITING_APPROVAL, WAITING_SIGNAL, RunState
 from perdure_service.durable.executions import Execution, Wait
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
@@ -164,11 +164,12 @@ class WaitingDatabase(StatusDatabase):
             _, event, left_s, payload, start_time = setup
             deadline = time.monotonic() + left_s
             wait = Wait(_signal_marks(topic), deadline, event=event)
-            look = event.is_set()
+            look, told = event.is_set(), False
             try:
                 while not (look and self._has_come(execution, workflow_uuid, topic, event)):
                     if (left_s := deadline - time.monotonic()) <= 0:
                         break
+                    told = told or _tell_of_wait(execution, topic)
                     self.nap(execution, wait, min(left_s, self._event_recheck_interval()))
                     look = True
                 return self.recv_consume(workflow_uuid, function_id, topic, start_time)
@@ -199,11 +200,12 @@ class WaitingDatabase(StatusDatabase):
             _, event, left_s, payload, start_time = setup
             deadline = time.monotonic() + left_s
             wait = Wait(_signal_marks(topic), deadline, event=event)
-            look = event.is_set()
+            look, told = event.is_set(), False
             try:
                 while not (look and await asyncio.to_thread(self._has_come, execution, workflow_uuid, topic, event)):
                     if (left_s := deadline - time.monotonic()) <= 0:
                         break
+                    told = told or _tell_of_wait(execution, topic)
                     await self.nap_async(execution, wait, min(left_s, self._event_recheck_interval()))
                     look = True
                 return await asyncio.to_thread(self.recv_consume, workflow_uuid, function_id, topic, start_time)
@@ -370,6 +372,17 @@ def _in_memory(execution: Execution | None) -> Iterator[None]:
         return
     with execution.working(), execution.resting(Wait(())):
         yield
+
+
+def _tell_of_wait(execution: Execution | None, topic: str | None) -> bool:
+    """Tells that a run waits for a signal, which has been looked for; returns True.
+
+    Not before, and not instead if something has woken the wait by then: that may have been the signal before this one.
+    """
+    if execution is not None:
+        waiting, reason = f"{WAITING_SIGNAL}:{topic or ''}", f"waits for signal {topic or ''}".strip()
+        execution.note(execution.moved(RunState.AWAITING_INPUT, reason=reason, waiting_for=waiting))
+    return True
 
 
 def _signal_marks(topic: str | None) -> tuple[str, ...]:

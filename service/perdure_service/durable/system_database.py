@@ -36,7 +36,7 @@ from dbos._sys_db import OperationResultInternal, RecordedResult, SystemDatabase
 from perdure_service.agents.catalogue import budget_of, queue_of
 from perdure_service.domain.authoring import OutputTooLarge
 from perdure_service.domain.events import Event, EventKind, Pack
-from perdure_service.domain.runs import WAITING_SIGNAL, WAITING_SLEEP, RunKey, RunStart, RunState
+from perdure_service.domain.runs import WAITING_SLEEP, RunKey, RunStart, RunState
 from perdure_service.durable import hops, metering, replay, values
 from perdure_service.durable.checkpoints import Call, Commit, Presented, adopted
 from perdure_service.durable.executions import Execution, now_ms
@@ -605,19 +605,6 @@ class PerdureSystemDatabase(WaitingDatabase):
     def _add_own(operation: Operation, events: Callable[[Execution], list[Event]]) -> None:
         if operation.execution is not None:
             operation.add(operation.execution.key.workflow_id, *events(operation.execution))
-
-    def recv_setup(self, workflow_uuid: str, function_id: int, *arguments: Any, **rest: Any) -> Any:
-        setup = super().recv_setup(workflow_uuid, function_id, *arguments, **rest)
-        execution = self._execution_here()
-        if not setup[0] and execution is not None and not setup[1].is_set():
-            topic = arguments[1] if len(arguments) > 1 else rest.get("topic")
-            waiting = f"{WAITING_SIGNAL}:{topic or ''}"
-            execution.note(
-                execution.moved(
-                    RunState.AWAITING_INPUT, reason=f"waits for signal {topic or ''}".strip(), waiting_for=waiting
-                )
-            )
-        return setup
 
     def recv_consume(self, workflow_uuid: str, function_id: int, topic: str | None, start_time: int) -> Any:
         execution = self._execution_here()
