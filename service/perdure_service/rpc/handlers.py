@@ -174,6 +174,7 @@ class Handlers(grpc.GenericRpcHandler):
             if not path.startswith(OUR_METHODS):
                 result = await serve(_decoded(handler, data or b""), context)
             else:
+                self._streams.arrive()
                 caller = await self._authentication.caller_of(metadata)
                 identify(call, caller)
                 if data is not None:

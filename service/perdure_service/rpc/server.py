@@ -189,7 +189,7 @@ class RpcServer:
         self._streams.drain()
 
     async def stop(self, grace_s: float | None = None) -> None:
-        """Takes no more calls, lets those that are open finish for `grace_s`, cancels the rest, and closes the ports.
+        """Refuses new calls, lets those that are open finish for `grace_s`, cancels the rest, and closes the ports.
 
         Args:
             grace_s: Seconds; None means the setting `drain_timeout`.
@@ -199,6 +199,8 @@ class RpcServer:
         grace_s = self._settings.drain_timeout.total_seconds() if grace_s is None else grace_s
         server, self._server = self._server, None
         if server is not None:
+            if grace_s:
+                await self._streams.refuse()
             await server.stop(grace_s)
         admin_server, self._admin_server = self._admin_server, None
         if admin_server is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,11 @@ RESPONSE_BYTES = 2**20
 """About the most that one response of a stream carries. Clients take 4 MiB unless they say otherwise."""
 DRAIN_TEXT = "this server is stopping; call again, and another one will answer"
 AGE_TEXT = "this stream is as old as it may get; open it again after its last cursor"
+
+QUIET_S = 0.1
+"""Without a call for so long, nobody is likely to make one in the moment of stopping."""
+REFUSING_S = 1.0
+"""How long calls are refused at most: some clients never wait before they come back."""
 
 
 class Streams:
@@ -39,6 +45,8 @@ class Streams:
         self._streams = 0
         self._of_caller: Counter[str] = Counter()
         self._draining = False
+        self._refusing = False
+        self._last_arrival_s = 0.0
 
     @property
     def draining(self) -> bool:
@@ -79,6 +87,30 @@ class Streams:
         self._draining = True
         for stay in tuple(self._open):
             stay.end(Draining(DRAIN_TEXT))
+
+    def arrive(self) -> None:
+        """Notes that a call has come, of any kind.
+
+        Raises:
+            Draining: The server is about to stop.
+        """
+        self._last_arrival_s = time.monotonic()
+        if self._refusing:
+            raise Draining(DRAIN_TEXT)
+
+    async def refuse(self) -> None:
+        """Refuses every later call, and returns when none has come for `QUIET_S`, or after `REFUSING_S`.
+
+        gRPC's own server cancels what reaches it after it was told to stop, without a word that it may be repeated. Who
+        is refused before that knows, and comes back later, or elsewhere.
+        """
+        self._refusing = True
+        latest_s = time.monotonic() + REFUSING_S
+        while True:
+            left_s = min(self._last_arrival_s + QUIET_S, latest_s) - time.monotonic()
+            if left_s <= 0:
+                return
+            await asyncio.sleep(left_s)
 
     def _enter(self, stay: Stay) -> None:
         if self._draining:

