@@ -15,8 +15,8 @@ from perdure_client import _requests
 from perdure_client._config import Config
 from perdure_client._convert import run_from
 from perdure_client._errors import PerdureError, ServerUnavailable
-from perdure_client._retry import HELD_S, Backoff, Patience
-from perdure_client._rpc_errors import from_status, had_connection
+from perdure_client._retry import Backoff, Patience
+from perdure_client._rpc_errors import from_status, had_held
 from perdure_client._transport import WAIT_RUNS, Exchange, Silence, Transport
 from perdure_client._types import Run
 from perdure_client._watch import call_metadata, failure_from
@@ -56,9 +56,8 @@ class BulkWaiter:
         self._backoff = Backoff()
         self._answered = False
         self._closed = False
-        self._held = False
-        """Whether the stream that broke had stood for a while."""
         self._opened_s = 0.0
+        self._outage: Patience | None = None
         self._stream: Exchange[pb.WaitRunsRequest, pb.WaitRunsResponse] | None = None
 
     async def read(self) -> WaitResult | None:
@@ -67,7 +66,7 @@ class BulkWaiter:
         Raises:
             PerdureError: No run can be waited for, or no server answered for too long.
         """
-        outage: Patience | None = None
+        self._outage = None
         while not self._closed and not self._told:
             if not self._unanswered:
                 self._cancel()
@@ -78,10 +77,9 @@ class BulkWaiter:
                 self._cancel()
                 if self._closed:
                     return None
-                if self._held:  # the server has had nothing to tell, which is no outage
-                    self._answered, outage = True, None
-                outage = outage or Patience.of_outage(self._config, self._backoff, answered=self._answered)
-                delay_s = outage.delay_before_repeat_s(failure)
+                if self._outage is None:
+                    self._outage = Patience.of_outage(self._config, self._backoff, answered=self._answered)
+                delay_s = self._outage.delay_before_repeat_s(failure)
                 if delay_s is None:
                     raise
                 _log.info("stream of ends broke, going on in %.2f s: %s", delay_s, failure)
@@ -105,12 +103,12 @@ class BulkWaiter:
         try:
             response = await self._open().read(_SILENCE_S)
         except grpc.RpcError as error:
-            self._held = time.monotonic() - self._opened_s >= HELD_S and had_connection(error)
+            if had_held(error, self._opened_s):  # the server has had nothing to tell, which is no outage
+                self._answered, self._outage = True, None
             raise failure_from(error, self._config) from error
         except Silence:
             self._cancel()  # nothing is wrong: the next one opens another
             return
-        self._held = False
         if response is None:
             raise ServerUnavailable(f"{self._config.address} ended the stream too early")
         self._answered = True

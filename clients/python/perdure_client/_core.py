@@ -21,8 +21,8 @@ from perdure_client._config import Config
 from perdure_client._errors import DeadlineExceeded, RunFailed, WaitTimeout
 from perdure_client._events import EventKind, RunEvent
 from perdure_client._listing import OnUnreachable, told_once
-from perdure_client._retry import HELD_S, Patience
-from perdure_client._rpc_errors import had_connection
+from perdure_client._retry import Patience
+from perdure_client._rpc_errors import had_held
 from perdure_client._transport import Method, Transport
 from perdure_client._types import (
     AgentInfo,
@@ -120,7 +120,7 @@ class Core:
                 return await self.transport.unary(method, request, timeout_s=timeout_s, metadata=metadata)
             except grpc.RpcError as error:
                 failure = failure_from(error, self.config)
-                if time.monotonic() - began_s >= HELD_S and had_connection(error):
+                if had_held(error, began_s):
                     patience.reached()
                 delay_s = patience.delay_before_repeat_s(failure)
                 if delay_s is None:

@@ -11,8 +11,6 @@ from perdure_client._errors import DeadlineExceeded, PerdureError, ServerUnavail
 
 FIRST_DELAY_S = 0.1
 LONGEST_DELAY_S = 5.0
-HELD_S = 1.0
-"""A connection on which a call waited so long was one to a server; what is none hangs up at once."""
 _GROWTH = 2.0
 _JITTER = 0.5
 """A delay is drawn from the upper half of its range, so that a fleet's repeats spread but no one hurries."""

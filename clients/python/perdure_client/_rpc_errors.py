@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable
 from typing import TypeAlias
 
@@ -16,6 +17,8 @@ from perdure_client._errors import PerdureError, Violation
 
 DOMAIN = "perdure.dev"
 STATUS_KEY = "grpc-status-details-bin"
+HELD_S = 1.0
+"""A connection on which a call waited so long was one to a server; what is none hangs up at once."""
 
 _Details: TypeAlias = tuple[
     error_details_pb2.ErrorInfo | None, error_details_pb2.RetryInfo | None, error_details_pb2.BadRequest | None
@@ -89,7 +92,8 @@ _TOO_LARGE = re.compile(
     r"(?P<what>Received|Sent|Decompressed) message larger than max(?: \((?P<size>\d+) vs\.? (?P<limit>\d+)\))?"
 )
 _BROKEN_CODES = frozenset({grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL})
-# What gRPC says of a call that this side ended (grpc/_channel.py, grpc/aio/_call.py).
+# What gRPC says of a call that this side ended (grpc/_channel.py, grpc/aio/_call.py). Any other CANCELLED is the other
+# side's doing: a server that stops refuses so what reached it too late (gRPC's own, src/core/server), as proxies do.
 _CANCELLED_HERE = "Locally cancelled by application!"
 
 
@@ -109,9 +113,14 @@ def from_rpc_error(error: grpc.RpcError, address: str) -> PerdureError:
     return _from_details(status, error.code().name, text) or _from_transport(error.code(), text, address)
 
 
-def had_connection(error: grpc.RpcError) -> bool:
-    """Returns whether a call that failed had come as far as to a connection, by what gRPC says of it."""
-    return not _NOT_CONNECTED.search(error.details() or "")
+def had_held(error: grpc.RpcError, since_s: float) -> bool:
+    """Returns whether a call that failed had been at a server: its connection stood, and did not break at once.
+
+    Args:
+        error: What gRPC says of it.
+        since_s: When it began, on the monotonic clock.
+    """
+    return time.monotonic() - since_s >= HELD_S and not _NOT_CONNECTED.search(error.details() or "")
 
 
 def from_status(status: status_pb2.Status) -> PerdureError:
@@ -178,11 +187,8 @@ def _status_bytes(error: grpc.RpcError) -> bytes:
 
 def _from_transport(code: grpc.StatusCode, text: str, address: str) -> PerdureError:
     """Returns the error for a status without a reason of ours: gRPC's own, or a proxy's."""
-    if code is grpc.StatusCode.UNAVAILABLE or (code in _BROKEN_CODES and _CONNECTION_BROKE.search(text)):
-        return _unreachable(text, address)
-    if code is grpc.StatusCode.CANCELLED and text != _CANCELLED_HERE:
-        # The other side's doing. A server that stops refuses so what reached it too late to be taken on (gRPC's own
-        # server, src/core/server), and so do proxies.
+    broke = code in _BROKEN_CODES and _CONNECTION_BROKE.search(text)
+    if code is grpc.StatusCode.UNAVAILABLE or broke or (code is grpc.StatusCode.CANCELLED and text != _CANCELLED_HERE):
         return _unreachable(text, address)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and (found := _TOO_LARGE.search(text)):
         return _too_large(text, found)

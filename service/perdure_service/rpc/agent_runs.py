@@ -17,9 +17,8 @@ from perdure.v1.agent_run_service_pb2_grpc import AgentRunServiceServicer
 from perdure_service.domain.runs import Run
 from perdure_service.durable.service import ForkCommand, RunService, StartCommand
 from perdure_service.errors import InvalidArgument, PerdureError
-from perdure_service.logs import audit_written
 from perdure_service.rpc import convert, convert_events, convert_trace, fields, requests
-from perdure_service.rpc.audit import audit
+from perdure_service.rpc.audit import audit_once
 from perdure_service.rpc.bulk_starts import BulkStarts, Item
 from perdure_service.rpc.bulk_waits import BulkWaits
 from perdure_service.rpc.calls import current_call
@@ -54,18 +53,13 @@ class AgentRuns(AgentRunServiceServicer):
         command, run, created = await self._started(request, current_call().trace_parent)
         waits = bool(command.wait_s) and not command.validate_only
         if waits:
-            await self._audit(request, run)
+            # Now, not when the call is over: that may be long after, and on no server at all.
+            told = pb.StartAgentResponse(run=AgentRun(run_id=run.key.run_id))
+            await audit_once(current_call(), request, told, "OK")
             # It is started: what keeps us from waiting (this server stops, say) is told to who asks for the end.
             with suppress(PerdureError), self._streams.wait():
                 run = await self._service.outcome(run, timeout_s=min(command.wait_s, _longest_wait_s(context)))
         return pb.StartAgentResponse(run=convert.agent_run(run, full=False, output=waits), created=created)
-
-    async def _audit(self, request: pb.StartAgentRequest, run: Run) -> None:
-        """Writes a start's line now, not when its call is over: that may be long after, and on no server at all."""
-        call = current_call()
-        audit(call, request, pb.StartAgentResponse(run=AgentRun(run_id=run.key.run_id)), "OK")
-        call.audited = True
-        await audit_written()
 
     async def StartAgents(
         self, request_iterator: AsyncIterator[Item], context: RpcContext

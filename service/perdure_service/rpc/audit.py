@@ -8,7 +8,7 @@ from typing import Any
 from perdure.v1 import approval_service_pb2
 
 from perdure_service.domain.runs import DEFAULT_NAMESPACE
-from perdure_service.logs import audit_log
+from perdure_service.logs import audit_log, audit_written
 from perdure_service.rpc.access import ACCESS
 from perdure_service.rpc.calls import Call
 
@@ -45,6 +45,14 @@ def audit(call: Call, request: Any, response: Any, outcome: str, reason: str = "
     if reason:
         facts["reason"] = reason
     audit_log().info("audit", outcome=outcome, **facts)
+
+
+async def audit_once(call: Call, request: Any, response: Any, outcome: str, reason: str = "") -> None:
+    """Writes the line of a call, unless it has one, and returns when it is written; arguments as of `audit`."""
+    if not call.audited:
+        audit(call, request, response, outcome, reason)
+        call.audited = True
+        await audit_written()
 
 
 def _facts(request: Any) -> dict[str, Any]:

@@ -48,9 +48,18 @@ Start = Callable[[pb.StartAgentRequest, str], Awaitable[pb.StartAgentResponse]]
 """Starts one run here, in the trace of a `traceparent`."""
 _START = "/perdure.v1.AgentRunService/StartAgent"
 _WAIT = "/perdure.v1.AgentRunService/WaitRun"
+_WAITS: Mapping[str, Callable[[Any], bool]] = {
+    _WAIT: lambda _request: True,
+    _START: lambda request: bool(request.HasField("wait")),
+}
+"""When a unary call waits for long."""
 _HEALTH = "/grpc.health.v1.Health/Check"
 _HEALTH_S = 3.0
 _MISSING = frozenset({RunNotFound.reason, ApprovalNotFound.reason})
+
+
+def _never(_request: Any) -> bool:
+    return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +70,13 @@ class Method:
         path: `/package.Service/Method`.
         answer: The type of its answers.
         serve: Answers here: a coroutine function, or an asynchronous generator function.
-        waits: Whether it is unary and waits for long, so that it ends when this server drains.
+        waits: Whether a request of it is unary and waits for long, so that it ends when this server drains.
     """
 
     path: str
     answer: type[Any]
     serve: Callable[[Any, RpcContext], Any]
-    waits: bool = False
+    waits: Callable[[Any], bool] = _never
 
 
 class Routed:
@@ -107,7 +116,7 @@ class Router:
     def routed(self, descriptor: MethodDescriptor, serve: Callable[[Any, RpcContext], Any]) -> Any:
         """Returns what serves a method: `serve` itself where every server may answer."""
         path = f"/{descriptor.containing_service.full_name}/{descriptor.name}"
-        method = Method(path, GetMessageClass(descriptor.output_type), serve, waits=descriptor.name == "WaitRun")
+        method = Method(path, GetMessageClass(descriptor.output_type), serve, _WAITS.get(path, _never))
         if descriptor.name == "GetRun":
             self._get_run = method
         route = ROUTES.get(descriptor.full_name, Route.HERE)
@@ -311,8 +320,7 @@ class Router:
         if cell.name == self._own.name:
             return self._stamped(await method.serve(request, context))
         forward = Forward.of(context)
-        waits = method.waits or (isinstance(request, pb.StartAgentRequest) and request.HasField("wait"))
-        with self._streams.wait() if waits else nullcontext():
+        with self._streams.wait() if method.waits(request) else nullcontext():
             return await self._peers.unary(
                 cell, method.path, request, method.answer, forward if within_s is None else forward.within(within_s)
             )

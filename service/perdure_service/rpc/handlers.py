@@ -18,9 +18,8 @@ import grpc.aio
 
 from perdure_service import telemetry
 from perdure_service.errors import Draining, InvalidArgument, TokenExpired
-from perdure_service.logs import audit_written
 from perdure_service.rpc import access
-from perdure_service.rpc.audit import audit
+from perdure_service.rpc.audit import audit, audit_once
 from perdure_service.rpc.authentication import Authentication
 from perdure_service.rpc.calls import Call, current_call, enter_call, identify, record_duration
 from perdure_service.rpc.failures import SERVER_FAULTS, described, passes
@@ -174,17 +173,15 @@ class Handlers(grpc.GenericRpcHandler):
             if not path.startswith(OUR_METHODS):
                 result = await serve(_decoded(handler, data or b""), context)
             else:
-                self._streams.arrive()
+                self._streams.arrive(began)
                 caller = await self._authentication.caller_of(metadata)
                 identify(call, caller)
                 if data is not None:
                     request = _decoded(handler, data)  # only now: who may not call shall not make work
                 access.check(call.method, caller, request, self._namespaces)
                 result = await serve(request, context)
-                if data is not None and not call.audited:
-                    audit(call, request, result, "OK")
-                    call.audited = True
-                    await audit_written()
+                if data is not None:
+                    await audit_once(call, request, result, "OK")
         except BaseException as error:
             if isinstance(error, NotImplementedError) and context.code() is grpc.StatusCode.UNIMPLEMENTED:
                 # The generated servicer's own answer: the schema has the method, this server does not.
@@ -203,9 +200,7 @@ class Handlers(grpc.GenericRpcHandler):
                 raise
             try:
                 failure, reason = described(error, call, time.monotonic() - began)
-                if not call.audited:
-                    audit(call, request, None, failure.code.name, reason)
-                    await audit_written()
+                await audit_once(call, request, None, failure.code.name, reason)
             except Exception:  # noqa: BLE001 - an error that cannot even be described or logged is still answered
                 failure, reason = internal_error(call.call_id), "INTERNAL"
             _ended(span, path, call, failure.code.name, began)

@@ -88,13 +88,13 @@ class Streams:
         for stay in tuple(self._open):
             stay.end(Draining(DRAIN_TEXT))
 
-    def arrive(self) -> None:
-        """Notes that a call has come, of any kind.
+    def arrive(self, at_s: float) -> None:
+        """Notes that a call of any kind has come, at a time of the monotonic clock.
 
         Raises:
             Draining: The server is about to stop.
         """
-        self._last_arrival_s = time.monotonic()
+        self._last_arrival_s = at_s
         if self._refusing:
             raise Draining(DRAIN_TEXT)
 

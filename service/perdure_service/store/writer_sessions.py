@@ -148,8 +148,9 @@ class LoopSession:
         """Closes the connection, where it may be closed; `connect_again` makes another one."""
         with self._changing:
             session, self._session = self._session, Session(self._engine)
-            self._closing = self._watches and event_loop.running() is not self.loop
-        if not self._closing:
+            elsewhere = self._watches and event_loop.running() is not self.loop
+            self._closing = self._closing or elsewhere
+        if not elsewhere:
             session.drop()
             return
 
@@ -166,24 +167,19 @@ class LoopSession:
 
     # ---- on the loop -------------------------------------------------------------------------------------------------
 
-    def watch(self, arrived: Callable[[], None], *, sending: bool) -> bool:
-        """Has the loop call when something has come, or while something is to be sent, when more can be.
-
-        Returns:
-            False if it cannot.
-        """
+    def watch(self, arrived: Callable[[], None], *, sending: bool) -> None:
+        """Has the loop call when something has come, or while something is to be sent, when more can be; if it can."""
         assert self.loop is not None
         self.unwatch()
         try:
             self.watched_socket = self._session.socket()
         except OSError as error:
             log.warning("checkpoints.not_watched", error=type(error).__name__)
-            return False
+            return
         self._watches = True
         self.loop.add_reader(self.watched_socket, arrived)
         if sending:
             self.loop.add_writer(self.watched_socket, arrived)
-        return True
 
     def sent(self) -> None:
         """Is told that nothing is to be sent any more."""

@@ -88,7 +88,7 @@ async def test_a_runs_error_is_its_result_unless_repeating_it_may_help(
 async def test_a_stream_that_had_nothing_to_tell_for_long_was_no_outage(
     server: ScriptedServer, slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock.of("_retry", "_bulk_waits", patch=monkeypatch)
+    clock = Clock.of("_retry", "_bulk_waits", "_rpc_errors", patch=monkeypatch)
 
     def dies(_request: pb.WaitRunsRequest) -> Fail:
         clock.ahead_s += 20

@@ -352,7 +352,7 @@ async def test_a_wait_asks_again_until_the_run_has_ended(server: ScriptedServer,
 async def test_a_server_that_dies_under_a_long_wait_was_reached_and_is_looked_for_as_long_as_it_takes(
     server: ScriptedServer, slept: list[float], monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
-    clock = Clock.of("_retry", "_core", patch=monkeypatch)
+    clock = Clock.of("_retry", "_core", "_rpc_errors", patch=monkeypatch)
     proxy, hang = CuttableProxy(server.port), Hang()
     await proxy.start()
     if of == "wait":
@@ -375,7 +375,7 @@ async def test_a_server_that_dies_under_a_long_wait_was_reached_and_is_looked_fo
 async def test_what_hangs_up_at_once_is_not_asked_for_longer_than_it_takes_to_connect(
     server: ScriptedServer, slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = Clock.of("_retry", "_core", patch=monkeypatch)
+    clock = Clock.of("_retry", "_core", "_rpc_errors", patch=monkeypatch)
 
     def hang_up(_request: Any) -> Fail:
         clock.ahead_s += 0.9

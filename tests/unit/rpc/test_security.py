@@ -28,7 +28,7 @@ from perdure_service.domain.runs import RunKey, RunState
 from perdure_service.domain.stranded import StrandedReason, StrandedRun
 from perdure_service.durable.requests import Page
 from perdure_service.errors import ConfigurationError, RunNotFound
-from perdure_service.rpc import audit, handlers, security
+from perdure_service.rpc import audit, security
 from perdure_service.rpc.addresses import check_addresses
 from perdure_service.rpc.tls import load_certificates
 from perdure_service.settings import TlsSettings
@@ -238,7 +238,7 @@ async def test_nobody_is_answered_before_the_line_is_written_and_a_call_has_one_
     async def waits() -> None:
         await written.wait()
 
-    monkeypatch.setattr(handlers, "audit_written", waits)
+    monkeypatch.setattr(audit, "audit_written", waits)
     service.script["signal"] = lambda *_, **__: True
     request = pb.SignalRunRequest(run_id="foo", name="more", payload_json="1", request_id="r")
     async with serving(service, caller="dev") as served:
@@ -276,7 +276,7 @@ async def test_a_line_that_cannot_be_written_is_an_error_of_the_server(service, 
     async def fails() -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(handlers, "audit_written", fails)
+    monkeypatch.setattr(audit, "audit_written", fails)
     service.script["signal"] = lambda *_, **__: True
     async with serving(service, caller="dev") as served:
         request = pb.SignalRunRequest(run_id="foo", name="more", payload_json="1", request_id="r")

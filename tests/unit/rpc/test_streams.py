@@ -414,9 +414,9 @@ async def test_refusing_ends_when_nobody_calls_and_after_a_while_whoever_does(mo
     quiet, busy = Streams(1), Streams(1)
     await quiet.refuse()  # at once: nobody has called
     with pytest.raises(Draining):
-        quiet.arrive()
+        quiet.arrive(time.monotonic())
     monkeypatch.setattr(open_calls, "REFUSING_S", 0.01)
-    busy.arrive()
+    busy.arrive(time.monotonic())
     await busy.refuse()
 
 
