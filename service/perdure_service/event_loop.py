@@ -10,12 +10,13 @@ What comes from a socket waits up to eight turns for it, in which only what was 
 threads (`call_soon_threadsafe`) and timers do not come by a socket, and are not later. A loop that has nothing to do
 asks at once, as ever.
 
-**Calls from other threads** wake asyncio's loops by a byte in a socket, which is then read until there is no more: three
-system calls in which both threads let go of the lock, while each waits for the other. Here a loop is only woken when it
-sleeps, by an eventfd whose edges are watched, so that nothing has to be read. None is missed: whoever calls first adds
-the call, then sets `_called`, then looks whether the loop sleeps; the loop first says that it sleeps, and then looks at
-`_called`, which it unset before it looked for calls. So at least one of them sees the other. (The interpreter's lock
-orders these.) Where there is no eventfd, and for signals, it is asyncio's socket, as ever.
+**Calls from other threads** wake asyncio's loops by a byte in a socket, which is then read until there is no more:
+three system calls in which both threads let go of the lock, while each waits for the other. Here a loop is only woken
+when it sleeps, by an eventfd whose edges are watched, so that nothing has to be read: a run that moves alone ends a
+twentieth sooner. None is missed. Whoever calls adds the call first, then sets `_called`, then looks whether the loop
+sleeps; the loop unsets `_called` before it looks for calls, then says that it sleeps, and then looks at `_called`. So at
+least one of them sees the other. (The interpreter's lock orders these.) Where there is no eventfd, and for signals, it
+is asyncio's socket, as ever.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import selectors
 import sys
 from collections.abc import Callable, Coroutine
 from contextvars import Context
+from io import FileIO
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -36,49 +38,48 @@ UNASKED = 8
 
 
 class SeldomAsking(selectors.DefaultSelector):
-    """A selector that leaves out questions for which nobody would wait."""
+    """A selector that leaves out questions for which nobody would wait, and whose sleep others can end; see the module.
 
-    _unasked = 0
+    Attributes:
+        can_be_woken: Whether there is an eventfd.
+    """
+
+    can_be_woken = hasattr(os, "eventfd") and issubclass(
+        selectors.DefaultSelector, getattr(selectors, "EpollSelector", ())
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unasked = 0
+        self._called = self._sleeps = False
+        self._bell: FileIO | None = None
+        if self.can_be_woken:
+            # A file, as that knows when it is closed: a number would be another file's by then.
+            self._bell = FileIO(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "wb")
+            self._selector.register(self._bell, select.EPOLLIN | select.EPOLLET)  # type: ignore[attr-defined]
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Returns what is ready, see `selectors`; nothing when it was not to wait and has asked a moment ago."""
         if timeout is not None and timeout <= 0 and self._unasked < UNASKED:
+            self._called = False
             self._unasked += 1
             return []
         self._unasked = 0
-        return super().select(timeout)
-
-
-class Waking(SeldomAsking):
-    """A selector whose sleep others can end, see the module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._called = self._sleeps = False
-        # A file, as that knows when it is closed: a number would be another file's by then.
-        self._bell = open(os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC), "wb", buffering=0)  # noqa: SIM115
-        self._selector.register(self._bell.fileno(), select.EPOLLIN | select.EPOLLET)  # type: ignore[attr-defined]
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """Returns what is ready, see `SeldomAsking`; does not wait after a `wake`."""
-        if timeout is None or timeout > 0:
-            self._sleeps = True
-            found = super().select(0.0 if self._called else timeout)
-            self._sleeps = False
-        else:
-            found = super().select(timeout)
-        self._called = False
+        self._sleeps = True
+        found = super().select(0 if self._called else timeout)
+        self._sleeps = self._called = False
         return found
 
     def wake(self) -> None:
         """Ends a `select` that waits, or keeps the next one from waiting; from any thread."""
         self._called = True
-        if self._sleeps:
+        if self._sleeps and self._bell is not None:
             self._bell.write(_ONE)
 
     def close(self) -> None:
         """Ends it."""
-        self._bell.close()
+        if self._bell is not None:
+            self._bell.close()
         super().close()
 
 
@@ -86,20 +87,18 @@ _ONE = (1).to_bytes(8, sys.byteorder)
 """What an eventfd counts. It would take 2^64 of them to fill it."""
 
 
-class _WakingLoop(asyncio.SelectorEventLoop):
+class _Loop(asyncio.SelectorEventLoop):
     def __init__(self) -> None:
-        self._waking = Waking()
-        super().__init__(self._waking)
+        self._seldom = SeldomAsking()
+        super().__init__(self._seldom)
 
     def _write_to_self(self) -> None:  # what asyncio calls when it has added a call of another thread
-        self._waking.wake()
+        self._seldom.wake()
 
 
 def new() -> asyncio.AbstractEventLoop:
     """Returns such a loop."""
-    if hasattr(os, "eventfd") and issubclass(SeldomAsking, getattr(selectors, "EpollSelector", ())):
-        return _WakingLoop()
-    return asyncio.SelectorEventLoop(SeldomAsking())
+    return _Loop() if SeldomAsking.can_be_woken else asyncio.SelectorEventLoop(SeldomAsking())
 
 
 def running() -> asyncio.AbstractEventLoop | None:

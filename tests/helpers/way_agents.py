@@ -12,7 +12,7 @@ from perdure_service.agents import agent
 from perdure_service.durable import plain_runs, plain_steps
 
 if os.environ.get("PERDURE_TEST_DBOS_WAY"):
-    plain_steps.is_plain = lambda _func, _options: False
+    plain_steps.is_plain = lambda _options: False
     plain_runs.is_plain = lambda _status, _code: False
     plain_runs.begin = lambda _dbos, _status, _owner_xid: False
 

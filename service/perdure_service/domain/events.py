@@ -84,7 +84,7 @@ _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=True).encode
 
 def encode_events(events: Sequence[Event]) -> str:
     """Returns the JSON text of a pack's events: an array of arrays, ASCII only (so NUL and surrogates are escaped)."""
-    rows = [[e.kind.value, e.time_ms, e.step_id, e.step_name, e.attempt, e.execution, dict(e.data)] for e in events]
+    rows = [[e.kind, e.time_ms, e.step_id, e.step_name, e.attempt, e.execution, dict(e.data)] for e in events]
     return _encode(rows)
 
 
@@ -115,7 +115,11 @@ def text_pieces(text: str) -> list[str]:
 
 def event_chars(event: Event) -> int:
     """Returns about how many characters an event takes in a message."""
-    return 100 + sum(len(value) for value in event.data.values() if isinstance(value, str))
+    chars = 100
+    for value in event.data.values():
+        if isinstance(value, str):
+            chars += len(value)
+    return chars
 
 
 def in_pieces(events: Sequence[Event], max_chars: int, max_events: int | None = None) -> list[list[Event]]:

@@ -767,7 +767,8 @@ class Executions:
 
     def alone(self, within_s: float) -> bool:
         """Returns whether one at most has moved within the last seconds; not when there are too many to look at."""
-        return len(self._by_key) <= FEW and self.moving(within_s) <= 1
+        there_are = len(self._by_key)
+        return there_are <= 1 or (there_are <= FEW and self.moving(within_s) <= 1)
 
     def __len__(self) -> int:
         return len(self._by_key)

@@ -94,10 +94,17 @@ class Hints:
         """Is told what this process has committed, each run's packs in the order of its log."""
         if self._tailer is not None:
             self._tailer.committed(packs)
-        runs = frozenset(pack.workflow_id for pack in packs)
-        ended = frozenset(pack.workflow_id for pack in packs if pack.events[-1].ends_run)
-        approvals = any(event.kind in OF_APPROVALS for pack in packs for event in pack.events)
-        came = {pack.workflow_id for pack in packs if any(event.kind in OF_WAITS for event in pack.events)}
+        ended: set[str] = set()
+        came: set[str] = set()
+        approvals = False
+        for pack in packs:
+            for event in pack.events:
+                if event.kind in OF_APPROVALS:
+                    approvals = True
+                if event.kind in OF_WAITS:
+                    came.add(pack.workflow_id)
+            if pack.events[-1].ends_run:
+                ended.add(pack.workflow_id)
         if approvals:
             self._wake_inbox()
         if ended:
@@ -106,7 +113,9 @@ class Hints:
             self.ended(ended)
         if came:
             self.look_for(came)
-        self._feed.send(Hint(runs=runs, ended=ended, approvals=approvals))
+        if not self._feed.alone:
+            runs = frozenset(pack.workflow_id for pack in packs)
+            self._feed.send(Hint(runs=runs, ended=frozenset(ended), approvals=approvals))
 
     def hint(self, workflow_ids: Sequence[str]) -> None:
         """Is told of runs that this process has changed by other means."""

@@ -31,9 +31,9 @@ import contextvars
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Coroutine, Iterator
+from collections.abc import Callable, Collection, Coroutine
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from types import CodeType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -257,15 +257,17 @@ class LoopCalls:
                 self._loop.call_exception_handler({"message": "a call from another thread failed", "exception": error})
 
 
-@contextmanager
-def waking_once() -> Iterator[None]:
+class waking_once:
     """Surrounds what posts calls to loops, and waits for nothing: each loop is woken once, at the end."""
-    outer, _here.to_wake = _here.to_wake, []
-    try:
-        yield
-    finally:
-        woken, _here.to_wake = _here.to_wake, outer
-        for calls in woken:
+
+    __slots__ = ("_outer",)
+
+    def __enter__(self) -> None:
+        self._outer, _here.to_wake = _here.to_wake, []
+
+    def __exit__(self, *_: object) -> None:
+        woken, _here.to_wake = _here.to_wake, self._outer
+        for calls in woken or ():
             with suppress(RuntimeError):  # the loop is closed, and with it everything that waited
                 calls.wake()
 

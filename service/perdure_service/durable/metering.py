@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 
 import sqlalchemy as sa
@@ -36,13 +35,22 @@ _OUTCOMES = {
 log = structlog.get_logger()
 
 
-@contextmanager
-def telling(workflow_id: str) -> Iterator[None]:
+class telling:
     """Surrounds what tells of a commit. It has happened, so nothing that goes wrong here may look like its failure."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - logged
-        log.error("telemetry.failed", workflow_id=workflow_id, error=type(error).__name__)
+
+    __slots__ = ("_workflow_id",)
+
+    def __init__(self, workflow_id: str) -> None:
+        self._workflow_id = workflow_id
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _kind: object, error: BaseException | None, _where: object) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log.error("telemetry.failed", workflow_id=self._workflow_id, error=type(error).__name__)
+        return True
 
 
 def committed(execution: Execution | None, packs: Sequence[Pack]) -> None:

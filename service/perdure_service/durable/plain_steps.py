@@ -14,7 +14,6 @@ tests compare:
 from __future__ import annotations
 
 import asyncio
-import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,18 +26,10 @@ from perdure_service.durable import hops
 from perdure_service.durable.executions import Execution
 
 
-def is_plain(func: Callable[..., Any], options: Mapping[str, Any]) -> bool:
-    """Returns whether a step is one that `run` runs.
-
-    Args:
-        func: Its body.
-        options: As DBOS's `invoke_step` gets them.
-    """
+def is_plain(options: Mapping[str, Any]) -> bool:
+    """Returns whether an asynchronous step is one that `run` runs, by the options that DBOS's `invoke_step` gets."""
     return (
-        not options["retries_allowed"]
-        and not options.get("preemptible")
-        and options.get("timeout_seconds") is None
-        and inspect.iscoroutinefunction(func)
+        not options["retries_allowed"] and not options.get("preemptible") and options.get("timeout_seconds") is None
     )
 
 

@@ -158,9 +158,9 @@ class StepObserver:
         return Event(kind, now_ms(), data, self._step_id, self._name, attempt, self._execution.number)
 
 
-def _observed_body(func: Callable[..., Any], observer: StepObserver) -> Callable[..., Any]:
+def _observed_body(func: Callable[..., Any], observer: StepObserver, *, asynchronous: bool) -> Callable[..., Any]:
     # DBOS has its name, and calls it: a dressed-up copy for each call would be of no use.
-    if inspect.iscoroutinefunction(func):
+    if asynchronous:
 
         async def async_body(*args: Any, **kwargs: Any) -> Any:
             if not observer.lease.open:
@@ -233,8 +233,9 @@ def install(executions: Executions, spans: Spans, lease: Lease) -> None:
         )
         if retries:
             options["should_retry"] = _observed_verdict(func, options.get("should_retry"), observer)
-        body = _observed_body(func, observer)
-        if plain_steps.is_plain(func, options):
+        asynchronous = inspect.iscoroutinefunction(func)
+        body = _observed_body(func, observer, asynchronous=asynchronous)
+        if asynchronous and plain_steps.is_plain(options):
             called = partial(body, *args, **kwargs)
             return plain_steps.run(dbos, step_ctx, execution, options["step_name"], called, now_ms())
         # From before its check until after its checkpoint: in between its run is not parked.

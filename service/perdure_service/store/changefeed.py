@@ -144,6 +144,11 @@ class Changefeed:
         if self._thread.is_alive():
             self._thread.join(timeout=5)
 
+    @property
+    def alone(self) -> bool:
+        """True: the others hear of commits by themselves."""
+        return True
+
     def send(self, hint: Hint) -> None:
         """Does nothing: the others see what is committed."""
 

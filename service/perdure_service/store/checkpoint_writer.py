@@ -284,9 +284,10 @@ class CheckpointWriter:
 
         One that was called and has not looked yet will do.
         """
-        if self._loop_writes and not (self._flying or self._posted) and (not self._timer or self._may_take(first=True)):
+        by_loop = self._loop_writes
+        if by_loop and not (self._flying or self._posted) and (not self._timer or self._may_take(first=True)):
             self._post_turn()
-        if not self._called and (self._may_take(first=not self._loop_writes) or not self._clock_watched):
+        if not self._called and (not self._clock_watched or self._may_take(first=not by_loop)):
             self._called = True
             self._changed.notify()
 

@@ -131,6 +131,11 @@ class Feed(Protocol):
         """Ends."""
         ...
 
+    @property
+    def alone(self) -> bool:
+        """Whether nobody hears what is sent, as far as is known: then it need not be."""
+        ...
+
     def send(self, hint: Hint) -> None:
         """Tells the other servers, if it is by this that they hear; from any thread, and returns at once."""
         ...

@@ -151,7 +151,7 @@ class Exchange:
         self._results: list[PGresult] = []
         self._failed: PGresult | None = None
         self._error: psycopg.Error | None = None
-        self._lost = False
+        self._lost = self._watched = False
         try:
             self._send(statements)
         except psycopg.Error as error:
@@ -212,7 +212,6 @@ class Exchange:
     def _settle(self) -> None:
         """Notes which statements are prepared now, and whether that was the trouble."""
         session = self._session
-        used_old = any(one.text in session.prepared for one in self._statements)
         for new, _ in zip(self._expected, self._results, strict=False):
             if new is not None:  # stays prepared, whatever came of what was sent behind it
                 session.prepared[new.text] = new
@@ -220,7 +219,7 @@ class Exchange:
             self._error = psycopg.errors.error_from_result(self._failed)
             if self._failed.error_field(DiagnosticField.SQLSTATE) in _NOT_PREPARED_ANY_MORE:
                 session.prepared.clear()
-                self.lost_statements = used_old
+                self.lost_statements = len(self._expected) < 2 * len(self._statements)  # else all are new to it
         self.over = True
 
     def wait(self, timeout_s: float | None = None) -> bool:
@@ -242,11 +241,13 @@ class Exchange:
 
     def begin_waiting(self) -> None:
         """Makes the wait for it be watched for silence."""
+        self._watched = True
         silence.begin(self._engine, self._driver, id(self))
 
     def end_waiting(self) -> None:
-        """Ends that; before anybody closes the connection."""
-        silence.finish(self._engine, id(self))
+        """Ends that, if it was begun; before anybody closes the connection."""
+        if self._watched:
+            silence.finish(self._engine, id(self))
 
     def has_more(self) -> bool:
         """Returns whether something has come that nobody has taken, or the rest could be sent."""

@@ -23,6 +23,7 @@ class Told:
     def __init__(self, *, tells_all: bool = True) -> None:
         self.arrives = True
         self.tells_all = tells_all
+        self.alone = False
         self.sent: list[Hint] = []
         self.woken: list[tuple[str, Any]] = []
         self.hints = Hints(self._made)
