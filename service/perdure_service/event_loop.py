@@ -14,9 +14,9 @@ asks at once, as ever.
 three system calls in which both threads let go of the lock, while each waits for the other. Here a loop is only woken
 when it sleeps, by an eventfd whose edges are watched, so that nothing has to be read: a run that moves alone ends a
 twentieth sooner. None is missed. Whoever calls adds the call first, then sets `_called`, then looks whether the loop
-sleeps; the loop unsets `_called` before it looks for calls, then says that it sleeps, and then looks at `_called`. So at
-least one of them sees the other. (The interpreter's lock orders these.) Where there is no eventfd, and for signals, it
-is asyncio's socket, as ever.
+sleeps; the loop unsets `_called` before it looks for calls, then says that it sleeps, and then looks at `_called`. So
+at least one of them sees the other. (The interpreter's lock orders these.) Where there is no eventfd, and for signals,
+it is asyncio's socket, as ever.
 """
 
 from __future__ import annotations

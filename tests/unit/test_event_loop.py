@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
+import signal
 import socket
 import threading
 import time
@@ -53,6 +55,85 @@ def test_a_busy_loop_serves_its_sockets_within_some_turns(pair: tuple[socket.soc
         return turns
 
     assert event_loop.run(main()) <= 2 * UNASKED
+
+
+def test_a_sleeping_loop_is_woken_by_one_write_and_has_nothing_to_read() -> None:
+    if not SeldomAsking.can_be_woken:
+        pytest.skip("asyncio's own way, without an eventfd")
+    with SeldomAsking() as selector:
+        began = time.monotonic()
+        for _ in range(3):
+            timer = threading.Timer(0.05, selector.wake)
+            timer.start()
+            assert selector.select(60) == []
+            timer.join()
+        assert time.monotonic() - began < 30
+        began = time.monotonic()
+        assert selector.select(0.05) == []
+        assert time.monotonic() - began >= 0.04, "what woke it once does not wake it again"
+
+
+def test_a_call_that_comes_before_the_loop_sleeps_keeps_it_from_sleeping(
+    pair: tuple[socket.socket, socket.socket],
+) -> None:
+    with SeldomAsking() as selector:
+        assert selector.select(0) == []
+        selector.wake()  # the loop is awake, and has looked for calls already
+        began = time.monotonic()
+        assert selector.select(60) == []
+        assert time.monotonic() - began < 30
+
+        here, there = pair
+        selector.register(here, selectors.EVENT_READ)
+        selector.wake()
+        assert selector.select(0) == [], "it was not to sleep, and sees the call in its next turn"
+        there.send(b"x")
+        assert selector.select(60), "that call is not taken for another one"
+
+
+def test_no_call_between_two_loops_is_ever_missed() -> None:
+    """Each call is the only thing that the other loop waits for: one that is missed hangs."""
+    loops = [event_loop.new() for _ in range(3)]
+    calls, rounds, done = [0, 0], 20_000, threading.Event()
+
+    def call(who: int, into: int) -> None:
+        calls[who] += 1
+        if calls[who] < rounds:
+            loops[into].call_soon_threadsafe(call, who, (into + 1 + who) % 3)
+        elif min(calls) >= rounds:
+            done.set()
+
+    threads = [threading.Thread(target=loop.run_forever) for loop in loops]
+    for thread in threads:
+        thread.start()
+    for who in range(2):
+        loops[who].call_soon_threadsafe(call, who, who)
+    came = done.wait(20)
+    for loop in loops:
+        loop.call_soon_threadsafe(loop.stop)
+    for thread, loop in zip(threads, loops, strict=True):
+        thread.join(10)
+        loop.close()
+
+    assert came, calls
+
+
+def test_a_closed_loop_is_not_woken_and_its_bell_is_nobody_elses() -> None:
+    loop = event_loop.new()
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    with pytest.raises(RuntimeError):
+        loop.call_soon_threadsafe(lambda: None)
+
+
+def test_a_signal_wakes_it() -> None:
+    async def main() -> None:
+        came = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, came.set)
+        threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        await asyncio.wait_for(came.wait(), 30)
+
+    event_loop.run(main())
 
 
 def test_threads_timers_and_errors_come_through() -> None:

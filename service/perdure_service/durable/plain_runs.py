@@ -163,9 +163,7 @@ async def _without_checkpoints(dbos: Any, context: DBOSContext, call: Callable[[
 
 def _is_plain_row(status: Mapping[str, Any]) -> bool:
     return (
-        dbos_tracer.disable_otlp
-        and status["serialization"] == DBOSPortableJSON.name()
-        and not any(_NOT_PLAIN(status))
+        dbos_tracer.disable_otlp and status["serialization"] == DBOSPortableJSON.name() and not any(_NOT_PLAIN(status))
     )
 
 

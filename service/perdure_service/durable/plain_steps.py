@@ -28,9 +28,7 @@ from perdure_service.durable.executions import Execution
 
 def is_plain(options: Mapping[str, Any]) -> bool:
     """Returns whether an asynchronous step is one that `run` runs, by the options that DBOS's `invoke_step` gets."""
-    return (
-        not options["retries_allowed"] and not options.get("preemptible") and options.get("timeout_seconds") is None
-    )
+    return not options["retries_allowed"] and not options.get("preemptible") and options.get("timeout_seconds") is None
 
 
 async def run(

@@ -441,10 +441,10 @@ def test_what_is_told_before_an_error_still_wakes_the_loop() -> None:
     async def main() -> None:
         calls = hops.calls_into(asyncio.get_running_loop())
 
-        @hops.waking_once()
         def tell() -> None:
-            calls.post(lambda: got.append("before"))
-            raise ValueError("after")
+            with hops.waking_once():
+                calls.post(lambda: got.append("before"))
+                raise ValueError("after")
 
         with pytest.raises(ValueError, match="after"):
             tell()
