@@ -95,6 +95,11 @@ class _Loop(asyncio.SelectorEventLoop):
     def _write_to_self(self) -> None:  # what asyncio calls when it has added a call of another thread
         self._seldom.wake()
 
+    @property
+    def callbacks(self) -> int:
+        """How many wait for their turn."""
+        return len(self._ready)  # type: ignore[attr-defined]
+
 
 def new() -> asyncio.AbstractEventLoop:
     """Returns such a loop."""
@@ -107,6 +112,12 @@ def running() -> asyncio.AbstractEventLoop | None:
         return asyncio.get_running_loop()
     except RuntimeError:
         return None
+
+
+def only_one_waits() -> bool:
+    """Returns whether the running loop has just one callback to call when this one is over, as far as that is known."""
+    loop = running()
+    return isinstance(loop, _Loop) and loop.callbacks == 1
 
 
 def call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object], context: Context | None = None) -> None:

@@ -25,6 +25,7 @@ from typing import Any, TextIO
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from perdure_service import event_loop
 from perdure_service.errors import ConfigurationError
 
 LEVELS = ("debug", "info", "warning", "error")
@@ -184,12 +185,20 @@ class GatheredLines:
         Raises:
             OSError: It could not be.
         """
-        if self._text:
-            done = asyncio.get_running_loop().create_future()
-            self._waiting.append(done)
-            await done
+        if not self._text:
+            return
+        if event_loop.only_one_waits():  # that write, which nobody can share: no need to wait for its turn
+            if (failed := self._write_all()) is not None:
+                raise failed
+            return
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append(done)
+        await done
 
-    def _write_all(self) -> None:
+    def _write_all(self) -> Exception | None:
+        """Writes what there is, and tells those who wait; returns what kept it from being written."""
+        if not self._text:
+            return None  # somebody has been here before its turn
         text, self._text = self._text, []
         waiting, self._waiting = self._waiting, []
         failed: Exception | None = None
@@ -205,6 +214,7 @@ class GatheredLines:
                 one.set_result(None)
             else:
                 one.set_exception(failed)
+        return failed
 
 
 async def audit_written() -> None:

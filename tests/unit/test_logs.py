@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import structlog
+from perdure_service import event_loop
 from perdure_service.errors import ConfigurationError
 from perdure_service.logs import AUDIT_LOGGER, audit_log, audit_written, censor_text, configure_logs
 
@@ -126,6 +127,32 @@ async def test_an_audit_line_is_written_although_its_call_does_not_wait() -> Non
     await asyncio.gather(task, return_exceptions=True)
     await asyncio.sleep(0)
     assert [line["caller"] for line in lines(stream)] == ["gone"]
+
+
+def test_a_call_alone_writes_its_audit_line_at_once_and_is_told_if_that_fails() -> None:
+    stream = Writes()
+    configure_logs("json", "error", stream)
+
+    async def main() -> None:
+        audit_log().info("audit", caller="ann")
+        with pytest.raises(StopIteration):  # it is over without a turn of the loop
+            audit_written().send(None)
+        assert [line["caller"] for line in lines(stream)] == ["ann"]
+        await asyncio.sleep(0)
+        assert len(stream.writes) == 1, "nothing is left for the turn"
+
+        asyncio.get_running_loop().call_soon(audit_log().info, "audit")
+        audit_log().info("audit", caller="bob")
+        await audit_written()
+        assert len(stream.writes) == 2, "another callback may have had more to write"
+        assert len(lines(stream)) == 3
+
+        configure_logs("json", "error", Writes(refuses=True))
+        audit_log().info("audit", caller="joe")
+        with pytest.raises(OSError, match="full"):
+            await audit_written()
+
+    event_loop.run(main())
 
 
 async def test_whoever_waits_for_an_audit_line_that_cannot_be_written_is_told() -> None:
