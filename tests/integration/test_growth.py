@@ -55,16 +55,19 @@ def grown(database_server: DatabaseServer) -> Iterator[Grown]:
     database_server.drop_of(url)
 
 
+@pytest.mark.parametrize("form", ["json", "alone"])
 @pytest.mark.parametrize("kind", checkpoints.KINDS)
 def test_the_writers_statements_go_by_keys_before_there_are_any_statistics(
-    database_server: DatabaseServer, kind: type[checkpoints.CheckpointRow]
+    database_server: DatabaseServer, kind: type[checkpoints.CheckpointRow], form: str
 ) -> None:
     """The plan of a prepared statement is kept; one that goes through an index of all runs costs more with each run."""
     url = database_server.migrated("planned", lambda url: migrate_all(url, lambda _line: None))
     with sql(url) as connection:
         for setting in writer_sessions.SESSION_SETTINGS:
             connection.execute(setting)
-        text = kind.statement.json.replace("%(rows)s", "$1")
+        names = dict.fromkeys(re.findall(r"%\((\w+)\)s", getattr(kind.statement, form)))
+        numbers = {name: f"${number}" for number, name in enumerate(names, 1)}
+        text = re.sub(r"%\((\w+)\)s", lambda found: numbers[found[1]], getattr(kind.statement, form))
         plan = "\n".join(row[0] for row in connection.execute(f"EXPLAIN (GENERIC_PLAN) {text}"))
     database_server.drop_of(url)
 

@@ -215,7 +215,8 @@ def test_a_silent_server_loses_a_connection_for_whose_answer_no_thread_waits(dir
 def test_a_batch_that_the_socket_does_not_take_at_once_is_sent_by_the_loop(
     writing: Writing, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert writing.submit(a_step(writing.started())) != [None]  # now it is prepared, and does not wait for that
+    # Now the statement for several is prepared, and does not wait for that.
+    assert None not in writing.submit(*(a_step(writing.started()) for _ in range(2)))
     steps = [a_step(writing.started(), output='"' + "x" * 3_000_000 + '"') for _ in range(6)]
     monkeypatch.setattr(checkpoint_writer, "JOIN_AFTER_S", 3600.0)
     with held_up(writing) as release:

@@ -28,7 +28,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import sqlalchemy as sa
 
@@ -116,7 +116,8 @@ _END = f"""
 
 _MAY_END = """
              AND r.ended_at IS NULL AND NOT EXISTS (SELECT 1 FROM perdure.approval AS a
-                 WHERE a.workflow_id = i.workflow_id AND a.state = 'PENDING')"""
+                 WHERE a.workflow_id = i.workflow_id AND (a.state = 'PENDING') IS TRUE)"""
+# In these words it does not offer the index of all approvals that are open, to find those of one run.
 
 _BEGIN = f"""
     run AS (INSERT INTO perdure.run (workflow_id, namespace, run_id, agent, agent_version, input_argument, input_sha256,
@@ -266,6 +267,15 @@ _LAST_STEP_FIELDS: Mapping[str, tuple[str, str]] = {
 """The columns of an outcome's last step, with what they are of its row. It has no error: its code went on."""
 
 
+class _NoStep:
+    """What an outcome without a last step has in its columns."""
+
+    function_id = function_name = started_ms = completed_ms = output = serialization = None
+
+
+_NO_STEP = _NoStep()
+
+
 @dataclass(slots=True)
 class OutcomeRow(EventsRow):
     """The end of a run whose code has ended, and which has no approval open.
@@ -303,6 +313,11 @@ class OutcomeRow(EventsRow):
     shown: str | None = None
     failure: str | None = None
     last_step: StepRow | None = None
+
+    @property
+    def step(self) -> StepRow | _NoStep:
+        """The last step, or one of which nothing is known."""
+        return self.last_step or _NO_STEP
 
     def _encoded(self) -> str:
         step, events = self.last_step, self.pack.events
@@ -377,18 +392,21 @@ CheckpointRow = EventsRow
 KINDS: tuple[type[EventsRow], ...] = (StartRow, StepRow, OutcomeRow, EventsRow)
 
 
-def _getter(kind: type[EventsRow], column: str) -> Callable[[EventsRow], Any]:
+def _attribute(kind: type[EventsRow], column: str) -> str:
+    """Returns the attribute of a row, or the way to it, that is a column's value."""
     if column in _RUN:
-        return attrgetter(f"changes.{column}")
+        return f"changes.{column}"
     if kind is StartRow and column in _START_FIELDS:
-        return attrgetter(_START_FIELDS[column][1])
+        return _START_FIELDS[column][1]
     if kind is OutcomeRow and column in _LAST_STEP_FIELDS:
-        of_step = attrgetter(_LAST_STEP_FIELDS[column][1])
-        return lambda row: None if (step := cast(OutcomeRow, row).last_step) is None else of_step(step)
-    return attrgetter(column)
+        return f"step.{_LAST_STEP_FIELDS[column][1]}"
+    return column
 
 
-_GETTERS = {kind: {column: _getter(kind, column) for column in kind.columns} for kind in KINDS}
+_VALUES: Mapping[type[EventsRow], Callable[[EventsRow], tuple[Any, ...]]] = {
+    kind: attrgetter(*(_attribute(kind, column) for column in kind.columns)) for kind in KINDS
+}
+"""What a row has in each of its kind's columns: in one call, as each start, step and end of a run needs it."""
 
 
 def record_last_step(conn: sa.Connection, step: StepRow) -> None:
@@ -445,15 +463,15 @@ def _statements(conn: sa.Connection, rows: Sequence[CheckpointRow]) -> list[hot_
         of_kind = [row for row in rows if type(row) is kind]
         if not of_kind:
             continue
-        getters = _GETTERS[kind].items()
+        names, values_of = tuple(kind.columns), _VALUES[kind]
         if arrays:
-            found.append((kind.statement.arrays, {name: [get(row) for row in of_kind] for name, get in getters}))
+            columns = zip(*map(values_of, of_kind), strict=True)
+            found.append((kind.statement.arrays, dict(zip(names, map(list, columns), strict=True))))
         elif len(of_kind) == 1:
-            found.append((kind.statement.alone, {name: get(of_kind[0]) for name, get in getters}))
+            found.append((kind.statement.alone, dict(zip(names, values_of(of_kind[0]), strict=True))))
         else:
             # What is NULL is left out: that is half of it.
-            values = _encode(
-                [{name: value for name, get in getters if (value := get(row)) is not None} for row in of_kind]
-            )
-            found.append((kind.statement.json, {"rows": values}))
+            found_in = (zip(names, values_of(row), strict=True) for row in of_kind)
+            rows_json = _encode([{name: value for name, value in each if value is not None} for each in found_in])
+            found.append((kind.statement.json, {"rows": rows_json}))
     return found
