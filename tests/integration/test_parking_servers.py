@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
+import psutil
 import pytest
 import sqlalchemy as sa
 from dbos import DBOSClient
 from perdure.v1 import agent_run_service_pb2 as pb
+from perdure_service.durable import hops
 
 from tests.helpers import judge
 from tests.helpers.rpc import Rpc, in_seconds, kinds_of, new_id, states_in
@@ -129,3 +131,39 @@ def test_what_is_parked_at_one_server_goes_on_at_the_other_when_that_is_gone(bot
         assert states_in(events)[-3:] == ["QUEUED", "RUNNING", "SUCCEEDED"]
         judge.assert_consistent(both.url, f"default.{run_id}.r")
     assert effects(both.url, asks) == ["count 0", "count 1"]
+
+
+def test_many_runs_that_come_to_a_wait_at_once_take_few_threads(own_database_url: str) -> None:
+    """Threads stay once they are made, some megabytes for each hundred; plain to see in the process itself."""
+    many = 400
+    with (
+        ServerProcess(own_database_url, *AGENTS, PERDURE_PARK_AFTER="1", PERDURE_MAX_RUNNING="500") as server,
+        Rpc(server.address) as rpc,
+    ):
+        assert server._process is not None
+        process = psutil.Process(server._process.pid)
+        rpc.until(rpc.start("listener"), "AWAITING_INPUT")
+        before = process.num_threads()
+        starts = (
+            pb.StartAgentsRequest(start=pb.StartAgentRequest(agent="listener", run_id=f"many-{number}"))
+            for number in range(many)
+        )
+        answers = list(rpc.runs.StartAgents(starts, timeout=scaled(60)))
+        assert len(answers) == many
+        assert all(answer.WhichOneof("result") == "started" for answer in answers)
+
+        def parked() -> bool:
+            with sql(own_database_url) as connection:
+                row = connection.execute(
+                    "SELECT count(*) FROM perdure.run WHERE parked_for IS NOT NULL AND run_id LIKE 'many-%'"
+                ).fetchone()
+            return row == (many,)
+
+        eventually(parked, 60, what="all are parked")
+        threads = process.num_threads() - before
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda number: rpc.signal(f"many-{number}", number), range(0, many, 40)))
+        assert [rpc.output_of(f"many-{number}") for number in range(0, many, 40)] == [[n] for n in range(0, many, 40)]
+
+    # Those that look, and some for what else goes on: starts, claims, signals.
+    assert threads < hops.LOOKS + 40

@@ -29,6 +29,7 @@ from perdure_service.domain.events import APPROVAL_STEP, ARTIFACT_STEP, MAX_TEXT
 from perdure_service.domain.runs import WAITING_APPROVAL, RunState
 from perdure_service.durable import values
 from perdure_service.durable.executions import Execution, StepProgress, Wait, now_ms
+from perdure_service.durable.hops import in_few_threads
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.payloads import Stowed
 from perdure_service.durable.retries import repeated
@@ -248,7 +249,7 @@ class BoundRun:
             on_timeout=outcome,
         )
         with self._execution.working(), EnterDBOSStepCtx({"name": APPROVAL_STEP}, context):
-            recorded = await asyncio.to_thread(self._recorded, question)
+            recorded = await in_few_threads(self._recorded, question)
             if recorded is None:
                 self._db.limit.check_row("the approval's payload", question.payload_json)
                 recorded = await self._ask_and_wait(question)
@@ -272,9 +273,9 @@ class BoundRun:
         started_ms = now_ms()
         self._execution.steps[step_id] = StepProgress(APPROVAL_STEP)
         try:
-            await asyncio.to_thread(self._ask, question)
+            await in_few_threads(self._ask, question)
             while True:
-                remaining_s = await asyncio.to_thread(self._answer, question, started_ms)
+                remaining_s = await in_few_threads(self._answer, question, started_ms)
                 if isinstance(remaining_s, dict):
                     return remaining_s
                 wait_s = RECHECK_S if remaining_s is None else min(RECHECK_S, max(0.02, remaining_s))

@@ -38,7 +38,7 @@ from types import CodeType
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from dbos import _core, _event_loop, _outcome
+from dbos import _core, _event_loop, _outcome, _sys_db
 from dbos._event_loop import BackgroundEventLoop
 
 from perdure_service import event_loop
@@ -51,6 +51,13 @@ DECIDERS = 64
 """Threads for stages whose work a batch did not write; more than there are connections."""
 
 _deciders = ThreadPoolExecutor(DECIDERS, thread_name_prefix="decider-")
+
+LOOKS = 64
+"""How many waits of a loop ask the database at a time, each in a thread, whether what they wait for is there. All of a
+thousand runs that come to a wait at once would make a thousand threads, which stay, for twenty connections. A look may
+wait for the slot of its execution, which whoever holds it gives back without another look having to begin."""
+
+_looks: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 _deciding = threading.Lock()
 _plain_invoke_step = _core.invoke_step
 _plain_submit_coroutine = BackgroundEventLoop.submit_coroutine
@@ -344,6 +351,16 @@ def _decide(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any
     return asyncio.get_running_loop().run_in_executor(_deciders, again)
 
 
+async def in_few_threads(function: Callable[..., T], /, *arguments: Any, **named: Any) -> T:
+    """Does what `asyncio.to_thread` does, for what asks the database and runs no code of agents; see `LOOKS`."""
+    loop = asyncio.get_running_loop()
+    looks = _looks.get(loop)
+    if looks is None:
+        looks = _looks[loop] = asyncio.Semaphore(LOOKS)
+    async with looks:
+        return await asyncio.to_thread(function, *arguments, **named)
+
+
 def _answer_of(promise: Promise[bool]) -> bool:
     """Returns the answer of a promise that is settled; one that was cancelled or failed says as little as a False."""
     return not promise.cancelled() and promise.exception() is None and promise.result()
@@ -441,6 +458,12 @@ class _AsyncioOfOutcomes(_Asyncio):
         return await answer(function, *arguments)
 
 
+class _AsyncioOfWaits(_Asyncio):
+    """As `dbos._sys_db` gets it, whose waits look at the database in threads."""
+
+    to_thread = staticmethod(in_few_threads)
+
+
 class _AsyncioOfLoops(_Asyncio):
     """As `dbos._event_loop` gets it."""
 
@@ -455,6 +478,7 @@ def install(*ours: CodeType) -> None:
     """
     substitute(_event_loop, "asyncio", _AsyncioOfLoops())
     substitute(_outcome, "asyncio", _AsyncioOfOutcomes(stages() | set(ours)))
+    substitute(_sys_db, "asyncio", _AsyncioOfWaits())
     begins = start_of_task()
 
     def submit_coroutine(background: BackgroundEventLoop, coroutine: Any) -> Any:

@@ -21,7 +21,6 @@ row, too.
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +37,7 @@ from dbos._utils import LoopAwareEvent
 from perdure_service.domain.events import EventKind
 from perdure_service.domain.runs import WAITING_APPROVAL, WAITING_SIGNAL, RunState
 from perdure_service.durable.executions import Execution, Wait
+from perdure_service.durable.hops import in_few_threads
 from perdure_service.durable.operation import Operation
 from perdure_service.durable.status_changes import StatusDatabase
 from perdure_service.durable.substitutes import substitute
@@ -135,7 +135,7 @@ class WaitingDatabase(StatusDatabase):
             while not wait.event.is_set() and (left_s := until - time.monotonic()) > 0:
                 look_s, waits = self._next_look_s(execution)
                 if waits:
-                    await asyncio.to_thread(self._leave, execution, waits)
+                    await in_few_threads(self._leave, execution, waits)
                 else:
                     await wait.event.wait_async(timeout=min(left_s, look_s))
 
@@ -202,13 +202,13 @@ class WaitingDatabase(StatusDatabase):
             wait = Wait(_signal_marks(topic), deadline, event=event)
             look, told = event.is_set(), False
             try:
-                while not (look and await asyncio.to_thread(self._has_come, execution, workflow_uuid, topic, event)):
+                while not (look and await in_few_threads(self._has_come, execution, workflow_uuid, topic, event)):
                     if (left_s := deadline - time.monotonic()) <= 0:
                         break
                     told = told or _tell_of_wait(execution, topic)
                     await self.nap_async(execution, wait, min(left_s, self._event_recheck_interval()))
                     look = True
-                return await asyncio.to_thread(self.recv_consume, workflow_uuid, function_id, topic, start_time)
+                return await in_few_threads(self.recv_consume, workflow_uuid, function_id, topic, start_time)
             finally:
                 self.notifications_map.pop(payload, event)
 
@@ -272,7 +272,7 @@ class WaitingDatabase(StatusDatabase):
         execution = self._execution_here()
         wait = Wait(tuple(parked.RESULT + one for one in workflow_ids))
         with self.waits.for_results(workflow_ids, wait), _working(execution):
-            while isinstance(found := await asyncio.to_thread(self.check_first_workflow_id, workflow_ids), NoResult):
+            while isinstance(found := await in_few_threads(self.check_first_workflow_id, workflow_ids), NoResult):
                 await self.nap_async(execution, wait, self._result_look_s(polling_interval))
                 self._go_on_waiting(execution, wait)
         return found
@@ -307,7 +307,7 @@ class WaitingDatabase(StatusDatabase):
     async def _result_for_async(self, execution: Execution, workflow_id: str, polling_interval: float) -> Any:
         wait = Wait((parked.RESULT + workflow_id,))
         with self.waits.for_results([workflow_id], wait), execution.working():
-            while isinstance(result := await asyncio.to_thread(self.check_workflow_result, workflow_id), NoResult):
+            while isinstance(result := await in_few_threads(self.check_workflow_result, workflow_id), NoResult):
                 await self.nap_async(execution, wait, self._result_look_s(polling_interval))
                 self._go_on_waiting(execution, wait)
         return result
@@ -419,7 +419,7 @@ def install(database: Callable[[], WaitingDatabase]) -> None:
             return
         context = snapshot_step_context()
         await cls._configure_asyncio_thread_pool()
-        left_s = await asyncio.to_thread(_core.record_sleep, _dbos._get_dbos_instance(), context, seconds)
+        left_s = await in_few_threads(_core.record_sleep, _dbos._get_dbos_instance(), context, seconds)
         await database().sleep_async(execution_of(context), left_s)
 
     async def asyncio_wait(cls: Any, fs: Any, **options: Any) -> Any:
