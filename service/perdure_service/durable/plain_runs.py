@@ -14,7 +14,6 @@ import contextvars
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from operator import itemgetter
 from typing import Any
 
 from dbos import _core, _workflow_commands
@@ -31,7 +30,6 @@ from perdure_service.durable.executions import Execution
 NOT_PLAIN = ("class_name", "config_name", "authenticated_user", "authenticated_roles", "attributes", "shard_key",
              "queue_partition_key")  # fmt: skip
 """What a plain row has none of."""
-_NOT_PLAIN = itemgetter(*NOT_PLAIN)
 
 FIRST_ATTEMPTS = 1
 """Attempts of a run that has just begun; DBOS compares more of them with its limit."""
@@ -163,7 +161,9 @@ async def _without_checkpoints(dbos: Any, context: DBOSContext, call: Callable[[
 
 def _is_plain_row(status: Mapping[str, Any]) -> bool:
     return (
-        dbos_tracer.disable_otlp and status["serialization"] == DBOSPortableJSON.name() and not any(_NOT_PLAIN(status))
+        dbos_tracer.disable_otlp
+        and status["serialization"] == DBOSPortableJSON.name()
+        and not any(map(status.get, NOT_PLAIN))
     )
 
 

@@ -26,7 +26,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from operator import itemgetter
 from typing import Any, cast
 
 import sqlalchemy as sa
@@ -67,7 +66,6 @@ NO_PLAIN_START = (
     "deduplication_id", "queue_partition_key", "parent_workflow_id", "attributes", "schedule_name",
     "debounce_deadline_epoch_ms", "is_debounced", "shard_key",
 )  # fmt: skip
-_NO_PLAIN_START = itemgetter(*NO_PLAIN_START)
 """What the checkpoint writer does not know of a start: no run that a caller starts has any of it."""
 
 
@@ -170,7 +168,7 @@ class PerdureSystemDatabase(WaitingDatabase):
         """
         if not self.payloads.fits(status["inputs"]) or start.forked_from_workflow_id:
             return None
-        if any(_NO_PLAIN_START(status)):
+        if any(map(status.__getitem__, NO_PLAIN_START)):
             return None
         here = status["status"] == "PENDING"
         record = self.ledger.started(start, status, (self.executor_id or "") if here else "")
