@@ -91,6 +91,18 @@ def test_a_call_that_comes_before_the_loop_sleeps_keeps_it_from_sleeping(
         assert selector.select(60), "that call is not taken for another one"
 
 
+def test_asyncio_wakes_its_loops_by_the_method_that_is_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not SeldomAsking.can_be_woken:
+        pytest.skip("asyncio's own way, without an eventfd")
+    woken: list[int] = []
+    monkeypatch.setattr(SeldomAsking, "wake", lambda _self: woken.append(1))
+    loop = event_loop.new()
+    loop.call_soon_threadsafe(woken.append, 2)
+    loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    assert woken == [1, 2], "an upgrade of Python has another way"
+
+
 def test_no_call_between_two_loops_is_ever_missed() -> None:
     """Each call is the only thing that the other loop waits for: one that is missed hangs."""
     loops = [event_loop.new() for _ in range(3)]
