@@ -1,6 +1,7 @@
 """Throughput: runs of two steps that do nothing, in a closed loop, through gRPC and against plain DBOS and Restate.
 
-All variants are up, and take turns: one repetition measures each at one number of clients before the next one begins.
+All variants are up, and take turns: one repetition measures each at one number of clients before the next one begins,
+and each begins with another variant.
 A client starts a run, waits for its end, and starts the next. Each repetition is a row's value.
 """
 
@@ -97,8 +98,10 @@ def measure(
                 grid.row(name, clients)
         counted = Counted(fleet.variants)
         for number in range(repeats):
+            # Another one begins each time: else one would always have what the last one left to do (a compaction, say).
+            begins = number % len(fleet.variants)
             for clients in levels:
-                for one in fleet.variants:
+                for one in (*fleet.variants[begins:], *fleet.variants[:begins]):
                     answer, values = one.measure(server.url, clients, options.secs)
                     grid.row(one.name, clients).add(values)
                     say(f"{number + 1}: {one.name}, {clients} clients: {answer.per_second:.1f} runs/s")
