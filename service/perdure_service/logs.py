@@ -185,20 +185,16 @@ class GatheredLines:
         Raises:
             OSError: It could not be.
         """
-        if not self._text:
-            return
-        if event_loop.only_one_waits():  # that write, which nobody can share: no need to wait for its turn
-            if (failed := self._write_all()) is not None:
-                raise failed
-            return
-        done = asyncio.get_running_loop().create_future()
-        self._waiting.append(done)
-        await done
+        if self._text:
+            done = asyncio.get_running_loop().create_future()
+            self._waiting.append(done)
+            if event_loop.only_one_waits():  # that write, which nobody can share: no need to wait for its turn
+                self._write_all()
+            await done
 
-    def _write_all(self) -> Exception | None:
-        """Writes what there is, and tells those who wait; returns what kept it from being written."""
+    def _write_all(self) -> None:
         if not self._text:
-            return None  # somebody has been here before its turn
+            return  # it was written before its turn
         text, self._text = self._text, []
         waiting, self._waiting = self._waiting, []
         failed: Exception | None = None
@@ -214,7 +210,6 @@ class GatheredLines:
                 one.set_result(None)
             else:
                 one.set_exception(failed)
-        return failed
 
 
 async def audit_written() -> None:

@@ -1,8 +1,8 @@
 """Throughput: runs of two steps that do nothing, in a closed loop, through gRPC and against plain DBOS and Restate.
 
 All variants are up, and take turns: one repetition measures each at one number of clients before the next one begins,
-and each begins with another variant.
-A client starts a run, waits for its end, and starts the next. Each repetition is a row's value.
+and each begins with another variant. A client starts a run, waits for its end, and starts the next. Each repetition is
+a row's value.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ class Hints:
             self.ended(ended)
         if came:
             self.look_for(came)
-        if not self._feed.alone:
+        if not self._feed.alone:  # `send` asks, too; but this one would be made for every commit
             runs = frozenset(pack.workflow_id for pack in packs)
             self._feed.send(Hint(runs=runs, ended=frozenset(ended), approvals=approvals))
 

@@ -7,7 +7,6 @@ code stops neither health nor streams nor renewal. DBOS is a process singleton, 
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +23,7 @@ from dbos import DBOS, _core
 from dbos._dbos import _get_dbos_instance, _get_or_create_dbos_registry
 from dbos._error import DBOSConflictingWorkflowError, DBOSWorkflowCancelledError
 from dbos._registrations import get_func_info
-from dbos._serialization import DBOSPortableJSON
+from dbos._serialization import DBOSPortableJSON, WorkflowSerializationFormat, serialize_args
 
 from perdure_service.agents.catalogue import RegisteredAgent
 from perdure_service.domain.events import Pack
@@ -635,11 +634,9 @@ def _find_traced(conn: sa.Connection, workflow_id: str) -> TracedRun | None:
 
 
 def portable_inputs(arguments: dict[str, Any]) -> tuple[str, str]:
-    """Returns a workflow's arguments as DBOS stores them, and the name of that format; they are plain JSON already."""
-    return _portable({"namedArgs": arguments, "positionalArgs": []}), DBOSPortableJSON.name()
-
-
-_portable = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
+    """Returns a workflow's arguments as DBOS stores them, plain JSON, and the name of that format."""
+    text, name = serialize_args((), arguments, WorkflowSerializationFormat.PORTABLE, DBOSPortableJSON)
+    return str(text), str(name)
 
 
 def _dbos_instance() -> Any:

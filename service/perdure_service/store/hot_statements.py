@@ -219,7 +219,7 @@ class Exchange:
             self._error = psycopg.errors.error_from_result(self._failed)
             if self._failed.error_field(DiagnosticField.SQLSTATE) in _NOT_PREPARED_ANY_MORE:
                 session.prepared.clear()
-                self.lost_statements = len(self._expected) < 2 * len(self._statements)  # else all are new to it
+                self.lost_statements = any(old not in self._expected for old in self._statements)
         self.over = True
 
     def wait(self, timeout_s: float | None = None) -> bool:
