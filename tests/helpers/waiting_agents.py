@@ -49,6 +49,13 @@ async def waits_for_approval(timeout_s: float | None = None) -> list[Any]:
     return [answer.state, answer.decided_by]
 
 
+@agent(name="publishes-when-told")
+async def publishes_when_told() -> None:
+    """Sets one of DBOS's events after a signal."""
+    await run.signal("go")
+    await DBOS.set_event_async("status", "half")
+
+
 @agent(name="waits-for-time")
 async def waits_for_time(seconds: float = 0.3) -> str:
     """Sleeps."""

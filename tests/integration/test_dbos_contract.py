@@ -446,6 +446,15 @@ def test_the_thread_that_listens_and_those_of_queues_are_the_ones_we_replace() -
     assert manager.count("stop_event.") == 2, "it asks it for nothing else than we answer"
 
 
+def test_the_thread_that_notifies_is_the_one_we_replace() -> None:
+    theirs = inspect.getsource(_sys_db_postgres.PostgresSystemDatabase.run_notifier)
+    assert "time.sleep(self._notification_coalesce_sec)\n                self._flush_notifications()" in theirs
+    assert "target=self._sys_db.run_notifier" in inspect.getsource(_dbos.DBOS._launch)
+    signal = inspect.getsource(_sys_db_postgres.PostgresSystemDatabase._signal_notification)
+    assert "with self._notifier_lock:\n            self._pending_notifications" in signal, "there before we set ours"
+    assert {"run_notifier", "_signal_notification"} <= set(OURS)
+
+
 def test_the_sweeps_run_only_under_the_lock_that_we_ask_for_first() -> None:
     source = inspect.getsource(_workflow_commands.background_jobs_thread)
     assert f'"{SWEEPS}"' in source

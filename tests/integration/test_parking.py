@@ -108,6 +108,31 @@ def engine(harness: BlockingHarness) -> _Engine:
     return _Engine(harness)
 
 
+def test_dbos_clients_elsewhere_are_notified_and_nobody_looks_a_hundred_times_a_second_for_what_to_tell(
+    harness: BlockingHarness, database_server: DatabaseServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if database_server.cockroach:
+        pytest.skip("CockroachDB has no NOTIFY")
+    database = engine(harness).runtime.database
+    flushes: list[str] = []
+
+    def flush() -> None:
+        flushes.append("flush")
+        type(database)._flush_notifications(database)
+
+    monkeypatch.setattr(database, "_flush_notifications", flush)
+    run = harness.start("publishes-when-told")
+    workflow_id = until_parked(harness, run, "signal:go")
+    with sql(harness.harness._url) as listening:
+        listening.execute("LISTEN dbos_workflow_events_channel")
+        listening.commit()
+        harness.signal(run, "go", "now")
+        told = next(listening.notifies(timeout=scaled(15), stop_after=1))
+    assert told.payload == f"{workflow_id}::status"
+    run.ended()
+    assert flushes == ["flush"]
+
+
 def test_a_decision_wakes_who_asked(harness: BlockingHarness) -> None:
     run = harness.start("waits-for-approval")
     workflow_id = until_parked(harness, run, "approval:2")
