@@ -7,13 +7,6 @@ from collections.abc import Callable
 
 FULL = 0.85
 """Of a core, that the process must use to have all the work that it can do: the interpreter's lock lets it use one."""
-FULL_OF_MANY = 0.65
-"""The same where batches of `MANY_ROWS` are to be had. Where others use the processors, too, whoever holds the lock is
-often not running: with 128 clients 0.85 was hardly reached, the pace came and went, and that cost 2 to 9 % of the runs
-a second. (With nothing else on the machine it made no difference, and with 2 and 4 clients 0.65 costs as much.)"""
-MANY_ROWS = 16
-"""If a batch had better have so many, it is the writer's threads that write: then batches are larger, and with 128
-clients 5 to 10 % more runs a second; with 32 it is the same, with 8 it is the agents' loop that makes 5 % more."""
 LOOK_EVERY_S = 0.05
 MOVED_WITHIN_S = 0.25
 """A run moves when its code has called within this time: who waits for people or models brings no rows."""
@@ -39,13 +32,11 @@ class Pace:
         """Returns the number; any is enough when the process has time to spare."""
         if time.monotonic() - self._looked >= LOOK_EVERY_S:
             now, spent = self._read()
-            used = (spent - self._spent) / (now - self._looked)
+            full = spent - self._spent >= FULL * (now - self._looked)
             self._looked, self._spent = now, spent
-            wanted = SHARE * self._moving(MOVED_WITHIN_S) if used >= FULL_OF_MANY else 0.0
-            full = used >= (FULL_OF_MANY if max(wanted, self._rows) >= MANY_ROWS else FULL)
             self._rows *= FADES_FULL if full else FADES
             if full:
-                self._rows = max(self._rows, wanted)
+                self._rows = max(self._rows, SHARE * self._moving(MOVED_WITHIN_S))
         return self._rows
 
     @staticmethod
