@@ -21,7 +21,7 @@ from tests.helpers.databases import FORMS, DatabaseServer, url_in_form
 from tests.helpers.proxy import DatabaseProxy
 
 STATEMENT_TIMEOUT = timedelta(seconds=20)
-REPEATED = {"40001", "40003", "40P01", "57P01", "57P02", "57P03", "53300", "08006", "25P03", "58C00", "58C01"}
+REPEATED = {"40001", "40003", "40P01", "57P01", "57P02", "57P03", "53300", "08006", "25P03", "58C00", "58C01", "XXC02"}
 NOT_REPEATED = {"23505", "23503", "55P03", "57014", "P0001", "42P01", "22012", "XXUUU"}
 
 
@@ -278,6 +278,7 @@ TOLD: dict[str, type[PerdureError]] = {
     "25P03": StoreUnavailable,
     "58C00": StoreUnavailable,
     "58C01": StoreUnavailable,
+    "XXC02": StoreUnavailable,
     "08000": StoreUnavailable,
     "08006": StoreUnavailable,
     "53300": StoreUnavailable,

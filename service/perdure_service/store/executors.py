@@ -153,7 +153,10 @@ def requeue_orphans(
 
     "No live executor" is the rule, not a list of the dead: it also catches a run that a zombie dequeues later. The
     new owner is nobody (`owner_xid` NULL), so whatever the old one still writes is refused. Rows that somebody holds
-    are left for the next time. Two of us at once lock different rows.
+    are left for the next time; so of two of us at once, one has them.
+
+    They are looked for without locks first, and then locked by their keys: CockroachDB locks what it reads before it
+    looks at the conditions, which would be every running run, each time, though mostly none is an orphan.
 
     Args:
         conn: A transaction.
@@ -161,15 +164,26 @@ def requeue_orphans(
         now_ms: The time of the events.
         adopt: Called with the workflow ids before their logs are written, to give foreign ones a run.
     """
+    orphans = conn.execute(
+        sa.text(f"""
+            SELECT s.workflow_uuid FROM {STATUS} AS s
+            WHERE s.status = 'PENDING' AND s.application_name = :application AND {_NOT_ALIVE}
+            ORDER BY s.workflow_uuid LIMIT :limit
+        """),
+        {"application": APPLICATION, "limit": BATCH},
+    )
+    ids = [row[0] for row in orphans]
+    if not ids:
+        return []
     found = conn.execute(
         sa.text(f"""
             SELECT s.workflow_uuid, s.executor_id,
                    (SELECT e.renewed_at FROM perdure.executor AS e WHERE e.executor_id = s.executor_id) AS seen,
                    now() AS now
-            FROM {STATUS} AS s WHERE s.status = 'PENDING' AND s.application_name = :application AND {_NOT_ALIVE}
-            ORDER BY s.workflow_uuid LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+            FROM {STATUS} AS s WHERE s.workflow_uuid = ANY(:ids) AND s.status = 'PENDING' AND {_NOT_ALIVE}
+            ORDER BY s.workflow_uuid FOR NO KEY UPDATE SKIP LOCKED
         """),
-        {"application": APPLICATION, "limit": BATCH},
+        {"ids": ids},
     ).fetchall()
     return _give_back(conn, found, queue, now_ms, adopt, "its executor is gone", crashed=True, recovered=True)
 

@@ -46,6 +46,8 @@ INVALID_AUTHORIZATION = "28000"
 # CockroachDB's own (pkg/sql/pgwire/pgcode): a range has lost its quorum; one node cannot reach another.
 COCKROACH_RANGE_UNAVAILABLE = "58C00"
 COCKROACH_INTERNAL_CONNECTION_FAILURE = "58C01"
+# Without a licence, or cut off from telemetry, several nodes refuse all but five open transactions (pgcode "XXC02").
+COCKROACH_LICENCE = "XXC02"
 
 CONFLICTS = frozenset({SERIALIZATION_FAILURE, STATEMENT_COMPLETION_UNKNOWN, DEADLOCK_DETECTED})
 """The whole transaction was undone, or (40003) may have been: repeat it from its beginning."""
@@ -62,7 +64,7 @@ SESSION_ENDED = frozenset(
 )
 """The server ended the session, or would not begin one."""
 
-STORE_GONE = frozenset({COCKROACH_RANGE_UNAVAILABLE, COCKROACH_INTERNAL_CONNECTION_FAILURE})
+STORE_GONE = frozenset({COCKROACH_RANGE_UNAVAILABLE, COCKROACH_INTERNAL_CONNECTION_FAILURE, COCKROACH_LICENCE})
 """Connected, but the data is out of reach for now."""
 
 MAX_ATTEMPTS = 6

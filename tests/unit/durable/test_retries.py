@@ -56,6 +56,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         (CheckpointTooSlow("slow"), 0.01),
         (LOST, 0.2),
         (DataOutOfReach("no quorum", "58C00"), 0.2),
+        (DataOutOfReach("no licence", "XXC02"), 0.2),
         (psycopg.errors.AdminShutdown("ended"), 0.2),
         (psycopg.errors.TooManyConnections("full"), 0.2),
         (POOL, 0.2),

@@ -230,6 +230,8 @@ def test_zones_may_be_fixed_where_kubernetes_does_not_tell_them(tmp_path: Path) 
     assert [pod.name for pod in found.pods() if pod.kind == "StatefulSet"] == ["crdb-a", "crdb-b", "crdb-c"]
     for document in found.of("StatefulSet"):
         validate(document)
+        # Each would replace its one pod at once, all three together: a budget is not asked when a pod is updated.
+        assert document["spec"]["updateStrategy"] == {"type": "OnDelete"}
     for rule in RULES:
         assert list(rule(found)) == []
     for zone in "abc":
