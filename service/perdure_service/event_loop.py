@@ -27,6 +27,7 @@ import select
 import selectors
 import sys
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from contextvars import Context
 from io import FileIO
 from typing import Any, TypeVar
@@ -74,7 +75,8 @@ class SeldomAsking(selectors.DefaultSelector):
         """Ends a `select` that waits, or keeps the next one from waiting; from any thread."""
         self._called = True
         if self._sleeps and self._bell is not None:
-            self._bell.write(_ONE)
+            with suppress(ValueError):  # it was closed just now: who calls a loop that is closed is told by asyncio
+                self._bell.write(_ONE)
 
     def close(self) -> None:
         """Ends it."""

@@ -198,6 +198,19 @@ async def ahead_twice() -> int:
     return await before(await before())
 
 
+cancelled: list[asyncio.Task[int]] = []
+"""Steps that somebody cancels."""
+
+
+@agent(name="ahead-cancelled")
+async def ahead_cancelled() -> int:
+    """Makes a step in a task that is cancelled, and goes on."""
+    task = asyncio.ensure_future(before())
+    cancelled.append(task)
+    await asyncio.wait([task])
+    return await after()
+
+
 @agent(name="ahead-beside")
 async def ahead_beside() -> int:
     """Makes a step in another task, whose code goes on by itself."""

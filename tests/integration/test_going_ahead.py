@@ -18,7 +18,7 @@ import sqlalchemy as sa
 from dbos._dbos import _get_dbos_instance
 from perdure_service.domain.events import EventKind
 from perdure_service.domain.runs import RunState
-from perdure_service.durable import plain_runs
+from perdure_service.durable import hops, plain_runs
 from perdure_service.durable.checkpoints import Presented
 from perdure_service.durable.executions import Execution
 from perdure_service.durable.runtime import Runtime
@@ -424,3 +424,26 @@ def test_code_in_a_task_of_its_own_goes_on_when_its_step_is_committed(
     assert run.result() == 1
     assert went_on(run) == 1
     assert_ended_once(run)
+
+
+def test_a_step_that_is_cancelled_in_the_turn_in_which_it_is_told_that_it_is_not_written_holds_nothing_up(
+    harness: BlockingHarness, commits: Commits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Presented.done
+    told: list[Presented] = []
+
+    def done(presented: Presented, written: Written | None) -> None:
+        plain(presented, written)
+        if written is None and not told:
+            told.append(presented)
+            task = ahead_agents.cancelled[-1]
+            hops.calls_into(task.get_loop()).post(task.cancel)  # behind the answer, and before the task has its turn
+
+    monkeypatch.setattr(Presented, "done", done)
+    commits.spoils = StepRow
+    run = harness.start("ahead-cancelled")
+    assert run.result() == 2
+    assert [type(one.row) for one in told] == [StepRow]
+    assert ahead_agents.cancelled[-1].cancelled()
+    assert bodies(run, "before") == bodies(run, "after") == 1
+    assert [step.step_name for step in run.steps()] == ["before", "after"], "what was not written then is written"

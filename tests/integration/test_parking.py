@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from dbos import DBOS
 from perdure_service.domain.events import EventKind
 from perdure_service.durable import drain
+from perdure_service.durable.parking import WaitingDatabase
 from perdure_service.testing import BlockingHarness, BlockingRun, RunFailed
 
 from tests.helpers import judge
@@ -131,6 +133,15 @@ def test_dbos_clients_elsewhere_are_notified_and_nobody_looks_a_hundred_times_a_
     assert told.payload == f"{workflow_id}::status"
     run.ended()
     assert flushes == ["flush"]
+
+
+def test_what_is_signalled_to_the_end_is_told() -> None:
+    told: list[str] = []
+    database: Any = SimpleNamespace(
+        use_listen_notify=True, _run_background_processes=False, _flush_notifications=lambda: told.append("told")
+    )
+    WaitingDatabase.run_notifier(database)
+    assert told == ["told"]
 
 
 def test_a_decision_wakes_who_asked(harness: BlockingHarness) -> None:

@@ -40,6 +40,13 @@ def test_only_questions_that_do_not_wait_are_left_out_and_not_all_of_them(
         assert selector.select(60), "who would wait is answered"
 
 
+def test_who_wakes_a_loop_that_is_closed_at_that_moment_is_not_told_by_the_bell() -> None:
+    selector = SeldomAsking()
+    selector._sleeps = True
+    selector.close()
+    selector.wake()
+
+
 def test_a_busy_loop_serves_its_sockets_within_some_turns(pair: tuple[socket.socket, socket.socket]) -> None:
     async def main() -> int:
         here, there = pair

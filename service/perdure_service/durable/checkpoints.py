@@ -204,20 +204,25 @@ class Checkpoints:
         writer, step = self._writer, _waiting_step(execution)
         if writer is None or step is None:
             return None
-        taken = execution.take()
-        riding = [*step.pack.events, *taken]
-        pack = Pack(execution.key.workflow_id, [*riding, *commit.events], first_sequence=step.pack.first_sequence)
-        if sum(map(event_chars, pack.events)) <= MAX_PACK_CHARS:
+        lent, replaced = execution.lend(), False
+        try:
+            riding = [*step.pack.events, *lent]
+            pack = Pack(execution.key.workflow_id, [*riding, *commit.events], first_sequence=step.pack.first_sequence)
+            if sum(map(event_chars, pack.events)) > MAX_PACK_CHARS:
+                return None
             execution.last_step = step.row
             row = commit.make_row(pack, step.row.previous_first)
             joined = Presented(row, execution, commit.after, call=commit.call, riding=riding, joins=step)
-            if writer.replace(step.row, row, partial(self._pass_on, step, joined)):
-                execution.ahead = None  # nothing but the end waits for it
-                writer.hurry(row)
-                return joined
-            execution.last_step = None
-        execution.give_back(taken)
-        return None
+            replaced = writer.replace(step.row, row, partial(self._pass_on, step, joined))
+        finally:
+            if not replaced:
+                execution.last_step = None
+            execution.end_loan([] if replaced else lent)
+        if not replaced:
+            return None
+        execution.ahead = None  # nothing but the end waits for it
+        writer.hurry(row)
+        return joined
 
     @staticmethod
     def may_join(execution: Execution) -> bool:

@@ -283,6 +283,7 @@ class Execution:
     _holds_parent: bool = False
     _replayed_notes: list[Event] = field(default_factory=list)
     _buffer: list[Event] = field(default_factory=list)
+    _lent: bool = False
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _text_chars: int = 0
     """How much streamed text is in the buffer."""
@@ -487,10 +488,28 @@ class Execution:
             self.bodies -= 1
 
     def take(self) -> list[Event]:
-        """Takes the buffered events, for a commit."""
+        """Takes the buffered events, for a commit of who has the slot; none while they are lent."""
         with self._lock:
-            taken, self._buffer = self._buffer, []
-            self._text_chars = 0
+            return [] if self._lent else self._take()
+
+    def lend(self) -> list[Event]:
+        """Takes them for a commit that may not come to be, of who has not the slot yet; `end_loan` must follow.
+
+        Nobody takes later events meanwhile, which would come into the log before these.
+        """
+        with self._lock:
+            self._lent = True
+            return self._take()
+
+    def end_loan(self, events: list[Event]) -> None:
+        """Returns what was lent, to the front of the buffer, or nothing."""
+        with self._lock:
+            self._lent = False
+            self._buffer = events + self._buffer
+
+    def _take(self) -> list[Event]:
+        taken, self._buffer = self._buffer, []
+        self._text_chars = 0
         return taken
 
     def give_back(self, events: list[Event]) -> None:

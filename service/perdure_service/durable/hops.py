@@ -313,7 +313,7 @@ async def answer(function: Callable[..., Any], *arguments: Any, ahead: bool = Fa
             raise
         error = raised
     if left.promise is not None and not await _kept(left.promise, function, *arguments):
-        return await _decide(function, *arguments)
+        return await asyncio.shield(_decide(function, *arguments))  # cancelled or not: somebody's commit hangs on it
     if error is None:
         return result
     try:
@@ -390,7 +390,12 @@ async def _settled(promise: Promise[T] | Future[T], nobody_waits: Callable[[], N
             calls_into(loop).post(settle)
 
     promise.add_done_callback(tell)
-    await settled
+    try:
+        await settled
+    except asyncio.CancelledError:
+        if settled.done() and not settled.cancelled():  # it was told in the very turn in which it is cancelled
+            nobody_waits()
+        raise
 
 
 def chain(source: Future[T], promise: Promise[T]) -> None:

@@ -156,11 +156,14 @@ class WaitingDatabase(StatusDatabase):
         DBOS looks a hundred times a second. Each look takes the interpreter's lock from whoever has it, and while the
         thread waits for a processor then, nobody has it: on a full server that was a twentieth of the time.
         """
-        while self.use_listen_notify and self._run_background_processes:
+        if not self.use_listen_notify:
+            return
+        while self._run_background_processes:
             if self._signalled.wait(STOP_POLL_S):
                 self._signalled.clear()  # first: what is signalled from here on is for the next round, or for this one
                 time.sleep(self._notification_coalesce_sec)
-                self._flush_notifications()
+                self._flush_notifications()  # raises nothing: what cannot be sent it logs and drops
+        self._flush_notifications()
 
     def _result_look_s(self, polling_interval: float) -> float:
         """Returns how often a wait for a result looks by itself, seconds: its end wakes it while hints arrive."""

@@ -329,15 +329,19 @@ class CheckpointWriter:
             while True:
                 if self._again:
                     self._begin()
+                    self._leave_clock()
                     return self._again.popleft()
                 flight = self._left_flight()
                 if flight is not None:
                     self._note_late()
+                    self._leave_clock()
                     return flight
                 if self._may_take(first=not self._loop_writes):
                     if self._loop_writes and not self._busy:
                         self._note_late()
-                    return self._take_batch()
+                    taken = self._take_batch()
+                    self._leave_clock()
+                    return taken
                 if not (self._open or self._rows or self._events or self._flying):
                     self._changed.notify_all()  # the other one may have waited for the same
                     return None
@@ -349,6 +353,13 @@ class CheckpointWriter:
                     self._clock_watched = False
                 else:
                     self._changed.wait()
+
+    def _leave_clock(self) -> None:
+        """Has the other thread look, and watch the clock, when this one has taken something and anything is left."""
+        self._called = False
+        if (self._rows or self._events or self._flying) and not self._clock_watched:
+            self._called = True
+            self._changed.notify()
 
     def _note_late(self) -> None:
         """Notes that the loop does not come to what it should do, until it has its next turn."""
@@ -516,6 +527,8 @@ class CheckpointWriter:
                 self._loop.call_soon_threadsafe(self._watch, flight, context=contextvars.Context())
 
     def _watch(self, flight: Flight) -> None:
+        if flight is not self._flight:
+            return  # a thread has landed it before the loop came here, and the watch is another one's by now
         self._session.unwatch()
         if not flight.adopted:  # and if it cannot be watched, the thread will find that nobody looks
             self._session.watch(partial(self._arrived, flight), sending=not flight.exchange.sent)

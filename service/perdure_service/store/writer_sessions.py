@@ -131,14 +131,16 @@ class LoopSession:
             if not lost or time.monotonic() < self._connect_from:
                 return
             self._connect_from = math.inf  # one thread tries it
-        self._connect()
-        self._connect_from = time.monotonic() + CONNECT_EVERY_S
+        try:
+            self._connect()
+        finally:
+            self._connect_from = time.monotonic() + CONNECT_EVERY_S
 
     def _connect(self) -> None:
         session = Session(self._engine)
         try:
             _ = session.connection
-        except sa.exc.SQLAlchemyError as error:
+        except Exception as error:  # noqa: BLE001 - logged; the writer's thread, which tries it, must not end by it
             log.warning("checkpoints.not_connected", error=type(error).__name__)
             return
         with self._changing:
@@ -173,13 +175,12 @@ class LoopSession:
         self.unwatch()
         try:
             self.watched_socket = self._session.socket()
-        except OSError as error:
+            self.loop.add_reader(self.watched_socket, arrived)
+            self._watches = True
+            if sending:
+                self.loop.add_writer(self.watched_socket, arrived)
+        except (OSError, RuntimeError) as error:  # RuntimeError: the loop is closed
             log.warning("checkpoints.not_watched", error=type(error).__name__)
-            return
-        self._watches = True
-        self.loop.add_reader(self.watched_socket, arrived)
-        if sending:
-            self.loop.add_writer(self.watched_socket, arrived)
 
     def sent(self) -> None:
         """Is told that nothing is to be sent any more."""

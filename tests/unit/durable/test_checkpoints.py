@@ -156,6 +156,25 @@ def test_an_end_that_cannot_take_the_step_with_it_changes_nothing(
     assert end_of(fast) is None, "there is no step any more"
 
 
+def test_an_end_whose_row_cannot_be_made_leaves_the_step_and_what_was_said_in_order(
+    fast: Fast, step: Presented
+) -> None:
+    said_meanwhile: list[Event] = []
+
+    def fails(*_: Any) -> CheckpointRow:
+        fast.execution.note(fast.execution.event(EventKind.LOG, {"message": "later"}))
+        said_meanwhile.extend(fast.execution.take())
+        raise TypeError("no JSON")
+
+    with pytest.raises(TypeError, match="no JSON"):
+        fast.checkpoints.join(Commit(("outcome", 0), fast.execution, [], fails, lambda _: None))
+    assert not said_meanwhile, "it would come before what was said sooner"
+    assert fast.execution.last_step is None
+    assert fast.execution.slot.holder is step
+    assert fast.end(step) == [True]
+    assert [event.data["message"] for event in fast.execution.take()] == ["between", "later"]
+
+
 def test_an_execution_that_is_dead_keeps_the_slot_for_its_call_while_its_code_is_there(fast: Fast) -> None:
     presented = fast.present()
     fast.executions.kill(fast.execution, "its run was taken away")

@@ -163,6 +163,50 @@ def test_work_of_a_cancelled_task_goes_its_way(answer: bool) -> None:
     asyncio.run(main())
 
 
+def test_work_of_a_task_that_is_cancelled_in_the_very_turn_of_the_answer_goes_its_way() -> None:
+    promise: Promise[bool] = Promise()
+    stage = Stage(leaves=promise)
+
+    async def main() -> None:
+        task = asyncio.create_task(hops.answer(stage, "answer"))
+        await asyncio.to_thread(stage.left.wait)
+        calls = hops.calls_into(asyncio.get_running_loop())
+
+        def tell_and_cancel() -> None:
+            with hops.waking_once():
+                promise.set_result(False)
+                calls.post(task.cancel)
+
+        await asyncio.to_thread(tell_and_cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.to_thread(eventually, lambda: len(stage.threads) == 2)
+
+    asyncio.run(main())
+
+
+def test_work_that_waits_for_a_thread_to_decide_it_is_not_cancelled() -> None:
+    stage = Stage(leaves=settled(False))
+    go_on = threading.Event()
+    busy = [hops._deciders.submit(go_on.wait, 10) for _ in range(hops.DECIDERS)]
+
+    async def main() -> None:
+        task = asyncio.create_task(hops.answer(stage, "answer"))
+        await asyncio.to_thread(eventually, lambda: hops._deciders._work_queue.qsize() > 0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert len(stage.threads) == 1
+        go_on.set()
+        await asyncio.to_thread(eventually, lambda: len(stage.threads) == 2)
+
+    try:
+        asyncio.run(main())
+    finally:
+        go_on.set()
+    assert all(one.result() for one in busy)
+
+
 def test_an_answer_that_comes_when_the_loop_is_closed_is_nobodys() -> None:
     promise: Promise[bool] = Promise()
     stage = Stage(leaves=promise)
