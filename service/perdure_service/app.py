@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -360,7 +360,10 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
         url = server.url()
     else:
         url = database_url(settings)
-    try:
+    with ExitStack() as stack:
+        if server is not None:
+            stack.callback(server.stop)
+            stack.enter_context(embedded.served_alone(server.data_dir))
         if dev:
             migrate_all(url, report)
         if documents_folder is not None:
@@ -372,6 +375,3 @@ def run_server(settings: Settings, *, dev: bool, documents_folder: Path | None, 
         return event_loop.run(
             serve(settings, url, dev=dev, ready=lambda where: report(f"perdure serves on {where}"), place=place)
         )
-    finally:
-        if server is not None:
-            server.stop()

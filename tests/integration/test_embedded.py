@@ -80,6 +80,16 @@ def execute(url: str, statement: str) -> Any:
         return cursor.fetchone() if cursor.description else None
 
 
+def test_data_is_served_by_one_dev_at_a_time(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "ALONE_S", 0.2)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    said = rf"dev` \(process {os.getpid()}\) serves .*stop it, or choose"
+    with embedded.served_alone(data_dir), pytest.raises(ConfigurationError, match=said):
+        embedded.served_alone(data_dir).__enter__()
+    with embedded.served_alone(data_dir):
+        pass
+
+
 def test_it_starts_keeps_its_data_and_stops(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         execute(server.url(), "CREATE TABLE kept AS SELECT 42 AS answer")

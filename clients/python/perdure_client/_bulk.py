@@ -291,9 +291,11 @@ def _pending(namespace: str, start: AgentStart) -> _Pending:
             priority=start.priority,
             home_region=start.home_region,
         )
+        item = _requests.message(
+            pb.StartAgentsRequest, start=request, trace_parent=start.traceparent, pack_answers=True
+        )
     except PerdureError as error:
         return _Pending(start, pb.StartAgentsRequest(), error)
-    item = pb.StartAgentsRequest(start=request, trace_parent=start.traceparent, pack_answers=True)
     if item.ByteSize() > MAX_MESSAGE_BYTES:  # of which gRPC would say nothing but that the stream has failed
         return _Pending(start, pb.StartAgentsRequest(), _too_large(item.ByteSize()))
     return _Pending(start, item)

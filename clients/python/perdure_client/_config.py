@@ -35,6 +35,8 @@ def _version() -> str:
 VERSION = _version()
 
 MAX_MESSAGE_BYTES = 8 * 2**20  # the server's own limit (PERDUREMAX_MESSAGE_BYTES)
+_FOR_EVER_S = 1e8
+"""Three years: to gRPC a deadline that is much later has passed already."""
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _LOOPBACK = re.compile(r"localhost|127(?:\.\d{1,3}){3}|::1|0:0:0:0:0:0:0:1", re.IGNORECASE)
 
@@ -144,7 +146,9 @@ def make_config(
         raise ConfigurationError(
             f"refusing to send the token to {target} in plaintext; use TLS (tls=True, or an https:// address)"
         )
-    if not (timeout > 0 and connect_timeout > 0 and reconnect_timeout > 0):
+    timeouts = (timeout, connect_timeout, reconnect_timeout)
+    # Callers without a type checker give others, too.
+    if not all(isinstance(one, int | float) and one > 0 for one in timeouts):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise ConfigurationError("timeouts are seconds above 0")
     return Config(
         address=target,
@@ -152,9 +156,9 @@ def make_config(
         token=token,
         credentials=(grpc.ssl_channel_credentials(root_certificates, client_key, client_certificate) if tls else None),
         server_name=(server_name or os.environ.get("PERDURE_SERVER_NAME", "")) if tls else "",
-        timeout_s=timeout,
-        connect_timeout_s=connect_timeout,
-        reconnect_timeout_s=reconnect_timeout,
+        timeout_s=min(timeout, _FOR_EVER_S),
+        connect_timeout_s=min(connect_timeout, _FOR_EVER_S),
+        reconnect_timeout_s=min(reconnect_timeout, _FOR_EVER_S),
     )
 
 

@@ -142,8 +142,11 @@ class Core:
 
     async def get(self, run: Run | str, *, full: bool) -> Run:
         """Returns a run."""
-        request = agent_run_service_pb2.GetRunRequest(
-            namespace=self.config.namespace, run_id=_requests.run_id_of(run), view=_view(full)
+        request = _requests.message(
+            agent_run_service_pb2.GetRunRequest,
+            namespace=self.config.namespace,
+            run_id=_requests.run_id_of(run),
+            view=_view(full),
         )
         return await self._whole((await self.call(_transport.GET_RUN, request)).run)
 
@@ -154,8 +157,11 @@ class Core:
             WaitTimeout: It has not ended in time.
         """
         run_id = _requests.run_id_of(run)
-        request = agent_run_service_pb2.WaitRunRequest(
-            namespace=self.config.namespace, run_id=run_id, view=agent_run_pb2.AGENT_RUN_VIEW_FULL
+        request = _requests.message(
+            agent_run_service_pb2.WaitRunRequest,
+            namespace=self.config.namespace,
+            run_id=run_id,
+            view=agent_run_pb2.AGENT_RUN_VIEW_FULL,
         )
         began_s = time.monotonic()
         seen: Run | None = None
@@ -187,7 +193,9 @@ class Core:
         return _convert.run_from(message)
 
     async def _text(self, message: agent_run_pb2.AgentRun, *, input: bool = False, output: bool = False) -> bytes:
-        request = agent_run_service_pb2.ReadArtifactRequest(namespace=message.namespace, run_id=message.run_id)
+        request = _requests.message(
+            agent_run_service_pb2.ReadArtifactRequest, namespace=message.namespace, run_id=message.run_id
+        )
         if input:
             request.input = True
         if output:
@@ -196,8 +204,11 @@ class Core:
 
     def artifact(self, run: Run | str, name: str) -> ArtifactReader:
         """Reads an artifact of a run."""
-        request = agent_run_service_pb2.ReadArtifactRequest(
-            namespace=self.config.namespace, run_id=_requests.run_id_of(run), name=name
+        request = _requests.message(
+            agent_run_service_pb2.ReadArtifactRequest,
+            namespace=self.config.namespace,
+            run_id=_requests.run_id_of(run),
+            name=name,
         )
         return ArtifactReader(self.transport, self.config, request)
 
@@ -226,8 +237,11 @@ class Core:
 
     async def cancel(self, run: Run | str, *, reason: str) -> Run:
         """Cancels a run."""
-        request = agent_run_service_pb2.CancelRunRequest(
-            namespace=self.config.namespace, run_id=_requests.run_id_of(run), reason=reason
+        request = _requests.message(
+            agent_run_service_pb2.CancelRunRequest,
+            namespace=self.config.namespace,
+            run_id=_requests.run_id_of(run),
+            reason=reason,
         )
         return _convert.run_from((await self.call(_transport.CANCEL_RUN, request)).run)
 
@@ -258,14 +272,16 @@ class Core:
 
     async def get_approval(self, approval: Approval | str) -> Approval:
         """Returns an approval."""
-        request = approval_service_pb2.GetApprovalRequest(
-            namespace=self.config.namespace, approval_id=_requests.approval_id_of(approval)
+        request = _requests.message(
+            approval_service_pb2.GetApprovalRequest,
+            namespace=self.config.namespace,
+            approval_id=_requests.approval_id_of(approval),
         )
         return _convert.approval_from((await self.call(_transport.GET_APPROVAL, request)).approval)
 
     async def get_agent(self, agent: str, *, agent_version: str) -> AgentInfo:
         """Returns an agent."""
-        request = catalog.GetAgentRequest(agent=agent, agent_version=agent_version)
+        request = _requests.message(catalog.GetAgentRequest, agent=agent, agent_version=agent_version)
         return _convert.agent_from((await self.call(_transport.GET_AGENT, request)).agent)
 
     def list_runs(
@@ -289,7 +305,8 @@ class Core:
 
     def list_events(self, run: Run | str, *, kinds: Iterable[EventKind]) -> Pages[RunEvent]:
         """Lists the log of a run as it is now."""
-        request = agent_run_service_pb2.ListRunEventsRequest(
+        request = _requests.message(
+            agent_run_service_pb2.ListRunEventsRequest,
             namespace=self.config.namespace,
             run_id=_requests.run_id_of(run),
             page_size=_PAGE_SIZE,
@@ -305,8 +322,11 @@ class Core:
 
     def list_steps(self, run: Run | str) -> Pages[Step]:
         """Lists the steps of a run in the order in which they began."""
-        request = agent_run_service_pb2.ListStepsRequest(
-            namespace=self.config.namespace, run_id=_requests.run_id_of(run), page_size=_PAGE_SIZE
+        request = _requests.message(
+            agent_run_service_pb2.ListStepsRequest,
+            namespace=self.config.namespace,
+            run_id=_requests.run_id_of(run),
+            page_size=_PAGE_SIZE,
         )
 
         async def fetch(token: str) -> tuple[Sequence[Step], str]:
@@ -318,8 +338,11 @@ class Core:
 
     async def trace(self, run: Run | str, *, children: bool) -> RunTrace:
         """Returns the trace of a run."""
-        request = agent_run_service_pb2.GetRunTraceRequest(
-            namespace=self.config.namespace, run_id=_requests.run_id_of(run), exclude_children=not children
+        request = _requests.message(
+            agent_run_service_pb2.GetRunTraceRequest,
+            namespace=self.config.namespace,
+            run_id=_requests.run_id_of(run),
+            exclude_children=not children,
         )
         return _convert.trace_from(await self.call(_transport.GET_RUN_TRACE, request))
 
@@ -340,7 +363,7 @@ class Core:
 
     def list_agents(self) -> Pages[AgentInfo]:
         """Lists agents by name and version."""
-        request = catalog.ListAgentsRequest(page_size=_PAGE_SIZE)
+        request = _requests.message(catalog.ListAgentsRequest, page_size=_PAGE_SIZE)
 
         async def fetch(token: str) -> tuple[Sequence[AgentInfo], str]:
             request.page_token = token
@@ -351,7 +374,9 @@ class Core:
 
     def list_executors(self, *, include_gone: bool) -> Pages[ExecutorInfo]:
         """Lists executors, the living first."""
-        request = operator_service_pb2.ListExecutorsRequest(page_size=_PAGE_SIZE, include_gone=include_gone)
+        request = _requests.message(
+            operator_service_pb2.ListExecutorsRequest, page_size=_PAGE_SIZE, include_gone=include_gone
+        )
 
         async def fetch(token: str) -> tuple[Sequence[ExecutorInfo], str]:
             request.page_token = token
@@ -362,7 +387,7 @@ class Core:
 
     def list_queues(self) -> Pages[QueueInfo]:
         """Lists queues by name."""
-        request = operator_service_pb2.ListQueuesRequest(page_size=_PAGE_SIZE)
+        request = _requests.message(operator_service_pb2.ListQueuesRequest, page_size=_PAGE_SIZE)
 
         async def fetch(token: str) -> tuple[Sequence[QueueInfo], str]:
             request.page_token = token
@@ -373,7 +398,7 @@ class Core:
 
     def list_cells(self) -> Pages[CellInfo]:
         """Lists the cells in the order of the regions file."""
-        request = operator_service_pb2.ListCellsRequest(page_size=_PAGE_SIZE)
+        request = _requests.message(operator_service_pb2.ListCellsRequest, page_size=_PAGE_SIZE)
 
         async def fetch(token: str) -> tuple[Sequence[CellInfo], str]:
             request.page_token = token
@@ -384,17 +409,17 @@ class Core:
 
     async def evacuate_cell(self, cell: str) -> CellInfo:
         """Gives the runs of a cell to its secondary region."""
-        request = operator_service_pb2.EvacuateCellRequest(cell=cell)
+        request = _requests.message(operator_service_pb2.EvacuateCellRequest, cell=cell)
         return _convert.cell_from((await self.call(_transport.EVACUATE_CELL, request)).cell)
 
     async def return_cell(self, cell: str) -> CellInfo:
         """Gives the runs of a cell back to its home region."""
-        request = operator_service_pb2.ReturnCellRequest(cell=cell)
+        request = _requests.message(operator_service_pb2.ReturnCellRequest, cell=cell)
         return _convert.cell_from((await self.call(_transport.RETURN_CELL, request)).cell)
 
     def list_stranded(self) -> Pages[StrandedRun]:
         """Lists runs that no living executor can continue, the oldest first."""
-        request = operator_service_pb2.ListStrandedRunsRequest(page_size=_PAGE_SIZE)
+        request = _requests.message(operator_service_pb2.ListStrandedRunsRequest, page_size=_PAGE_SIZE)
 
         async def fetch(token: str) -> tuple[Sequence[StrandedRun], str]:
             request.page_token = token

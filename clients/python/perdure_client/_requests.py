@@ -6,10 +6,11 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import json_format
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.struct_pb2 import Value
 from google.protobuf.timestamp_pb2 import Timestamp
 from perdure.v1 import agent_run_service_pb2, approval_service_pb2, run_event_pb2
@@ -19,12 +20,15 @@ from perdure_client._errors import InvalidArgument, Violation
 from perdure_client._events import EventKind
 from perdure_client._types import Approval, ApprovalState, ConflictPolicy, Decision, JsonValue, Run, RunState
 
+_M = TypeVar("_M", bound=Message)
+
 _WIRE_RUN_STATES = {state: number for number, state in RUN_STATES.items()}
 _WIRE_APPROVAL_STATES = {state: number for number, state in APPROVAL_STATES.items()}
 _EXACT_INTEGER = 2**53
 """`google.protobuf.Value` holds numbers as doubles, which are exact up to here."""
 _LONGEST = timedelta(days=365 * 100)
 _MAX_PRIORITY = 2**31 - 1
+_LAST_SEQUENCE = 2**63 - 1
 _MAX_DELETED_IDS = 1_000
 """Ids that one DeleteRuns may name."""
 
@@ -39,20 +43,50 @@ def new_request_id() -> str:
     return uuid.uuid4().hex
 
 
+def message(kind: type[_M], **fields: Any) -> _M:
+    """Returns a message of the API.
+
+    Raises:
+        InvalidArgument: A field cannot be what is given; it is named.
+    """
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError, AttributeError) as error:
+        for field, value in fields.items():
+            try:
+                kind(**{field: value})
+            except (TypeError, ValueError, AttributeError) as of_field:
+                raise _invalid(field, _refused(of_field)) from None
+        raise _invalid(kind.__name__, _refused(error)) from None
+
+
+def _refused(error: Exception) -> str:
+    """Returns why a field cannot be what was given, without it: it may be a payload."""
+    if isinstance(error, UnicodeEncodeError):
+        return "has half of a surrogate pair, which is no text"
+    return "is out of range" if "out of range" in str(error) else "is of a wrong type"
+
+
 def run_id_of(run: Run | str) -> str:
     """Returns the id of a run given as itself or by id."""
-    run_id = run.run_id if isinstance(run, Run) else run
-    if not run_id:
-        raise _invalid("run_id", "is empty")
-    return run_id
+    return _id_of("run_id", run.run_id if isinstance(run, Run) else run)
 
 
 def approval_id_of(approval: Approval | str) -> str:
     """Returns the id of an approval given as itself or by id."""
-    approval_id = approval.approval_id if isinstance(approval, Approval) else approval
-    if not approval_id:
-        raise _invalid("approval_id", "is empty")
-    return approval_id
+    return _id_of("approval_id", approval.approval_id if isinstance(approval, Approval) else approval)
+
+
+def _id_of(field: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _invalid(field, "is of a wrong type")
+    if not value:
+        raise _invalid(field, "is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise _invalid(field, _refused(error)) from None
+    return value
 
 
 def start_agent(
@@ -81,11 +115,14 @@ def start_agent(
     """
     if home_region and run_id is not None:
         raise _invalid("home_region", "cannot be given together with run_id: the server makes the id there")
+    if not isinstance(priority, int):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without a type checker
+        raise _invalid("priority", "is of a wrong type")
     if not 0 <= priority <= _MAX_PRIORITY:
         raise _invalid("priority", f"must be from 0 to {_MAX_PRIORITY}, not {priority}")
     if delay is not None and start_time is not None:
         raise _invalid("delay", "cannot be given together with start_time")
-    return agent_run_service_pb2.StartAgentRequest(
+    return message(
+        agent_run_service_pb2.StartAgentRequest,
         namespace=namespace,
         agent=agent,
         agent_version=agent_version,
@@ -126,7 +163,8 @@ def fork_run(
     """
     if from_step is not None and from_step < 1:
         raise _invalid("from_step_id", f"must be 1 or more, not {from_step}")
-    request = agent_run_service_pb2.ForkRunRequest(
+    request = message(
+        agent_run_service_pb2.ForkRunRequest,
         namespace=namespace,
         run_id=run_id_of(run),
         request_id=new_request_id(),
@@ -158,9 +196,10 @@ def delete_runs(
     Raises:
         InvalidArgument: There is no condition, or another one beside the runs.
     """
-    request = agent_run_service_pb2.DeleteRunsRequest(
+    request = message(
+        agent_run_service_pb2.DeleteRunsRequest,
         namespace=namespace,
-        states=[_known(_WIRE_RUN_STATES, RunState(state), "states") for state in states],
+        states=_states(_WIRE_RUN_STATES, RunState, states),
         agent=agent,
         labels=labels,
         context_id=context_id,
@@ -175,7 +214,7 @@ def delete_runs(
     run_ids = list(dict.fromkeys(run_id_of(run) for run in runs))
     requests: list[agent_run_service_pb2.DeleteRunsRequest] = []
     for first in range(0, max(1, len(run_ids)), _MAX_DELETED_IDS):
-        part = agent_run_service_pb2.DeleteRunsRequest(run_ids=run_ids[first : first + _MAX_DELETED_IDS])
+        part = message(agent_run_service_pb2.DeleteRunsRequest, run_ids=run_ids[first : first + _MAX_DELETED_IDS])
         part.MergeFrom(request)
         requests.append(part)
     return requests
@@ -197,9 +236,10 @@ def list_runs(
     Raises:
         InvalidArgument: A time is naive.
     """
-    return agent_run_service_pb2.ListRunsRequest(
+    return message(
+        agent_run_service_pb2.ListRunsRequest,
         namespace=namespace,
-        states=[_known(_WIRE_RUN_STATES, RunState(state), "states") for state in states],
+        states=_states(_WIRE_RUN_STATES, RunState, states),
         agent=agent,
         labels=labels,
         context_id=context_id,
@@ -213,9 +253,10 @@ def list_approvals(
     namespace: str, *, states: Iterable[ApprovalState], run: Run | str | None
 ) -> approval_service_pb2.ListApprovalsRequest:
     """Returns the request of a first page of approvals."""
-    return approval_service_pb2.ListApprovalsRequest(
+    return message(
+        approval_service_pb2.ListApprovalsRequest,
         namespace=namespace,
-        states=[_known(_WIRE_APPROVAL_STATES, ApprovalState(state), "states") for state in states],
+        states=_states(_WIRE_APPROVAL_STATES, ApprovalState, states),
         run_id="" if run is None else run_id_of(run),
     )
 
@@ -248,9 +289,12 @@ def watch_run(
         raise _invalid("cursor", "only one of after_sequence, cursor and from_now can be given")
     if after_sequence < 0:
         raise _invalid("after_sequence", "is negative")
+    if after_sequence > _LAST_SEQUENCE:
+        raise _invalid("after_sequence", "is out of range")
     if after_sequence and include_children:
         raise _invalid("after_sequence", "is of a single run; continue a watch with children by its cursor")
-    request = agent_run_service_pb2.WatchRunRequest(
+    request = message(
+        agent_run_service_pb2.WatchRunRequest,
         namespace=namespace,
         run_id=run_id_of(run),
         kinds=event_kinds(kinds),
@@ -268,7 +312,8 @@ def watch_run(
 
 def watch_approvals(namespace: str, *, heartbeat_s: float | None) -> approval_service_pb2.WatchApprovalsRequest:
     """Returns the request of the live inbox."""
-    return approval_service_pb2.WatchApprovalsRequest(
+    return message(
+        approval_service_pb2.WatchApprovalsRequest,
         namespace=namespace,
         heartbeat_interval=None if heartbeat_s is None else _duration("heartbeat_interval", heartbeat_s),
     )
@@ -276,7 +321,8 @@ def watch_approvals(namespace: str, *, heartbeat_s: float | None) -> approval_se
 
 def signal_run(namespace: str, run: Run | str, name: str, payload: JsonValue) -> agent_run_service_pb2.SignalRunRequest:
     """Returns the request of a signal."""
-    return agent_run_service_pb2.SignalRunRequest(
+    return message(
+        agent_run_service_pb2.SignalRunRequest,
         namespace=namespace,
         run_id=run_id_of(run),
         name=name,
@@ -297,7 +343,8 @@ def decide_approval(
     """Returns the request of a decision; without an expected revision, that of the approval that was given."""
     if expected_revision is None:
         expected_revision = approval.revision if isinstance(approval, Approval) else 0
-    return approval_service_pb2.DecideApprovalRequest(
+    return message(
+        approval_service_pb2.DecideApprovalRequest,
         namespace=namespace,
         approval_id=approval_id_of(approval),
         decision=approval_service_pb2.Decision.Value(f"DECISION_{Decision(decision)}"),
@@ -315,28 +362,36 @@ def _duration(field: str, value: float | timedelta) -> Duration:
     """
     try:
         delta = value if isinstance(value, timedelta) else timedelta(seconds=value)
-    except (OverflowError, ValueError):
+    except (OverflowError, ValueError, TypeError):
         raise _invalid(field, f"is not a number of seconds: {value}") from None
     if not timedelta(0) <= delta <= _LONGEST:
         raise _invalid(field, f"must be between 0 and 100 years, not {value}")
-    message = Duration()
-    message.FromTimedelta(delta)
-    return message
+    made = Duration()
+    made.FromTimedelta(delta)
+    return made
 
 
 def _deadline(deadline: datetime | timedelta | None) -> Timestamp | None:
     """Returns a deadline, given as a time or from now, as the wire's time."""
     if isinstance(deadline, timedelta):
-        deadline = datetime.now(UTC) + deadline
+        try:
+            deadline = datetime.now(UTC) + deadline
+        except OverflowError:
+            raise _invalid("deadline", "is later than there are times") from None
     return None if deadline is None else _timestamp("deadline", deadline)
 
 
 def _timestamp(field: str, value: datetime) -> Timestamp:
+    if not isinstance(value, datetime):  # pyright: ignore[reportUnnecessaryIsInstance] - callers without a type checker
+        raise _invalid(field, f"must be a datetime, not {type(value).__name__}")
     if value.tzinfo is None:
         raise _invalid(field, "needs a timezone, e.g. datetime.now(timezone.utc)")
-    message = Timestamp()
-    message.FromDatetime(value)
-    return message
+    made = Timestamp()
+    try:
+        made.FromDatetime(value)
+    except (OverflowError, ValueError):
+        raise _invalid(field, "is outside of the years 1 to 9999 in UTC") from None
+    return made
 
 
 def _object_text(field: str, value: Mapping[str, Any]) -> str:
@@ -350,15 +405,20 @@ def _json_text(field: str, value: JsonValue) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
         raise _invalid(field, f"is not JSON: {error}") from error
+    except RecursionError:
+        raise _invalid(field, "is nested too deeply") from None
 
 
 def _value(field: str, value: JsonValue) -> Value:
     """Returns JSON as a Value, or refuses what a Value cannot hold exactly."""
     text = _json_text(field, value)
     json.loads(text, parse_int=lambda digits: _exact(field, int(digits)))
-    message = Value()
-    json_format.Parse(text, message)
-    return message
+    made = Value()
+    try:
+        json_format.Parse(text, made)
+    except (json_format.ParseError, ValueError) as error:
+        raise _invalid(field, f"cannot be sent: {_refused(error)}") from None
+    return made
 
 
 def _exact(field: str, number: int) -> int:
@@ -367,10 +427,18 @@ def _exact(field: str, number: int) -> int:
     return number
 
 
-def _known(numbers: Mapping[Any, Any], state: Any, field: str) -> Any:
-    if state not in numbers:
-        raise _invalid(field, f"{state} cannot be asked for")
-    return numbers[state]
+def _states(numbers: Mapping[Any, Any], kind: type[RunState] | type[ApprovalState], states: Iterable[Any]) -> list[Any]:
+    """Returns the wire's numbers of states."""
+    wanted: list[Any] = []
+    for state in (states,) if isinstance(states, str) else states:
+        try:
+            known = kind(state)
+        except ValueError:
+            raise _invalid("states", f"{state!r} is none of {', '.join(sorted(map(str, numbers)))}") from None
+        if known not in numbers:
+            raise _invalid("states", f"{known} cannot be asked for")
+        wanted.append(numbers[known])
+    return wanted
 
 
 def _invalid(field: str, text: str) -> InvalidArgument:

@@ -46,6 +46,8 @@ MAX_SOCKET_PATH = 100
 """Bytes: `sun_path` has 108 on Linux and 104 on macOS (unix(7)), one of them for the final zero."""
 TIMEOUT_S = 120
 """To start or stop. Recovery after a crash replays the write-ahead log first."""
+ALONE_S = 3.0
+"""How long a `dev` waits for another one that is just ending."""
 MAX_CONNECTIONS = 300
 IMPOSSIBLE_PID = 2**31 - 1
 """Above what any system counts to."""
@@ -133,6 +135,35 @@ def start(data_dir: Path | None = None) -> EmbeddedPostgres:
     server = EmbeddedPostgres(data_dir, socket_dir, users_lock)
     atexit.register(server.stop)
     return server
+
+
+@contextlib.contextmanager
+def served_alone(data_dir: Path) -> Iterator[None]:
+    """Keeps others from serving this data as `dev` does, which takes over every run that it finds.
+
+    A lock of the process, so one that was killed holds nobody up. One that is just ending is waited for.
+
+    Raises:
+        ConfigurationError: Another `dev` serves it.
+    """
+    with (data_dir / "dev.lock").open("a+") as lock:
+        deadline = time.monotonic() + ALONE_S
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    lock.seek(0)
+                    raise ConfigurationError(
+                        f"another `perdure-server dev` (process {lock.read().strip() or '?'}) serves {data_dir}; stop "
+                        "it, or choose another folder in PERDURE_DATA_DIR"
+                    ) from None
+            time.sleep(0.1)
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
 
 
 def _wheel() -> Any:

@@ -198,17 +198,22 @@ async def test_the_command_tells_of_every_line_in_the_order_of_the_file(
         '{"run_id": "b", "agent": "other"}',
         '{"run_id": "c", "priority": true}',
         '{"colour": "red"}',
+        '{"input": {"text": "\\ud800"}}',
+        '{"run_id": "\\ud800"}',
+        '{"labels": {"a": 5}}',
+        '{"delay": "99999999999d"}',
+        "[" * 100_000,
     ]
     result = await perdure("start-many", "-", "--agent", "research", "-o", "json", stdin="\n".join(lines))
     assert result.exit_code == 2, result.output
     told = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [one["line"] for one in told] == [1, 2, 4, 5, 6]
+    assert [one["line"] for one in told] == [1, 2, 4, *range(5, 12)]
     assert [one.get("error", {}).get("reason", "") for one in told] == [
-        "", "INVALID_FIELD", "RUN_ID_IN_USE", "INVALID_FIELD", "INVALID_FIELD"
+        "", "INVALID_FIELD", "RUN_ID_IN_USE", *["INVALID_FIELD"] * 7
     ]  # fmt: skip
     assert told[0]["run"]["run_id"] == "a"
     assert result.stderr.startswith("1 started in ")
-    assert "3 wrong; 1 refused." in result.stderr
+    assert "8 wrong; 1 refused." in result.stderr
     first, second = server.asked(START_AGENTS)
     assert (first.start.agent, first.start.delay.seconds, first.start.labels["team"]) == ("research", 60, "blue")
     assert second.start.agent == "other"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 
 import grpc
@@ -580,3 +580,38 @@ async def test_runs_can_be_given_as_themselves(server: ScriptedServer, client: A
     assert [request.view for request in server.asked(GET_RUN)] == [2, 1]
     with pytest.raises(InvalidArgument, match="run_id: is empty"):
         await client.get("")
+
+
+WEST = timezone(timedelta(hours=-9))
+WRONG: dict[str, Any] = {
+    "run_id": lambda client: client.get("\ud800"),
+    "run_id of a number": lambda client: client.get(5),
+    "input_json": lambda client: client.start("a", {"text": "\ud800"}),
+    "labels": lambda client: client.start("a", labels={"team": 5}),
+    "labels of a list": lambda client: client.start("a", labels=["team"]),
+    "start_time": lambda client: client.start("a", start_time="2030"),
+    "start_time outside of UTC": lambda client: client.start("a", start_time=datetime.max.replace(tzinfo=WEST)),
+    "deadline": lambda client: client.start("a", deadline=timedelta.max),
+    "delay": lambda client: client.start("a", delay="soon"),
+    "priority": lambda client: client.start("a", priority="high"),
+    "from_step_id": lambda client: client.fork("a", from_step=2**40),
+    "states": lambda client: client.delete_runs(states=["NOPE"]),
+    "reason": lambda client: client.cancel("a", reason="\ud800"),
+    "payload_json": lambda client: client.signal("a", "go", "\ud800"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+async def test_what_cannot_be_sent_is_refused_here_and_its_field_named(server: ScriptedServer, what: str) -> None:
+    async with AsyncClient(server.address) as client:
+        with pytest.raises(InvalidArgument, match=f"^{what.partition(' ')[0]}: ") as raised:
+            await WRONG[what](client)
+    assert "\ud800" not in raised.value.message, "it may be a payload"
+
+
+async def test_a_state_given_as_its_name_alone_is_that_state(server: ScriptedServer) -> None:
+    server.script(LIST_RUNS, runs.ListRunsResponse())
+    async with AsyncClient(server.address) as client:
+        assert [run async for run in client.list(states="SUCCEEDED")] == []  # type: ignore[arg-type]
+    (asked,) = server.asked(LIST_RUNS)
+    assert len(asked.states) == 1

@@ -568,6 +568,17 @@ def test_more_violations_than_the_message_names_are_all_told() -> None:
         (["--ca-file", "/no/such/file", "list"], "cannot read"),
         (["--ca-file", "/dev/null", "--no-tls", "list"], "TLS is off"),
         (["list", "--state", "UNKNOWN"], "cannot be asked for"),
+        (["start", "x", "--delay", "99999999999d"], "longer than there are times"),
+        (["start", "x", "--deadline", "9999999d"], "later than there are times"),
+        (["list", "--since", "9999-12-31T23:59-14:00"], "neither a duration"),
+        (["start", "x", "-i", '{"a": "\\ud800"}'], "input_json: has half of a surrogate pair"),
+        (["start", "x", "-i", "[" * 100_000], "nested too deeply"),
+        (["start", "x", "--run-id", "\udcff"], "run_id: has half of a surrogate pair"),
+        (["get", "\udcff"], "run_id: has half of a surrogate pair"),
+        (["watch", "r", "--after", "99999999999999999999999"], "after_sequence: is out of range"),
+        (["fork", "r", "--from-step", "99999999999999"], "from_step_id: is out of range"),
+        (["signal", "r", "go", "-p", "null"], "must not be null"),
+        (["signal", "r", "go", "-p", '"\\ud800"'], "payload_json: has half of a surrogate pair"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments: list[str], complaint: str) -> None:

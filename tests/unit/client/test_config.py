@@ -186,3 +186,15 @@ def test_clients_say_where_they_are() -> None:
     with Client("localhost:1", namespace="team") as client:
         assert (client.address, client.namespace) == ("localhost:1", "team")
     assert AsyncClient("localhost:1").address == "localhost:1"
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e300, 9e9])
+def test_a_timeout_for_ever_is_one_that_grpc_knows(timeout: float) -> None:
+    config = configure(timeout=timeout, connect_timeout=timeout, reconnect_timeout=timeout)
+    assert config.timeout_s == config.connect_timeout_s == config.reconnect_timeout_s == 1e8
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), None, "5"])
+def test_a_timeout_that_is_none_is_refused(timeout: Any) -> None:
+    with pytest.raises(ConfigurationError, match="seconds above 0"):
+        configure(timeout=timeout)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, TextIO, cast
@@ -100,7 +101,7 @@ def start_many(
     }
     session = session_of(context)
     with ExitStack() as stack:
-        source = sys.stdin if file == "-" else stack.enter_context(_opened(file))
+        source = _standard_input() if file == "-" else stack.enter_context(_opened(file))
         wrong: deque[tuple[int, InvalidArgument]] = deque()
         numbers: deque[int] = deque()
         report = stack.enter_context(_Report(form, validate_only=validate_only, wait=wait))
@@ -213,7 +214,7 @@ class _Report:
     def _sum(self) -> str:
         seconds = self._took_s or time.monotonic() - self._began_s
         done = self.started + self.existed
-        took = f"in {short_duration(timedelta(seconds=seconds))} ({done / seconds:,.0f} a second)"
+        took = f"in {short_duration(timedelta(seconds=seconds))} ({self.started / seconds:,.0f} a second)"
         if self._validate_only:
             parts = [f"{done:,} valid, nothing was started"]
         else:
@@ -227,9 +228,15 @@ class _Report:
         return "; ".join(parts) + "."
 
 
+def _standard_input() -> TextIO:
+    with suppress(AttributeError):  # somebody has put another reader in its place
+        cast(io.TextIOWrapper, sys.stdin).reconfigure(errors="surrogateescape")
+    return sys.stdin
+
+
 def _opened(file: str) -> TextIO:
     try:
-        return Path(file).open(encoding="utf-8")
+        return Path(file).open(encoding="utf-8", errors="surrogateescape")  # so that it is one line's error
     except OSError as error:
         raise typer.BadParameter(f"cannot read {file}: {error.strerror}") from None
 
@@ -249,6 +256,8 @@ def _starts(
             start = AgentStart(**{"agent": agent} | _attributes(text), **options)
         except (ValueError, typer.BadParameter) as error:
             wrong.append((number, InvalidArgument(str(error))))
+        except RecursionError:
+            wrong.append((number, InvalidArgument("is nested too deeply")))
         else:
             numbers.append(number)
             yield start

@@ -25,10 +25,13 @@ def duration(text: str) -> timedelta:
     """
     compact = text.strip().lower()
     if re.fullmatch(r"\d+(?:\.\d+)?", compact):
-        return timedelta(seconds=float(compact))
+        compact += "s"
     if not re.fullmatch(rf"(?:{_PART}\s*)+", compact):
         raise typer.BadParameter(f"{text!r} is no duration; write 500ms, 10s, 5m, 2h, 1d, or 1h30m")
-    return timedelta(seconds=sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, compact)))
+    try:
+        return timedelta(seconds=sum(float(number) * _UNITS[unit] for number, unit in re.findall(_PART, compact)))
+    except OverflowError:
+        raise typer.BadParameter(f"{text!r} is longer than there are times") from None
 
 
 def moment(text: str) -> datetime:
@@ -39,7 +42,7 @@ def moment(text: str) -> datetime:
     """
     try:
         return datetime.fromisoformat(text).astimezone()
-    except ValueError:
+    except (ValueError, OverflowError):
         raise typer.BadParameter(f"{text!r} is no time; write 2030-01-31T09:00, with +00:00 for UTC") from None
 
 
@@ -94,6 +97,20 @@ def json_value(text: str) -> JsonValue:
         return json.loads(text)
     except ValueError as error:
         raise typer.BadParameter(f"{source} is not JSON: {error}") from None
+    except RecursionError:
+        raise typer.BadParameter(f"{source} is nested too deeply") from None
+
+
+def payload(text: str) -> JsonValue:
+    """Returns the payload of a signal, given as for `json_value`.
+
+    Raises:
+        typer.BadParameter: It is `null`.
+    """
+    value = json_value(text)
+    if value is None:
+        raise typer.BadParameter("must not be null: an agent takes that for a signal that did not come")
+    return value
 
 
 def json_object(text: str) -> dict[str, Any]:

@@ -277,7 +277,7 @@ def signal(
     payload: Annotated[
         Any,
         typer.Option(
-            "--payload", "-p", parser=_parse.json_value, metavar="JSON|@FILE|-", help="Any JSON. Without it: {}."
+            "--payload", "-p", parser=_parse.payload, metavar="JSON|@FILE|-", help="Any JSON. Without it: {}."
         ),
     ] = None,
 ) -> None:
