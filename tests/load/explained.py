@@ -33,7 +33,7 @@ is deleted, as nothing is in that namespace."""
 AT_REST = {
     "the lease": "SET renewed_at = now()",
     "the reaper": "SET tombstoned_at = now() WHERE expires_at",
-    "runs without an executor": "FOR NO KEY UPDATE SKIP LOCKED",
+    "runs without an executor": "AND NOT EXISTS (SELECT 1 FROM perdure.executor AS e",
     "runs that it has lost": "AND updated_at <",
     "parked runs": "WHERE r.parked_for IS NOT NULL AND (",
     "retention": "AND ended_at <",
