@@ -193,9 +193,7 @@ class Core:
         return _convert.run_from(message)
 
     async def _text(self, message: agent_run_pb2.AgentRun, *, input: bool = False, output: bool = False) -> bytes:
-        request = _requests.message(
-            agent_run_service_pb2.ReadArtifactRequest, namespace=message.namespace, run_id=message.run_id
-        )
+        request = agent_run_service_pb2.ReadArtifactRequest(namespace=message.namespace, run_id=message.run_id)
         if input:
             request.input = True
         if output:
@@ -363,7 +361,7 @@ class Core:
 
     def list_agents(self) -> Pages[AgentInfo]:
         """Lists agents by name and version."""
-        request = _requests.message(catalog.ListAgentsRequest, page_size=_PAGE_SIZE)
+        request = catalog.ListAgentsRequest(page_size=_PAGE_SIZE)
 
         async def fetch(token: str) -> tuple[Sequence[AgentInfo], str]:
             request.page_token = token
@@ -387,7 +385,7 @@ class Core:
 
     def list_queues(self) -> Pages[QueueInfo]:
         """Lists queues by name."""
-        request = _requests.message(operator_service_pb2.ListQueuesRequest, page_size=_PAGE_SIZE)
+        request = operator_service_pb2.ListQueuesRequest(page_size=_PAGE_SIZE)
 
         async def fetch(token: str) -> tuple[Sequence[QueueInfo], str]:
             request.page_token = token
@@ -398,7 +396,7 @@ class Core:
 
     def list_cells(self) -> Pages[CellInfo]:
         """Lists the cells in the order of the regions file."""
-        request = _requests.message(operator_service_pb2.ListCellsRequest, page_size=_PAGE_SIZE)
+        request = operator_service_pb2.ListCellsRequest(page_size=_PAGE_SIZE)
 
         async def fetch(token: str) -> tuple[Sequence[CellInfo], str]:
             request.page_token = token
@@ -419,7 +417,7 @@ class Core:
 
     def list_stranded(self) -> Pages[StrandedRun]:
         """Lists runs that no living executor can continue, the oldest first."""
-        request = _requests.message(operator_service_pb2.ListStrandedRunsRequest, page_size=_PAGE_SIZE)
+        request = operator_service_pb2.ListStrandedRunsRequest(page_size=_PAGE_SIZE)
 
         async def fetch(token: str) -> tuple[Sequence[StrandedRun], str]:
             request.page_token = token

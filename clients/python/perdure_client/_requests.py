@@ -6,6 +6,7 @@ import json
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from enum import StrEnum
 from typing import Any, TypeVar
 
 from google.protobuf import json_format
@@ -21,6 +22,7 @@ from perdure_client._events import EventKind
 from perdure_client._types import Approval, ApprovalState, ConflictPolicy, Decision, JsonValue, Run, RunState
 
 _M = TypeVar("_M", bound=Message)
+_E = TypeVar("_E", bound=StrEnum)
 
 _WIRE_RUN_STATES = {state: number for number, state in RUN_STATES.items()}
 _WIRE_APPROVAL_STATES = {state: number for number, state in APPROVAL_STATES.items()}
@@ -28,7 +30,6 @@ _EXACT_INTEGER = 2**53
 """`google.protobuf.Value` holds numbers as doubles, which are exact up to here."""
 _LONGEST = timedelta(days=365 * 100)
 _MAX_PRIORITY = 2**31 - 1
-_LAST_SEQUENCE = 2**63 - 1
 _MAX_DELETED_IDS = 1_000
 """Ids that one DeleteRuns may name."""
 
@@ -130,7 +131,7 @@ def start_agent(
         request_id=new_request_id(),
         input_json=_object_text("input", {} if input is None else input),
         conflict_policy=agent_run_service_pb2.ConflictPolicy.Value(
-            f"CONFLICT_POLICY_{ConflictPolicy(conflict_policy)}"
+            f"CONFLICT_POLICY_{_one_of('conflict_policy', ConflictPolicy, conflict_policy)}"
         ),
         start_time=_timestamp("start_time", start_time) if start_time is not None else None,
         delay=_duration("delay", delay) if delay is not None else None,
@@ -163,7 +164,7 @@ def fork_run(
     """
     if from_step is not None and from_step < 1:
         raise _invalid("from_step_id", f"must be 1 or more, not {from_step}")
-    request = message(
+    return message(
         agent_run_service_pb2.ForkRunRequest,
         namespace=namespace,
         run_id=run_id_of(run),
@@ -174,10 +175,8 @@ def fork_run(
         deadline_time=_deadline(deadline),
         labels=labels,
         validate_only=validate_only,
+        input_json=None if input is None else _object_text("input", input),
     )
-    if input is not None:
-        request.input_json = _object_text("input", input)
-    return request
 
 
 def delete_runs(
@@ -263,7 +262,7 @@ def list_approvals(
 
 def event_kinds(kinds: Iterable[EventKind]) -> Sequence[run_event_pb2.RunEventKind.ValueType]:
     """Returns the wire's kinds."""
-    wanted = [EventKind(kind) for kind in kinds]
+    wanted = [_one_of("kinds", EventKind, kind) for kind in kinds]
     if EventKind.UNKNOWN in wanted:
         raise _invalid("kinds", "UNKNOWN cannot be asked for")
     return [run_event_pb2.RunEventKind.Value(f"RUN_EVENT_KIND_{kind.name}") for kind in wanted]
@@ -289,25 +288,19 @@ def watch_run(
         raise _invalid("cursor", "only one of after_sequence, cursor and from_now can be given")
     if after_sequence < 0:
         raise _invalid("after_sequence", "is negative")
-    if after_sequence > _LAST_SEQUENCE:
-        raise _invalid("after_sequence", "is out of range")
     if after_sequence and include_children:
         raise _invalid("after_sequence", "is of a single run; continue a watch with children by its cursor")
-    request = message(
+    return message(
         agent_run_service_pb2.WatchRunRequest,
         namespace=namespace,
         run_id=run_id_of(run),
         kinds=event_kinds(kinds),
         heartbeat_interval=None if heartbeat_s is None else _duration("heartbeat_interval", heartbeat_s),
         include_children=include_children,
+        cursor=cursor or None,  # of these three one at most is set
+        from_now=from_now or None,
+        after_sequence=after_sequence or None,
     )
-    if cursor:
-        request.cursor = cursor
-    elif from_now:
-        request.from_now = True
-    elif after_sequence:
-        request.after_sequence = after_sequence
-    return request
 
 
 def watch_approvals(namespace: str, *, heartbeat_s: float | None) -> approval_service_pb2.WatchApprovalsRequest:
@@ -347,7 +340,7 @@ def decide_approval(
         approval_service_pb2.DecideApprovalRequest,
         namespace=namespace,
         approval_id=approval_id_of(approval),
-        decision=approval_service_pb2.Decision.Value(f"DECISION_{Decision(decision)}"),
+        decision=approval_service_pb2.Decision.Value(f"DECISION_{_one_of('decision', Decision, decision)}"),
         expected_revision=expected_revision,
         comment=comment,
         answer=None if answer is None else _value("answer", answer),
@@ -429,16 +422,19 @@ def _exact(field: str, number: int) -> int:
 
 def _states(numbers: Mapping[Any, Any], kind: type[RunState] | type[ApprovalState], states: Iterable[Any]) -> list[Any]:
     """Returns the wire's numbers of states."""
-    wanted: list[Any] = []
-    for state in (states,) if isinstance(states, str) else states:
-        try:
-            known = kind(state)
-        except ValueError:
-            raise _invalid("states", f"{state!r} is none of {', '.join(sorted(map(str, numbers)))}") from None
-        if known not in numbers:
-            raise _invalid("states", f"{known} cannot be asked for")
-        wanted.append(numbers[known])
-    return wanted
+    wanted = [_one_of("states", kind, state) for state in ((states,) if isinstance(states, str) else states)]
+    for state in wanted:
+        if state not in numbers:
+            raise _invalid("states", f"{state} cannot be asked for")
+    return [numbers[state] for state in wanted]
+
+
+def _one_of(field: str, kind: type[_E], value: str) -> _E:
+    """Returns the member of an enumeration that is given as itself or by its value."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise _invalid(field, f"{value!r} is none of {', '.join(str(one) for one in kind)}") from None
 
 
 def _invalid(field: str, text: str) -> InvalidArgument:

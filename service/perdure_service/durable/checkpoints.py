@@ -217,7 +217,8 @@ class Checkpoints:
         finally:
             if not replaced:
                 execution.last_step = None
-            execution.end_loan([] if replaced else lent)
+                execution.give_back(lent)
+            execution.end_loan()
         if not replaced:
             return None
         execution.ahead = None  # nothing but the end waits for it

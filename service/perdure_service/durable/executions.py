@@ -501,11 +501,9 @@ class Execution:
             self._lent = True
             return self._take()
 
-    def end_loan(self, events: list[Event]) -> None:
-        """Returns what was lent, to the front of the buffer, or nothing."""
-        with self._lock:
-            self._lent = False
-            self._buffer = events + self._buffer
+    def end_loan(self) -> None:
+        """Is called when what was lent is taken for good, or given back."""
+        self._lent = False
 
     def _take(self) -> list[Event]:
         taken, self._buffer = self._buffer, []

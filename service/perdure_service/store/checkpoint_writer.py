@@ -326,40 +326,35 @@ class CheckpointWriter:
     def _take(self) -> Sequence[CheckpointRow] | Flight | None:
         """Waits for something that a thread must do, and takes it; None when there is no more and will be none."""
         with self._changed:
-            while True:
-                if self._again:
-                    self._begin()
-                    self._leave_clock()
-                    return self._again.popleft()
-                flight = self._left_flight()
-                if flight is not None:
-                    self._note_late()
-                    self._leave_clock()
-                    return flight
-                if self._may_take(first=not self._loop_writes):
-                    if self._loop_writes and not self._busy:
-                        self._note_late()
-                    taken = self._take_batch()
-                    self._leave_clock()
-                    return taken
-                if not (self._open or self._rows or self._events or self._flying):
-                    self._changed.notify_all()  # the other one may have waited for the same
-                    return None
-                self._called = False  # from here on a call is needed: it has just looked
-                wait_s = self._clock()
-                if wait_s is not None and not self._clock_watched:
-                    self._clock_watched = True
-                    self._changed.wait(wait_s)
-                    self._clock_watched = False
-                else:
-                    self._changed.wait()
+            taken = self._wait_and_take()
+            if taken is not None and (self._rows or self._events or self._flying):
+                self._call()  # this one does not watch the clock any more
+            return taken
 
-    def _leave_clock(self) -> None:
-        """Has the other thread look, and watch the clock, when this one has taken something and anything is left."""
-        self._called = False
-        if (self._rows or self._events or self._flying) and not self._clock_watched:
-            self._called = True
-            self._changed.notify()
+    def _wait_and_take(self) -> Sequence[CheckpointRow] | Flight | None:
+        while True:
+            self._called = False  # from here on a call is needed: it looks now
+            if self._again:
+                self._begin()
+                return self._again.popleft()
+            flight = self._left_flight()
+            if flight is not None:
+                self._note_late()
+                return flight
+            if self._may_take(first=not self._loop_writes):
+                if self._loop_writes and not self._busy:
+                    self._note_late()
+                return self._take_batch()
+            if not (self._open or self._rows or self._events or self._flying):
+                self._changed.notify_all()  # the other one may have waited for the same
+                return None
+            wait_s = self._clock()
+            if wait_s is not None and not self._clock_watched:
+                self._clock_watched = True
+                self._changed.wait(wait_s)
+                self._clock_watched = False
+            else:
+                self._changed.wait()
 
     def _note_late(self) -> None:
         """Notes that the loop does not come to what it should do, until it has its next turn."""

@@ -131,10 +131,8 @@ class LoopSession:
             if not lost or time.monotonic() < self._connect_from:
                 return
             self._connect_from = math.inf  # one thread tries it
-        try:
-            self._connect()
-        finally:
-            self._connect_from = time.monotonic() + CONNECT_EVERY_S
+        self._connect()
+        self._connect_from = time.monotonic() + CONNECT_EVERY_S
 
     def _connect(self) -> None:
         session = Session(self._engine)

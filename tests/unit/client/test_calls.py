@@ -582,6 +582,10 @@ async def test_runs_can_be_given_as_themselves(server: ScriptedServer, client: A
         await client.get("")
 
 
+async def _first(updates: Any) -> Any:
+    return await anext(aiter(updates))
+
+
 WEST = timezone(timedelta(hours=-9))
 WRONG: dict[str, Any] = {
     "run_id": lambda client: client.get("\ud800"),
@@ -595,6 +599,11 @@ WRONG: dict[str, Any] = {
     "delay": lambda client: client.start("a", delay="soon"),
     "priority": lambda client: client.start("a", priority="high"),
     "from_step_id": lambda client: client.fork("a", from_step=2**40),
+    "input_json of a fork": lambda client: client.fork("a", input={"text": "\ud800"}),
+    "conflict_policy": lambda client: client.start("a", conflict_policy="NOPE"),
+    "decision": lambda client: client.decide("a", "NOPE"),
+    "kinds": lambda client: _first(client.watch("a", kinds=["nope"])),
+    "cursor": lambda client: _first(client.watch("a", cursor="\ud800")),
     "states": lambda client: client.delete_runs(states=["NOPE"]),
     "reason": lambda client: client.cancel("a", reason="\ud800"),
     "payload_json": lambda client: client.signal("a", "go", "\ud800"),

@@ -741,6 +741,12 @@ async def test_a_file_that_cannot_be_read_is_wrong_usage(perdure: Invoke, tmp_pa
         assert (result.exit_code, option in result.output) == (2, True)
 
 
+def test_standard_input_that_is_no_text_is_wrong_usage() -> None:
+    result = CliRunner().invoke(app, ["--address", "127.0.0.1:1", "start", "x", "-i", "-"], input=b"\xff")
+    assert result.exit_code == 2
+    assert "cannot read standard input" in " ".join(result.stderr.split())
+
+
 def test_without_the_extra_the_command_says_what_to_install() -> None:
     code = "import sys; sys.modules['typer'] = None; from perdure_client.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -55,6 +55,13 @@ def run(stage: Stage) -> tuple[Any, int]:
     return asyncio.run(main())
 
 
+async def begun(stage: Stage) -> asyncio.Task[Any]:
+    """Begins a stage that leaves its work; returns the task that waits for what comes of it."""
+    task = asyncio.create_task(hops.answer(stage, "answer"))
+    await asyncio.to_thread(stage.left.wait)
+    return task
+
+
 def test_a_stage_that_does_not_block_runs_on_the_loop() -> None:
     stage = Stage()
     result, loop_thread = run(stage)
@@ -123,8 +130,7 @@ def test_an_answer_waits_until_the_work_is_settled(answer: bool) -> None:
     stage = Stage(leaves=promise)
 
     async def main() -> tuple[bool, str]:
-        task = asyncio.create_task(hops.answer(stage, "answer"))
-        await asyncio.to_thread(stage.left.wait)
+        task = await begun(stage)
         early = task.done()
         await asyncio.to_thread(promise.set_result, answer)
         return early, await task
@@ -152,8 +158,7 @@ def test_work_of_a_cancelled_task_goes_its_way(answer: bool) -> None:
     stage = Stage(leaves=promise)
 
     async def main() -> None:
-        task = asyncio.create_task(hops.answer(stage, "answer"))
-        await asyncio.to_thread(stage.left.wait)
+        task = await begun(stage)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -168,8 +173,7 @@ def test_work_of_a_task_that_is_cancelled_in_the_very_turn_of_the_answer_goes_it
     stage = Stage(leaves=promise)
 
     async def main() -> None:
-        task = asyncio.create_task(hops.answer(stage, "answer"))
-        await asyncio.to_thread(stage.left.wait)
+        task = await begun(stage)
         calls = hops.calls_into(asyncio.get_running_loop())
 
         def tell_and_cancel() -> None:
@@ -212,8 +216,7 @@ def test_an_answer_that_comes_when_the_loop_is_closed_is_nobodys() -> None:
     stage = Stage(leaves=promise)
 
     async def main() -> None:
-        task = asyncio.create_task(hops.answer(stage, "answer"))
-        await asyncio.to_thread(stage.left.wait)
+        task = await begun(stage)
         task.cancel()
 
     asyncio.run(main())

@@ -83,16 +83,14 @@ def json_value(text: str) -> JsonValue:
     Raises:
         typer.BadParameter: There is no such file, or no JSON in it.
     """
-    source = "the argument"
-    if text == "-":
-        text, source = sys.stdin.read(), "standard input"
-    elif text.startswith("@"):
-        path = Path(text[1:])
-        source = str(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(f"cannot read {path}: {error}") from None
+    source = "standard input" if text == "-" else text[1:] if text.startswith("@") else "the argument"
+    try:
+        if text == "-":
+            text = sys.stdin.read()
+        elif text.startswith("@"):
+            text = Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise typer.BadParameter(f"cannot read {source}: {error}") from None
     try:
         return json.loads(text)
     except ValueError as error:
